@@ -31,7 +31,7 @@ from granite_storage.exceptions import (
     InvalidLocationError,
     StorageError,
 )
-from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
+from granite_storage.gc.join import PAGE, Reference, Spool, join_pages, temporary_file
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.locations import check_location, generated_time, matches_generated_name
 from granite_storage.manager import StorageManager

@@ -45,7 +45,7 @@ from sqlalchemy.types import TypeDecorator
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention, find_mentions
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
+from granite_storage.gc.join import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in

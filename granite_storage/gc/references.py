@@ -12,7 +12,7 @@ from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
+from granite_storage.gc.join import Reference, SortedSpool, take_page, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import named_in, references_among

@@ -18,7 +18,7 @@ from granite_storage import Attachment, StorageGarbageCollector, StorageManager,
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.gc.merge import PAGE, join_pages
+from granite_storage.gc.join import PAGE, join_pages
 from tests.benchmarks.harness import MIB, Comparison, Contender, Meter, main
 from tests.orm.databases import postgres
 

@@ -15,9 +15,9 @@ import pytest
 
 from granite_storage import StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.exceptions import CollectionRefusedError
-from granite_storage.gc import merge
+from granite_storage.gc import join
 from granite_storage.gc import references as gc_references
-from granite_storage.gc.merge import SortedSpool, temporary_file
+from granite_storage.gc.join import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs
 from tests.gc.environment import POLICIES, AgedBackend, Crate, GcEnvironment, file
 
@@ -294,9 +294,9 @@ async def test_an_error_while_closing_does_not_hide_the_refusal(caplog: pytest.L
 
 
 async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_IN_MEMORY", 10)
-    monkeypatch.setattr(merge, "_RUN_PAGE", 3)
-    monkeypatch.setattr(merge, "PAGE", 7)
+    monkeypatch.setattr(join, "_IN_MEMORY", 10)
+    monkeypatch.setattr(join, "_RUN_PAGE", 3)
+    monkeypatch.setattr(join, "PAGE", 7)
     texts = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
     items = [(text, number % 3 == 0) for number, text in enumerate(texts)]
     async with temporary_file() as file_:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, served_type
 from granite_storage._portal import portal
-from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
+from granite_storage._tasks import CLEANUP_TIMEOUT, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of, load, traced
+from granite_storage.backends._remote import delete_each
 from granite_storage.backends.base import (
     ObjectHeaders,
     ObjectInfo,
@@ -94,7 +95,6 @@ def _gate() -> ModuleType:
 
 _LONGEST_CONTENT_TYPE = 255
 _OPAQUE = "application/octet-stream"
-_DELETES_AT_A_TIME = 16
 # A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
@@ -771,11 +771,14 @@ class Engine:
         for location in locations:
             check_location(location)
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
-            if isinstance(backend, SupportsBatchDelete):
-                failures: Mapping[str, StorageError] = await _delete_in_batches(backend, locations)
+            failures: Mapping[str, StorageError]
+            if not isinstance(backend, SupportsBatchDelete):
+                failures = await delete_each(locations, backend.delete, StorageError)
             else:
-                errors = await run_bounded(locations, partial(_delete_one, backend), _DELETES_AT_A_TIME)
-                failures = {location: error for location, error in zip(locations, errors, strict=True) if error is not None}
+                try:
+                    failures = await backend.delete_many(locations)
+                except StorageError as error:
+                    failures = dict.fromkeys(locations, error)
         for error in failures.values():
             if isinstance(error, BackendError):
                 error.backend = error.backend or backend_key
@@ -998,21 +1001,6 @@ def _stored_headers(prepared: PreparedUpload) -> Iterator[str | None]:
         yield content_type
     finally:
         object_headers.reset(token)
-
-
-async def _delete_in_batches(backend: SupportsBatchDelete, locations: Sequence[str]) -> Mapping[str, StorageError]:
-    try:
-        return await backend.delete_many(locations)
-    except StorageError as error:
-        return dict.fromkeys(locations, error)
-
-
-async def _delete_one(backend: StorageBackend, location: str) -> StorageError | None:
-    try:
-        await backend.delete(location)
-    except StorageError as error:
-        return error
-    return None
 
 
 def _require_mapping(argument: str, value: object) -> None:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
 
 from granite_storage._portal import portal
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import Turn, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -1005,7 +1005,7 @@ async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, N
     A thread that hashes or writes needs the interpreter once for each piece, so few large pieces disturb the event loop less. A
     chunk of 64 KiB or more is passed on as it is: to join such ones would cost more than that.
     """
-    turn = _Turn()
+    turn = Turn(_TURN_SECONDS)
     with _Group() as group:
         async for chunk in chunks:
             size = len(chunk)
@@ -1015,29 +1015,15 @@ async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, N
                 for piece in _cut(chunk):
                     yield piece
                     del piece
-                    if turn.is_over():
-                        await asyncio.sleep(0)
+                    if turn.is_due:
+                        await turn.end()
             elif size:
                 group.add(bytes(chunk))
             del chunk  # its producer may want to change the size of the buffer, or to free it
-            if turn.is_over():
-                await asyncio.sleep(0)
+            if turn.is_due:
+                await turn.end()
         if group.size:
             yield group.joined()
-
-
-class _Turn:
-    """Says when it is time to let other tasks run."""
-
-    def __init__(self) -> None:
-        self._ends = time.monotonic() + _TURN_SECONDS
-
-    def is_over(self) -> bool:
-        now = time.monotonic()
-        if now < self._ends:
-            return False
-        self._ends = now + _TURN_SECONDS
-        return True
 
 
 class _Group:

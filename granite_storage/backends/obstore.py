@@ -316,7 +316,7 @@ class ObjectStoreBackend:
                 pass
             else:
                 return {}
-        return await delete_each(locations, self._client.delete)
+        return await delete_each(locations, self._client.delete, BackendError)
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
         reader = await open_resuming(self, location)

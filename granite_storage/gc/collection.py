@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TypeAlias
 
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
@@ -31,7 +30,7 @@ from granite_storage.exceptions import (
     InvalidLocationError,
     StorageError,
 )
-from granite_storage.gc.join import PAGE, Reference, Spool, join_pages, temporary_file
+from granite_storage.gc.join import PAGE, Join, Listed, Nominee, open_join
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.locations import check_location, generated_time, matches_generated_name
 from granite_storage.manager import StorageManager
@@ -45,7 +44,6 @@ __all__ = [
     "DanglingReference",
     "GarbageCollectionReport",
     "OrphanStatus",
-    "Removal",
     "find_dangling",
     "is_valid",
     "require_one_key",
@@ -262,9 +260,6 @@ def _as_prefix(prefix: str | None) -> str:
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-Listed: TypeAlias = "tuple[str, int, bool]"
-"""Location, size, and whether it is older than the grace period."""
-
 _CONCURRENCY = 16
 _BATCH = 500
 _MOST_MISSING = 10 * MOST_KEPT
@@ -320,17 +315,14 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _collect(self) -> AsyncGenerator[CollectedObject, None]:
         await require_one_key(self._manager, self._scope.backend)
         await self._source.require_fit(allow_restored_database=self._allow_restored_database)
-        async with AsyncExitStack() as stack:
-            listed = Spool(await stack.enter_async_context(temporary_file()))
-            nominees = Spool(await stack.enter_async_context(temporary_file()))
-            await self._list(listed)
+        async with open_join() as join:
+            await self._list(join)
             if self._stopped:
                 return
-            await self._nominate(listed, nominees)
+            await self._nominate(join)
             await self._require_mounted()
-            unmentioned = Spool(await stack.enter_async_context(temporary_file()))
-            await self._keep_mentioned(nominees, unmentioned)
-            orphans = self._find_orphans(unmentioned) if self.report.dry_run else self._delete(unmentioned)
+            await self._dismiss_mentioned(join)
+            orphans = self._find_orphans(join) if self.report.dry_run else self._delete(join)
             async with aclosing(orphans):
                 async for item in orphans:
                     yield item
@@ -339,7 +331,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             await self._clean_up()
         self.report.complete = not self._stopped
 
-    async def _list(self, listed: Spool) -> None:
+    async def _list(self, join: Join) -> None:
         oldest = await self._now() - self._grace_period
         page: list[Listed] = []
         async for info in self._iter_objects():
@@ -347,11 +339,11 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 continue
             page.append((info.location, info.size, info.modified < oldest))
             if len(page) == PAGE:
-                await self._note_listed(listed, page)
+                await self._add_listed(join, page)
                 page = []
                 if self._stopped:
                     return
-        await self._note_listed(listed, page)
+        await self._add_listed(join, page)
 
     async def _iter_objects(self) -> AsyncIterator[ObjectInfo]:
         objects = self._backend.iter_objects(self._scope.prefix)
@@ -368,43 +360,40 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         finally:
             await close_listing(objects)
 
-    async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
-        await listed.write(page)
+    async def _add_listed(self, join: Join, page: list[Listed]) -> None:
+        await join.add_objects(page)
         self.report.scanned += len(page)
         self.report.scanned_bytes += sum(size for _, size, _ in page)
         self._on_progress()
 
-    async def _nominate(self, listed: Spool, nominees: Spool) -> None:
+    async def _nominate(self, join: Join) -> None:
         report = self.report
-        page: list[tuple[str, int]] = []
-        async with self._source.in_order(report.backend) as references:
-            async for stretch in join_pages(listed.pages(), self._watch_references(references)):
-                report.referenced += len(stretch.referenced)
-                report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
-                self._note_missing(stretch.missing)
-                page += self._select_nominees(stretch.unreferenced)
-                if len(page) >= PAGE:
-                    await nominees.write(page)
-                    page = []
-        await nominees.write(page)
+        async with aclosing(self._source.iter_references(report.backend)) as references:
+            async for page in references:
+                self._has_references = self._has_references or any(is_here for _, is_here in page)
+                await join.add_references(page)
         if self._scope.sharing:
             self._source.require_complete(self._scope.sharing)
+        async for objects in join.objects():
+            referenced = [size for _, size, _, is_referenced in objects if is_referenced]
+            report.referenced += len(referenced)
+            report.referenced_bytes += sum(referenced)
+            await join.nominate(self._select_nominees(item[:3] for item in objects if not item[3]))
+        async for locations in join.references():
+            missing = [location for location, is_missing in locations if is_missing]
+            self._missing += [location for location in missing if self._scope.has(location) or not is_valid(location)]
+            if len(self._missing) >= _MOST_MISSING:
+                break
 
-    async def _keep_mentioned(self, nominees: Spool, unmentioned: Spool) -> None:
+    async def _dismiss_mentioned(self, join: Join) -> None:
         """Remove from the nominees what a column mentions that is not known to contain references."""
-        waiting: list[tuple[str, int]] = []
-        async for page in nominees.pages():
-            waiting += page
-            if len(waiting) >= _LOOKED_FOR_AT_ONCE:
-                await self._search(waiting, unmentioned)
-                waiting = []
+        async for nominees in join.nominees(_LOOKED_FOR_AT_ONCE):
+            await self._search(nominees, join)
             if self._stopped:
                 return
-        if waiting:
-            await self._search(waiting, unmentioned)
         self._log_mentions()
 
-    async def _search(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
+    async def _search(self, nominees: Sequence[Nominee], join: Join) -> None:
         by_column: dict[str, set[str]] = {}
         unseen: list[str] = []
         async with aclosing(self._source.find_mentions([location for location, _ in nominees])) as mentions:
@@ -421,9 +410,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self.report.mentioned_bytes += sum(kept)
         self._note_mentions(by_column)
         self.report.unseen = sorted(unseen)[:MOST_KEPT]
-        rest = [(location, size) for location, size in nominees if location not in mentioned]
-        for start in range(0, len(rest), PAGE):
-            await unmentioned.write(rest[start : start + PAGE])
+        await join.dismiss(mentioned)
 
     def _note_mentions(self, by_column: Mapping[str, set[str]]) -> None:
         said = self.report.mentions
@@ -450,12 +437,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 extra=fields_of(report),
             )
 
-    async def _watch_references(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
-        async for page in references:
-            self._has_references = self._has_references or any(is_here for _, is_here in page)
-            yield page
-
-    def _select_nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
+    def _select_nominees(self, unreferenced: Iterable[Listed]) -> list[Nominee]:
         """Return what may be an orphan; count objects with names of others, and those within the grace period."""
         report, nominees = self.report, []
         for location, size, old in unreferenced:
@@ -469,12 +451,6 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 nominees.append((location, size))
         return nominees
 
-    def _note_missing(self, locations: set[str]) -> None:
-        room = _MOST_MISSING - len(self._missing)
-        if room > 0 and locations:
-            concerned = [item for item in sorted(locations) if self._scope.has(item) or not is_valid(item)]
-            self._missing += concerned[:room]
-
     async def _require_mounted(self) -> None:
         """Refuse a local folder without its marker, unless nothing was ever stored in it."""
         if not self.report.scanned and not self._has_references:
@@ -484,49 +460,46 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         except BackendUnavailableError as error:
             raise CollectionRefusedError(str(error), report=self.report) from error
 
-    async def _find_orphans(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
+    async def _find_orphans(self, join: Join) -> AsyncGenerator[CollectedObject, None]:
         """Yield the orphans among the nominees, and set why a run that deletes would be refused."""
-        async for orphans in self._recheck(nominees):
+        async for orphans in self._recheck(join):
             self._note_orphans(orphans)
             for location, size in orphans:
                 yield CollectedObject(OrphanStatus.ORPHANED, self.report.backend, location, size)
         self.report.refusal = self._refusal()
 
-    async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
+    async def _delete(self, join: Join) -> AsyncGenerator[CollectedObject, None]:
         """Delete the orphans once their number is known, and yield each."""
-        async for orphans in self._recheck(nominees):
+        async for orphans in self._recheck(join):
             self._note_orphans(orphans)
         self.report.refusal = self._refusal()
         if self.report.refusal is not None:
             raise CollectionRefusedError(self.report.refusal, report=self.report)
         before, self.report.referenced_on_recheck, self.report.referenced_on_recheck_bytes = self.report.orphaned, 0, 0
         self.report.orphaned = self.report.orphaned_bytes = 0
-        removal = Removal(self._manager, self.report)
-        async for orphans in self._recheck(nominees):
+        async for orphans in self._recheck(join):
             self._note_orphans(orphans)
             if not orphans:
                 continue
             await self._source.make_durable()
-            for item in await removal.remove(orphans):
+            for item in await self._remove(orphans):
                 yield item
             self._on_progress()
         report = self.report
         logger.info("deleted %d of %d orphans of %r", report.deleted, before, report.storage_key, extra=fields_of(report))
 
-    async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
+    async def _recheck(self, join: Join) -> AsyncIterator[list[Nominee]]:
         """Yield the nominees that nothing refers to at the moment of yielding, batch by batch."""
-        async for page in nominees.pages():
-            for start in range(0, len(page), self._source.batch_size):
-                if self._stopped:
-                    return
-                batch = page[start : start + self._source.batch_size]
-                held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
-                referenced = [size for location, size in batch if location in held]
-                self.report.referenced_on_recheck += len(referenced)
-                self.report.referenced_on_recheck_bytes += sum(referenced)
-                yield [(location, size) for location, size in batch if location not in held]
+        async for batch in join.nominees(self._source.batch_size):
+            if self._stopped:
+                return
+            held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
+            referenced = [size for location, size in batch if location in held]
+            self.report.referenced_on_recheck += len(referenced)
+            self.report.referenced_on_recheck_bytes += sum(referenced)
+            yield [(location, size) for location, size in batch if location not in held]
 
-    def _note_orphans(self, orphans: Sequence[tuple[str, int]]) -> None:
+    def _note_orphans(self, orphans: Sequence[Nominee]) -> None:
         self.report.orphaned += len(orphans)
         self.report.orphaned_bytes += sum(size for _, size in orphans)
         self._on_progress()
@@ -556,82 +529,57 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             await self._require_mounted()
         self.report.dangling = dangling
 
-    async def _clean_up(self) -> None:
-        await Removal(self._manager, self.report).remove_unfinished(self._grace_period)
-
-    async def _now(self) -> datetime:
-        """Return the time by the clock that dates the objects."""
-        return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
-
-
-# Deleting orphans.
-
-
-class Removal:
-    """Deletes objects of one backend, and records the result of each in a report.
-
-    Args:
-        manager: The manager.
-        report: The report, which names the backend.
-    """
-
-    def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
-        self._engine = manager._engine
-        self._backend = manager._engine.backend(report.backend)
-        self._report = report
-
-    async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
-        """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
+    async def _remove(self, orphans: Sequence[Nominee]) -> list[CollectedObject]:
+        """Delete orphans; one that cannot be deleted stops no other.
 
         Raises:
             BackendUnavailableError: None could be deleted, because the backend is unavailable.
         """
-        failures = await self._engine.delete_many(self._report.backend, [location for location, _ in orphans])
-        collected = [self._to_collected(location, size, failures.get(location)) for location, size in orphans]
-        for item in collected:
-            self._note(item)
+        failures = await self._manager._engine.delete_many(self.report.backend, [location for location, _ in orphans])
+        collected = [self._note_removed(location, size, failures.get(location)) for location, size in orphans]
         if len(failures) == len(orphans):
             first = next(iter(failures.values()))
             if isinstance(first, BackendUnavailableError):
                 raise first
         return collected
 
-    async def remove_unfinished(self, older_than: timedelta) -> None:
-        """Remove what unfinished writes left on the whole backend more than `older_than` ago."""
-        if not isinstance(self._backend, SupportsCleanup):
-            return
-        try:
-            self._report.unfinished = await self._backend.cleanup_incomplete(older_than=older_than)
-        except BackendError as error:
-            self._report.unfinished_error = f"{type(error).__name__}: {error}"
-            logger.warning(
-                "the remains of unfinished writes on the backend %r could not be removed: %s",
-                self._report.backend,
-                error,
-                extra=fields_of(backend=self._report.backend),
-            )
-
-    def _to_collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
-        status = OrphanStatus.DELETED if error is None else OrphanStatus.FAILED
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        return CollectedObject(status, self._report.backend, location, size, said)
-
-    def _note(self, item: CollectedObject) -> None:
-        report = self._report
-        if item.status is OrphanStatus.DELETED:
+    def _note_removed(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
+        report = self.report
+        if error is None:
             report.deleted += 1
-            report.deleted_bytes += item.size
-            return
+            report.deleted_bytes += size
+            return CollectedObject(OrphanStatus.DELETED, report.backend, location, size)
+        item = CollectedObject(OrphanStatus.FAILED, report.backend, location, size, f"{type(error).__name__}: {error}")
         report.failed += 1
         if len(report.failures) < MOST_KEPT:
             report.failures.append(item)
         logger.warning(
             "could not delete the orphan %r of the backend %r: %s",
-            item.location,
-            item.backend,
+            location,
+            report.backend,
             item.error,
-            extra=fields_of(backend=item.backend, storage_key=report.storage_key, location=item.location),
+            extra=fields_of(report, location=location),
         )
+        return item
+
+    async def _clean_up(self) -> None:
+        """Remove what unfinished writes left on the whole backend before the grace period."""
+        if not isinstance(self._backend, SupportsCleanup):
+            return
+        try:
+            self.report.unfinished = await self._backend.cleanup_incomplete(older_than=self._grace_period)
+        except BackendError as error:
+            self.report.unfinished_error = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "the remains of unfinished writes on the backend %r could not be removed: %s",
+                self.report.backend,
+                error,
+                extra=fields_of(backend=self.report.backend),
+            )
+
+    async def _now(self) -> datetime:
+        """Return the time by the clock that dates the objects."""
+        return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
 
 
 # References whose objects are missing.

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,8 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc.join import PAGE, Reference
 from granite_storage.gc.mentions import Mention, find_mentions
-from granite_storage.gc.join import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in
@@ -97,7 +97,6 @@ __all__ = [
     "require_one_database",
     "select_counts",
     "select_first",
-    "select_first_illegible",
     "select_locations",
 ]
 
@@ -135,7 +134,7 @@ class RefColumn:
 
 
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
+    """Select location and kind of all references, and NULL for what is no reference, in the order in which they join fastest.
 
     A ref that nests variants is as many references; one whose variants cannot be read is none.
 
@@ -153,14 +152,19 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
 
 
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind."""
+    """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind.
+
+    For the kinds of what can be collected it is a row whose value is no reference, or has variants that cannot be read.
+    """
     ref = column.column
     found: list[Select[*tuple[Any, ...]]] = []
     for value, source in _values(ref, dialect):
-        wanted = case((is_legible(value, dialect), _kind(value, column, dialect, identities))) == literal_column(str(kind))
-        said = (selected_text(value_in(value, key, dialect), dialect) for key in ("backend", "identity"))
-        if dialect == "sqlite":
-            said = (case((is_legible(value, dialect), text)) for text in said)
+        legible = is_legible(value, dialect)
+        if kind < UNKNOWN_BACKEND:
+            wanted = not_(_is_legible_whole(value, dialect, is_variant=value is not ref))
+        else:
+            wanted = case((legible, _kind(value, column, dialect, identities))) == literal_column(str(kind))
+        said = (case((legible, selected_text(value_in(value, key, dialect), dialect))) for key in ("backend", "identity"))
         keys = (key.label(f"key_{number}") for number, key in enumerate(ref.table.primary_key))
         found.append(select(*keys, *said).select_from(source).where(has_value(ref, dialect), wanted))
     return select(union_all(*found).subquery("found")).limit(1)
@@ -177,16 +181,6 @@ def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any,
         counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
         found.append(counted.select_from(source).where(legible).group_by(backend, identity))
     return union_all(*found)
-
-
-def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select the primary key of a row whose value is no reference, or has variants that cannot be read."""
-    found: list[Select[*tuple[Any, ...]]] = []
-    for value, source in _values(column, dialect):
-        keys = (key.label(f"key_{number}") for number, key in enumerate(column.table.primary_key))
-        wrong = not_(_is_legible_whole(value, dialect, is_variant=value is not column))
-        found.append(select(*keys, literal_column("1").label("one")).select_from(source).where(has_value(column, dialect), wrong))
-    return select(union_all(*found).subquery("found")).limit(1)
 
 
 def _values(column: Column[Any], dialect: str) -> list[tuple[ColumnElement[Any], FromClause]]:
@@ -234,6 +228,7 @@ def _kind(ref: ColumnElement[Any], column: RefColumn, dialect: str, identities: 
 
 
 def _collate_bytes(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
+    """Return what sorts by the bytes of UTF-8, as objects are listed."""
     if dialect == "postgresql":
         return collate(location, "C")
     return location if dialect == "sqlite" else cast(location, LargeBinary())
@@ -527,26 +522,13 @@ class DatabaseReferences:
                 async with self._connection(translated=True) as connection:
                     await require_heartbeat(connection, journal.tables, journal.sidecar)
 
-    @asynccontextmanager
-    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
-        """Yield the locations of all references: streamed in order, and those of `extra` sorted on disk."""
-        async with temporary_file() as file, AsyncExitStack() as stack:
-            named = SortedSpool(file)
-            async with aclosing(self._iter_named()) as locations:
-                async for location, is_here in locations:
-                    await named.add(location, is_here)
-            chunks = list(batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT))
-            # More streams at a time would each hold a connection, and a database in UTF-16 has an order of its own.
-            if len(chunks) > 1 or self._encoding != UTF_8:
-                for chunk in chunks:
-                    async with aclosing(self._iter_referenced(chunk)) as pages:
-                        async for page in pages:
-                            for location, is_here in page:
-                                await named.add(location, is_here)
-                yield named.pages()
-                return
-            referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
-            yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
+    async def iter_references(self, backend: str) -> AsyncGenerator[list[Reference], None]:
+        """Yield the locations of all references, and those that `extra` names, each time some columns in one statement."""
+        for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
+            for read in (self._iter_named, self._iter_referenced):
+                async with aclosing(read(chunk)) as pages:
+                    async for page in pages:
+                        yield page
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
@@ -659,41 +641,40 @@ class DatabaseReferences:
         if wrong is not None:
             await self._refuse(wrong)
 
-    async def _iter_named(self) -> AsyncGenerator[Reference, None]:
+    async def _iter_named(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
         """Yield what the `extra` of refs and of their variants name, whatever backend those refs name."""
-        for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
-            async with self._connection() as connection:
-                dialect = connection.dialect.name
-                parts = [part(item.column, dialect) for item in chunk for part in (selected_extra, selected_extra_of_variants)]
-                result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
-                try:
-                    async for of_backend, _, extra in result:
-                        for location in named_in(json.loads(extra)):
-                            yield location, as_text(of_backend, self._encoding) == self._backend
-                finally:
-                    await result.close()
+        async with self._connection() as connection:
+            dialect = connection.dialect.name
+            parts = [part(item.column, dialect) for item in columns for part in (selected_extra, selected_extra_of_variants)]
+            result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
+            try:
+                async for page in result.partitions():
+                    yield [
+                        (location, as_text(of_backend, self._encoding) == self._backend)
+                        for of_backend, _, extra in page
+                        for location in named_in(json.loads(extra))
+                    ]
+            finally:
+                await result.close()
 
     async def _refuse(self, kind: int) -> None:
         """Raise an error that names a row whose value is not a reference, or leads to an unknown place."""
         async with self._connection() as connection:
             dialect = connection.dialect.name
             for item in self._ref_columns:
-                if not item.is_declared:
-                    continue
-                if kind < UNKNOWN_BACKEND:
-                    found = (await connection.execute(select_first_illegible(item.column, dialect))).first()
-                    if found is not None:
-                        raise CollectionRefusedError(_describe_illegible(f"{item.label} of the row {_key(found[:-1])}"))
-                    continue
-                found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
+                found = None
+                if item.is_declared:
+                    found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
                 if found is not None:
                     *key, backend, identity = found
+                    where = f"{item.label} of the row {', '.join(map(str, key))}"
                     said = as_text(backend, self._encoding), as_text(identity, self._encoding)
-                    where = f"{item.label} of the row {_key(key)}"
-                    raise CollectionRefusedError(self._describe_unknown(kind, where, *said))
+                    raise CollectionRefusedError(self._describe(kind, where, *said))
         raise CollectionRefusedError(_describe_illegible("a row that has changed since"))
 
-    def _describe_unknown(self, kind: int, where: str, backend: str, identity: str) -> str:
+    def _describe(self, kind: int, where: str, backend: str, identity: str) -> str:
+        if kind < UNKNOWN_BACKEND:
+            return _describe_illegible(where)
         if kind == UNKNOWN_IDENTITY:
             current = next(iter(self._identities or ()), None)
             return f"{where} refers to an object of another store: {describe_mismatch(backend, identity, current)}"
@@ -742,10 +723,6 @@ def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Se
 @lru_cache(maxsize=1024)  # statements of the same tables are compiled once
 def _journal_in(schema: str | None) -> JournalTables:
     return journal_tables(MetaData(), schema=schema)
-
-
-def _key(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _describe_illegible(where: str) -> str:

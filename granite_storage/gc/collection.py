@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from typing import TypeAlias
 
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
@@ -30,7 +31,7 @@ from granite_storage.exceptions import (
     InvalidLocationError,
     StorageError,
 )
-from granite_storage.gc.join import PAGE, Join, Listed, Nominee, open_join
+from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.locations import check_location, generated_time, matches_generated_name
 from granite_storage.manager import StorageManager
@@ -260,6 +261,9 @@ def _as_prefix(prefix: str | None) -> str:
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
+Listed: TypeAlias = "tuple[str, int, bool]"
+"""Location, size, and whether it is older than the grace period."""
+
 _CONCURRENCY = 16
 _BATCH = 500
 _MOST_MISSING = 10 * MOST_KEPT
@@ -315,14 +319,17 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _collect(self) -> AsyncGenerator[CollectedObject, None]:
         await require_one_key(self._manager, self._scope.backend)
         await self._source.require_fit(allow_restored_database=self._allow_restored_database)
-        async with open_join() as join:
-            await self._list(join)
+        async with AsyncExitStack() as stack:
+            listed = Spool(await stack.enter_async_context(temporary_file()))
+            nominees = Spool(await stack.enter_async_context(temporary_file()))
+            await self._list(listed)
             if self._stopped:
                 return
-            await self._nominate(join)
+            await self._nominate(listed, nominees)
             await self._require_mounted()
-            await self._dismiss_mentioned(join)
-            orphans = self._find_orphans(join) if self.report.dry_run else self._delete(join)
+            unmentioned = Spool(await stack.enter_async_context(temporary_file()))
+            await self._keep_mentioned(nominees, unmentioned)
+            orphans = self._find_orphans(unmentioned) if self.report.dry_run else self._delete(unmentioned)
             async with aclosing(orphans):
                 async for item in orphans:
                     yield item
@@ -331,7 +338,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             await self._clean_up()
         self.report.complete = not self._stopped
 
-    async def _list(self, join: Join) -> None:
+    async def _list(self, listed: Spool) -> None:
         oldest = await self._now() - self._grace_period
         page: list[Listed] = []
         async for info in self._iter_objects():
@@ -339,11 +346,11 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 continue
             page.append((info.location, info.size, info.modified < oldest))
             if len(page) == PAGE:
-                await self._add_listed(join, page)
+                await self._note_listed(listed, page)
                 page = []
                 if self._stopped:
                     return
-        await self._add_listed(join, page)
+        await self._note_listed(listed, page)
 
     async def _iter_objects(self) -> AsyncIterator[ObjectInfo]:
         objects = self._backend.iter_objects(self._scope.prefix)
@@ -360,40 +367,43 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         finally:
             await close_listing(objects)
 
-    async def _add_listed(self, join: Join, page: list[Listed]) -> None:
-        await join.add_objects(page)
+    async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
+        await listed.write(page)
         self.report.scanned += len(page)
         self.report.scanned_bytes += sum(size for _, size, _ in page)
         self._on_progress()
 
-    async def _nominate(self, join: Join) -> None:
+    async def _nominate(self, listed: Spool, nominees: Spool) -> None:
         report = self.report
-        async with aclosing(self._source.iter_references(report.backend)) as references:
-            async for page in references:
-                self._has_references = self._has_references or any(is_here for _, is_here in page)
-                await join.add_references(page)
+        page: list[tuple[str, int]] = []
+        async with self._source.in_order(report.backend) as references:
+            async for stretch in join_pages(listed.pages(), self._watch_references(references)):
+                report.referenced += len(stretch.referenced)
+                report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
+                self._note_missing(stretch.missing)
+                page += self._select_nominees(stretch.unreferenced)
+                if len(page) >= PAGE:
+                    await nominees.write(page)
+                    page = []
+        await nominees.write(page)
         if self._scope.sharing:
             self._source.require_complete(self._scope.sharing)
-        async for objects in join.objects():
-            referenced = [size for _, size, _, is_referenced in objects if is_referenced]
-            report.referenced += len(referenced)
-            report.referenced_bytes += sum(referenced)
-            await join.nominate(self._select_nominees(item[:3] for item in objects if not item[3]))
-        async for locations in join.references():
-            missing = [location for location, is_missing in locations if is_missing]
-            self._missing += [location for location in missing if self._scope.has(location) or not is_valid(location)]
-            if len(self._missing) >= _MOST_MISSING:
-                break
 
-    async def _dismiss_mentioned(self, join: Join) -> None:
+    async def _keep_mentioned(self, nominees: Spool, unmentioned: Spool) -> None:
         """Remove from the nominees what a column mentions that is not known to contain references."""
-        async for nominees in join.nominees(_LOOKED_FOR_AT_ONCE):
-            await self._search(nominees, join)
+        waiting: list[tuple[str, int]] = []
+        async for page in nominees.pages():
+            waiting += page
+            if len(waiting) >= _LOOKED_FOR_AT_ONCE:
+                await self._search(waiting, unmentioned)
+                waiting = []
             if self._stopped:
                 return
+        if waiting:
+            await self._search(waiting, unmentioned)
         self._log_mentions()
 
-    async def _search(self, nominees: Sequence[Nominee], join: Join) -> None:
+    async def _search(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
         by_column: dict[str, set[str]] = {}
         unseen: list[str] = []
         async with aclosing(self._source.find_mentions([location for location, _ in nominees])) as mentions:
@@ -410,7 +420,9 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self.report.mentioned_bytes += sum(kept)
         self._note_mentions(by_column)
         self.report.unseen = sorted(unseen)[:MOST_KEPT]
-        await join.dismiss(mentioned)
+        rest = [(location, size) for location, size in nominees if location not in mentioned]
+        for start in range(0, len(rest), PAGE):
+            await unmentioned.write(rest[start : start + PAGE])
 
     def _note_mentions(self, by_column: Mapping[str, set[str]]) -> None:
         said = self.report.mentions
@@ -437,7 +449,12 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 extra=fields_of(report),
             )
 
-    def _select_nominees(self, unreferenced: Iterable[Listed]) -> list[Nominee]:
+    async def _watch_references(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
+        async for page in references:
+            self._has_references = self._has_references or any(is_here for _, is_here in page)
+            yield page
+
+    def _select_nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
         """Return what may be an orphan; count objects with names of others, and those within the grace period."""
         report, nominees = self.report, []
         for location, size, old in unreferenced:
@@ -451,6 +468,12 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 nominees.append((location, size))
         return nominees
 
+    def _note_missing(self, locations: set[str]) -> None:
+        room = _MOST_MISSING - len(self._missing)
+        if room > 0 and locations:
+            concerned = [item for item in sorted(locations) if self._scope.has(item) or not is_valid(item)]
+            self._missing += concerned[:room]
+
     async def _require_mounted(self) -> None:
         """Refuse a local folder without its marker, unless nothing was ever stored in it."""
         if not self.report.scanned and not self._has_references:
@@ -460,24 +483,24 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         except BackendUnavailableError as error:
             raise CollectionRefusedError(str(error), report=self.report) from error
 
-    async def _find_orphans(self, join: Join) -> AsyncGenerator[CollectedObject, None]:
+    async def _find_orphans(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
         """Yield the orphans among the nominees, and set why a run that deletes would be refused."""
-        async for orphans in self._recheck(join):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             for location, size in orphans:
                 yield CollectedObject(OrphanStatus.ORPHANED, self.report.backend, location, size)
         self.report.refusal = self._refusal()
 
-    async def _delete(self, join: Join) -> AsyncGenerator[CollectedObject, None]:
+    async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
         """Delete the orphans once their number is known, and yield each."""
-        async for orphans in self._recheck(join):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
         self.report.refusal = self._refusal()
         if self.report.refusal is not None:
             raise CollectionRefusedError(self.report.refusal, report=self.report)
         before, self.report.referenced_on_recheck, self.report.referenced_on_recheck_bytes = self.report.orphaned, 0, 0
         self.report.orphaned = self.report.orphaned_bytes = 0
-        async for orphans in self._recheck(join):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             if not orphans:
                 continue
@@ -488,18 +511,20 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         report = self.report
         logger.info("deleted %d of %d orphans of %r", report.deleted, before, report.storage_key, extra=fields_of(report))
 
-    async def _recheck(self, join: Join) -> AsyncIterator[list[Nominee]]:
+    async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
         """Yield the nominees that nothing refers to at the moment of yielding, batch by batch."""
-        async for batch in join.nominees(self._source.batch_size):
-            if self._stopped:
-                return
-            held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
-            referenced = [size for location, size in batch if location in held]
-            self.report.referenced_on_recheck += len(referenced)
-            self.report.referenced_on_recheck_bytes += sum(referenced)
-            yield [(location, size) for location, size in batch if location not in held]
+        async for page in nominees.pages():
+            for start in range(0, len(page), self._source.batch_size):
+                if self._stopped:
+                    return
+                batch = page[start : start + self._source.batch_size]
+                held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
+                referenced = [size for location, size in batch if location in held]
+                self.report.referenced_on_recheck += len(referenced)
+                self.report.referenced_on_recheck_bytes += sum(referenced)
+                yield [(location, size) for location, size in batch if location not in held]
 
-    def _note_orphans(self, orphans: Sequence[Nominee]) -> None:
+    def _note_orphans(self, orphans: Sequence[tuple[str, int]]) -> None:
         self.report.orphaned += len(orphans)
         self.report.orphaned_bytes += sum(size for _, size in orphans)
         self._on_progress()
@@ -529,7 +554,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             await self._require_mounted()
         self.report.dangling = dangling
 
-    async def _remove(self, orphans: Sequence[Nominee]) -> list[CollectedObject]:
+    async def _remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
         """Delete orphans; one that cannot be deleted stops no other.
 
         Raises:

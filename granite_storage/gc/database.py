@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,8 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage.exceptions import CollectionRefusedError
-from granite_storage.gc.join import PAGE, Reference
 from granite_storage.gc.mentions import Mention, find_mentions
+from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in
@@ -134,7 +134,7 @@ class RefColumn:
 
 
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select location and kind of all references, and NULL for what is no reference, in the order in which they join fastest.
+    """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
     A ref that nests variants is as many references; one whose variants cannot be read is none.
 
@@ -228,7 +228,6 @@ def _kind(ref: ColumnElement[Any], column: RefColumn, dialect: str, identities: 
 
 
 def _collate_bytes(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
-    """Return what sorts by the bytes of UTF-8, as objects are listed."""
     if dialect == "postgresql":
         return collate(location, "C")
     return location if dialect == "sqlite" else cast(location, LargeBinary())
@@ -522,13 +521,26 @@ class DatabaseReferences:
                 async with self._connection(translated=True) as connection:
                     await require_heartbeat(connection, journal.tables, journal.sidecar)
 
-    async def iter_references(self, backend: str) -> AsyncGenerator[list[Reference], None]:
-        """Yield the locations of all references, and those that `extra` names, each time some columns in one statement."""
-        for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
-            for read in (self._iter_named, self._iter_referenced):
-                async with aclosing(read(chunk)) as pages:
-                    async for page in pages:
-                        yield page
+    @asynccontextmanager
+    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+        """Yield the locations of all references: streamed in order, and those of `extra` sorted on disk."""
+        async with temporary_file() as file, AsyncExitStack() as stack:
+            named = SortedSpool(file)
+            async with aclosing(self._iter_named()) as locations:
+                async for location, is_here in locations:
+                    await named.add(location, is_here)
+            chunks = list(batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT))
+            # More streams at a time would each hold a connection, and a database in UTF-16 has an order of its own.
+            if len(chunks) > 1 or self._encoding != UTF_8:
+                for chunk in chunks:
+                    async with aclosing(self._iter_referenced(chunk)) as pages:
+                        async for page in pages:
+                            for location, is_here in page:
+                                await named.add(location, is_here)
+                yield named.pages()
+                return
+            referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
+            yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
@@ -641,21 +653,19 @@ class DatabaseReferences:
         if wrong is not None:
             await self._refuse(wrong)
 
-    async def _iter_named(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
+    async def _iter_named(self) -> AsyncGenerator[Reference, None]:
         """Yield what the `extra` of refs and of their variants name, whatever backend those refs name."""
-        async with self._connection() as connection:
-            dialect = connection.dialect.name
-            parts = [part(item.column, dialect) for item in columns for part in (selected_extra, selected_extra_of_variants)]
-            result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
-            try:
-                async for page in result.partitions():
-                    yield [
-                        (location, as_text(of_backend, self._encoding) == self._backend)
-                        for of_backend, _, extra in page
-                        for location in named_in(json.loads(extra))
-                    ]
-            finally:
-                await result.close()
+        for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
+            async with self._connection() as connection:
+                dialect = connection.dialect.name
+                parts = [part(item.column, dialect) for item in chunk for part in (selected_extra, selected_extra_of_variants)]
+                result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
+                try:
+                    async for of_backend, _, extra in result:
+                        for location in named_in(json.loads(extra)):
+                            yield location, as_text(of_backend, self._encoding) == self._backend
+                finally:
+                    await result.close()
 
     async def _refuse(self, kind: int) -> None:
         """Raise an error that names a row whose value is not a reference, or leads to an unknown place."""

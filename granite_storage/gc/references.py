@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
-from granite_storage.gc.join import PAGE, Reference, take_page
 from granite_storage.gc.mentions import Mention
+from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import named_in, references_among
@@ -37,8 +37,8 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    def iter_references(self, backend: str) -> AsyncGenerator[list[Reference], None]:
-        """Yield pages of all references, whatever backend they name; one may come several times.
+    def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[Reference]]]:
+        """Yield pages of all references, whatever backend they name, in the byte order of their locations; one may come twice.
 
         Raises:
             CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
@@ -63,7 +63,7 @@ class ReferenceSource(Protocol):
         ...
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
-        """Refuse references of one policy where others share its place, once `iter_references` was read to its end.
+        """Refuse references of one policy where others share its place, once `in_order` was read to its end.
 
         Raises:
             CollectionRefusedError: No reference of one of these policies was among them.
@@ -108,23 +108,23 @@ class GivenReferences:
     async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Accept: it is unknown where the references come from."""
 
-    async def iter_references(self, backend: str) -> AsyncGenerator[list[Reference], None]:
-        """Yield pages of the locations of all references."""
+    @asynccontextmanager
+    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+        """Yield the locations of all references, sorted on disk."""
         self._storage_keys.clear()
         identities = await identities_of(self._manager._engine.backend(backend))
-        page: list[Reference] = []
-        async with aclosing(self._refs()) as refs:
-            async for ref in refs:
-                for one in iter_refs(ref):
-                    is_here = one.backend == backend
-                    self._require_understood(one, identities if is_here else None)
-                    if is_here:
-                        self._storage_keys.add(one.storage_key)
-                    page += [(location, is_here) for location in _locations(one)]
-                if len(page) >= PAGE:
-                    yield page
-                    page = []
-        yield page
+        async with temporary_file() as file:
+            spool = SortedSpool(file)
+            async with aclosing(self._refs()) as refs:
+                async for ref in refs:
+                    for one in iter_refs(ref):
+                        is_here = one.backend == backend
+                        self._require_understood(one, identities if is_here else None)
+                        if is_here:
+                            self._storage_keys.add(one.storage_key)
+                        for location in _locations(one):
+                            await spool.add(location, is_here)
+            yield spool.pages()
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
         """Yield nothing: it is unknown what else to search."""

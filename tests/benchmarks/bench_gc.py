@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from granite_storage import Attachment, StorageGarbageCollector, StorageManager,
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.gc.join import PAGE, open_join
+from granite_storage.gc.merge import PAGE, join_pages
 from tests.benchmarks.harness import MIB, Comparison, Contender, Meter, main
 from tests.orm.databases import postgres
 
@@ -89,18 +89,19 @@ async def collect(meter: Meter, *, objects: int) -> None:
 
 
 async def join_alone(meter: Meter, *, objects: int) -> None:
-    """Write pages that are in memory to the database of the join, and read what it says of the objects."""
+    """Join pages that are in memory."""
     listed = [(location_of(number), 1, True) for number in range(1, objects + 1)]
     references = [(location_of(number), True) for number in range(1, objects + 1) if number % ONE_ORPHAN_IN]
     orphans = 0
-    async with meter.measure(operations=objects, ticking=False), open_join() as join:
-        for start in range(0, objects, PAGE):
-            await join.add_objects(listed[start : start + PAGE])
-        for start in range(0, objects, PAGE):
-            await join.add_references(references[start : start + PAGE])
-        async for page in join.objects():
-            orphans += sum(not is_referenced for *_, is_referenced in page)
+    async with meter.measure(operations=objects, ticking=False):
+        async for stretch in join_pages(pages(listed), pages(references)):
+            orphans += len(stretch.unreferenced)
     assert orphans == objects // ONE_ORPHAN_IN
+
+
+async def pages(items: Sequence[object]) -> AsyncIterator[list[object]]:
+    for start in range(0, len(items), PAGE):
+        yield list(items[start : start + PAGE])
 
 
 async def set_in_memory(meter: Meter, *, objects: int) -> None:

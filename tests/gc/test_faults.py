@@ -97,7 +97,6 @@ async def test_some_cannot_be_deleted(
 async def test_looks_come_in_full_batches(plain_env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look may read whole tables, so there are few, however thinly orphans are sown."""
     monkeypatch.setattr("granite_storage.gc.collection.PAGE", 10)
-    monkeypatch.setattr("granite_storage.gc.join.PAGE", 10)
     monkeypatch.setattr("granite_storage.gc.database.PAGE", 10)
     looks: list[int] = []
     original = database.DatabaseReferences.find_references

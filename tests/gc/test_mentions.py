@@ -181,6 +181,7 @@ async def test_a_copy_that_is_made_while_the_objects_are_listed(noted: GcEnviron
 async def test_more_objects_than_one_look_takes(
     noted: GcEnvironment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(gc_collection, "PAGE", 1)
     monkeypatch.setattr(gc_collection, "_LOOKED_FOR_AT_ONCE", 2)
     await noted.sql("CREATE TABLE gc_note (id INT, note TEXT, other TEXT)")
     refs = [await noted.orphan() for _ in range(7)]

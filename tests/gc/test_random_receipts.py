@@ -135,8 +135,9 @@ async def test_the_same_objects_in_python_in_sql_and_for_the_collector(env: GcEn
     source = DatabaseReferences(env.binding, env.sessions, "store")
     await source.require_fit(allow_restored_database=False)
     nominated: set[str] = set()
-    async for page in source.iter_references("store"):
-        nominated |= {found for found, is_here in page if is_here}
+    async with source.in_order("store") as pages:
+        async for page in pages:
+            nominated |= {found for found, is_here in page if is_here}
     named = nominated - everything  # what an `extra` names
     assert everything <= nominated
     assert all("docs/m/1/f/" in found for found in named)

@@ -15,9 +15,9 @@ import pytest
 
 from granite_storage import StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.exceptions import CollectionRefusedError
-from granite_storage.gc import join
+from granite_storage.gc import merge
 from granite_storage.gc import references as gc_references
-from granite_storage.gc.join import open_join
+from granite_storage.gc.merge import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs
 from tests.gc.environment import POLICIES, AgedBackend, Crate, GcEnvironment, file
 
@@ -293,28 +293,15 @@ async def test_an_error_while_closing_does_not_hide_the_refusal(caplog: pytest.L
     assert "closing what iter_references returned failed" in caplog.text
 
 
-@pytest.mark.parametrize("page", [1, 7, 2000])
-async def test_joining_on_disk(monkeypatch: pytest.MonkeyPatch, page: int) -> None:
-    """In pages of any size, in any order, with strange texts: each object is known once, with whether it is referenced."""
-    monkeypatch.setattr(join, "PAGE", page)
-    texts = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "\ufeff", "a\nb", "a\0b"]
-    objects = {text: (text, number, number % 2 == 0) for number, text in enumerate(texts) if number % 3}
-    references = {text: number % 5 == 0 for number, text in enumerate(texts) if number % 4}
-    async with open_join() as joined:
-        for start in range(0, len(texts), 10):
-            await joined.add_references([(text, False) for text in texts[start : start + 10] if text in references])
-            await joined.add_objects([objects[text] for text in texts[start : start + 10] if text in objects])
-        await joined.add_references(list(references.items()))
-        await joined.add_references([(text, False) for text in references])
-        found = [item for some in [one async for one in joined.objects()] for item in some]
-        assert found == [(*objects[text], text in references) for text in sorted(objects)]
-        missing = {text for some in [one async for one in joined.references()] for text, is_missing in some if is_missing}
-        assert missing == {text for text, is_here in references.items() if is_here and text not in objects}
-        await joined.nominate([item[:2] for item in objects.values()])
-        left: list[str] = []
-        async for nominees in joined.nominees(page):
-            assert len(nominees) <= page
-            await joined.dismiss([text for text, size in nominees if size % 2])
-        async for nominees in joined.nominees(page):
-            left += [text for text, _ in nominees]
-        assert left == [text for text in sorted(objects) if objects[text][1] % 2 == 0]
+async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "_IN_MEMORY", 10)
+    monkeypatch.setattr(merge, "_RUN_PAGE", 3)
+    monkeypatch.setattr(merge, "PAGE", 7)
+    texts = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
+    items = [(text, number % 3 == 0) for number, text in enumerate(texts)]
+    async with temporary_file() as file_:
+        sorting = SortedSpool(file_)
+        for item in items:
+            await sorting.add(*item)
+        found = [item async for page in sorting.pages() for item in page]
+    assert found == sorted(items)

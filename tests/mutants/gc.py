@@ -176,9 +176,9 @@ MUTANTS = [
     Mutant(
         name="gc-nominates-by-backend-key",
         rule="A reference protects its object whatever backend it names: when the nominees are chosen.",
-        path="granite_storage/gc/join.py",
-        old="EXISTS (SELECT 1 FROM reference WHERE reference.location = object.location)\n",
-        new="EXISTS (SELECT 1 FROM reference WHERE reference.location = object.location AND is_here)\n",
+        path="granite_storage/gc/merge.py",
+        old="found = set(map(_location, refs))",
+        new="found = {location for location, is_here in refs if is_here}",
         tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_which_nobody_can_tell",),
     ),
     Mutant(

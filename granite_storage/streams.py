@@ -111,7 +111,6 @@ _MOST_KEPT = 100
 _CANCEL_TIMEOUT = 5.0
 
 _HELD_LOCK = 2047
-_SHORT = 128 * 1024
 _MAX_PENDING = 8 * CHUNK_SIZE
 _LARGE_ENOUGH = CHUNK_SIZE // 16
 _MAX_GROUPED = 1024
@@ -903,31 +902,6 @@ class MeasuredStream:
         self.checksum = checksum
 
 
-class _Scratch(threading.local):
-    """Memory of a thread's own, where short pieces are put together."""
-
-    def __init__(self) -> None:
-        self._view: memoryview | None = None
-
-    def view(self) -> memoryview:
-        """Return it; it has room for all that a consumer is ever given at once."""
-        if self._view is None:
-            self._view = memoryview(bytearray(ThreadConsumer.TOGETHER))
-        return self._view
-
-
-_scratch = _Scratch()
-
-
-def _put_together(pieces: list[bytes]) -> memoryview:
-    """Return short pieces as one: to wait for the interpreter between them takes longer than to copy them to memory in use."""
-    together, end = _scratch.view(), 0
-    for piece in pieces:
-        start, end = end, end + len(piece)
-        together[start:end] = piece
-    return together[:end]
-
-
 class Sha256:
     """A SHA-256 whose large pieces are hashed in a thread, a few pieces behind the one who feeds it."""
 
@@ -941,14 +915,8 @@ class Sha256:
             if len(piece) <= INLINE_HASH:
                 _update_inline(self._hash, piece)
                 return
-            self._consumer = ThreadConsumer(
-                _hash_threads, self._hash.update, max_pending=_MAX_PENDING, consume_several=self._update_several
-            )
+            self._consumer = ThreadConsumer(_hash_threads, self._hash.update, max_pending=_MAX_PENDING)
         await self._consumer.feed(piece)
-
-    def _update_several(self, pieces: list[bytes]) -> None:
-        for piece in [_put_together(pieces)] if len(pieces[0]) <= _SHORT else pieces:
-            self._hash.update(piece)
 
     async def checksum(self) -> str:
         """Return `sha256:<hex>` of all bytes added."""

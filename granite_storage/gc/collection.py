@@ -364,8 +364,9 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                     )
                 last = info.location
                 yield info
-        finally:
+        except BaseException:  # one that has come to its end holds nothing
             await close_listing(objects)
+            raise
 
     async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
         await listed.write(page)

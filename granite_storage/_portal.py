@@ -19,7 +19,7 @@ from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
+from granite_storage._tasks import CLEANUP_TIMEOUT, shielded, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
 __all__ = ["Portal", "enter_blocking", "has_running_loop", "portal", "require_no_loop", "run_blocking"]
@@ -87,9 +87,10 @@ class Portal:
 
     async def run_here(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop for a caller on another one, and return its result."""
-        call = self._begin(_Call(work, copy_context()))
+        call = _Call(work, copy_context())
         future = asyncio.wrap_future(call.future)
         try:
+            await shielded(asyncio.to_thread(self._begin, call))  # it may have to start the loop, and to wait for that
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             call.cancel()

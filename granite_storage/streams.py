@@ -200,10 +200,6 @@ def _is_weakly_referable(value: object) -> bool:
     return type(value).__weakrefoffset__ != 0
 
 
-def _unclaimed(_: object) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 def _claimed(source: object) -> AbstractContextManager[object]:
     return _readings.claim(_read_on_of(source))
 
@@ -218,7 +214,7 @@ def _read_on_of(source: object) -> object:
 # Sources: nothing else in the library asks what one is.
 
 
-def iter_chunks(source: ByteSource, *, claim: Claim = _unclaimed) -> AsyncGenerator[BytesLike, None]:
+def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGenerator[BytesLike, None]:
     """Turn whatever the caller streams from into an async iterator of bytes-like chunks, some of which may be empty.
 
     A synchronous one is read in a thread. The caller's object is never closed; an iterator made here from it is, exactly once.

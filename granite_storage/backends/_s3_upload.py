@@ -590,7 +590,8 @@ class ObjectWriter(RemoteWriter):
         try:
             if await source.ended():
                 return await self._put(first)
-            upload = MultipartUpload(self._client, self._location, self._multipart_parameters())
+            algorithm = {"ChecksumAlgorithm": "SHA256"} if self._settings.checksums else {}
+            upload = MultipartUpload(self._client, self._location, {**self._parameters("create_multipart_upload"), **algorithm})
             return await self._in_parts(upload, lambda: upload.send(first, source))
         finally:
             first.drop()
@@ -721,10 +722,6 @@ class ObjectWriter(RemoteWriter):
             **self._content,
             "Metadata": {**self._content.get("Metadata", {}), **extra.get("Metadata", {}), _WRITE_ID: self._id},
         }
-
-    def _multipart_parameters(self) -> dict[str, Any]:
-        algorithm = {"ChecksumAlgorithm": "SHA256"} if self._settings.checksums else {}
-        return {**self._parameters("create_multipart_upload"), **algorithm}
 
     def _only_if_absent(self) -> dict[str, str]:
         return {"IfNoneMatch": "*"} if self._traits.sends_conditions else {}

@@ -11,7 +11,7 @@ import click
 from sqlalchemy import func, select
 
 from granite_storage._documentation import Page
-from granite_storage.cli.output import Bar, format_size
+from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import (
     AFTER,
     CONCURRENCY,
@@ -301,16 +301,12 @@ async def _collect(context: CommandContext, collection: CollectionRun) -> None:
     doing = f"{'looking through' if report.dry_run else 'collecting'} {report.storage_key}"
     try:
         with context.stoppable(collection.stop), context.output.progress(doing, None, "objects") as bar:
-            async for item in collection.on_progress(lambda: _reach(bar, report)):
+            async for item in collection.on_progress(lambda: bar.reach(report.scanned, report.deleted_bytes)):
                 shown += 1
                 if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
                     _show_object(context, item)
     finally:
         _show_report(context, report)
-
-
-def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
-    bar.reach(report.scanned, report.deleted_bytes)
 
 
 def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -419,7 +419,7 @@ def _with_refs(
 
 
 def _readable(metadata: MetaData) -> list[Column[Any]]:
-    columns = list(_columns(metadata))
+    columns = [column for table in metadata.tables.values() for column in table.columns if _has_refs(column.type)]
     for column in columns:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
@@ -427,14 +427,6 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
                 "collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
-
-
-def _columns(metadata: MetaData) -> Iterator[Column[Any]]:
-    table: Table
-    for table in metadata.tables.values():
-        for column in table.columns:
-            if _has_refs(column.type):
-                yield column
 
 
 def _has_refs(kind: TypeEngine[Any]) -> bool:
@@ -511,7 +503,7 @@ class DatabaseReferences:
         of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
         self._identities = await identities_of(self._binding.manager._engine.backend(self._backend))
-        await self._inspect_database(bases)
+        await self._inspect_database(bases, journals)
         if allow_restored_database and self._binding.journal is not None:
             await self._binding.journal.allow_restored_database()
         bound = dict.fromkeys(base.binding.journal for base in bases)
@@ -620,7 +612,7 @@ class DatabaseReferences:
     def _columns(self) -> list[Column[Any]]:
         return [item.column for item in self._ref_columns]
 
-    async def _inspect_database(self, bases: Sequence[BoundBase]) -> None:
+    async def _inspect_database(self, bases: Sequence[BoundBase], declared: Sequence[JournalTables]) -> None:
         """Find the columns and journals of the database, and refuse one that cannot be relied on."""
         try:
             async with self._connection(translated=True) as connection:
@@ -628,7 +620,7 @@ class DatabaseReferences:
                 self._encoding = await connection.run_sync(text_encoding)
                 await require_fit(connection, [])
                 self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
-                self._journals = await connection.run_sync(_journals_in, bases, self._columns)
+                self._journals = await connection.run_sync(_journals_in, declared, self._columns)
             async with self._connection() as connection:
                 await require_fit(connection, [item.column for item in self._ref_columns if item.is_declared])
         except ProgrammingError as error:
@@ -717,9 +709,10 @@ class DatabaseReferences:
             yield await session.connection(bind_arguments={"clause": self._clause}, execution_options=options)
 
 
-def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Sequence[Column[Any]]) -> list[JournalTables]:
-    """Return the tables of every journal in the schemas of the columns: each tenant may have its own."""
-    declared = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
+def _journals_in(
+    connection: Connection, declared: Sequence[JournalTables], columns: Sequence[Column[Any]]
+) -> list[JournalTables]:
+    """Return the tables of every journal in the schemas of the columns and of the declared ones: each tenant may have its own."""
     schemas = {str(column.table.schema) for column in columns}
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
     template = _journal_in(None)

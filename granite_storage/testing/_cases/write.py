@@ -219,7 +219,7 @@ class WriteCases(Cases):
 
         with self.no_task_left(), must_raise(ExceptionGroup, "the task group must end"):
             async with asyncio.timeout(self.patience), asyncio.TaskGroup() as group:
-                group.create_task(_none(backend.put_stream("sibling", endless())))
+                group.create_task(backend.put_stream("sibling", endless()))
                 group.create_task(fail())
         await self.require_absent(backend, "sibling", "after a task of the same group failed")
 
@@ -329,10 +329,6 @@ class WriteCases(Cases):
         with must_raise(TypeError, f"{verb} with an unknown option must raise"):
             await write("option", b"" if verb == "put_bytes" else chunked(b""), overwrite=True)
         await self.require_absent(backend, "option", "after an unknown option")
-
-
-async def _none(call: Awaitable[object]) -> None:
-    await call
 
 
 async def _memory_growth(call: Callable[[], Awaitable[None]]) -> int:

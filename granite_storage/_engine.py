@@ -777,8 +777,8 @@ class Engine:
             else:
                 try:
                     failures = await backend.delete_many(locations)
-                except StorageError as error:
-                    failures = dict.fromkeys(locations, error)
+                except StorageError as failure:
+                    failures = dict.fromkeys(locations, failure)
         for error in failures.values():
             if isinstance(error, BackendError):
                 error.backend = error.backend or backend_key

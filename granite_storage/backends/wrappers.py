@@ -54,7 +54,7 @@ class WrappedBackend:
     def __new__(cls, inner: StorageBackend, *_: Any, **__: Any) -> Self:
         """Make an instance of the class that has the inner backend's abilities."""
         abilities = [ability for protocol, ability in _ABILITIES.items() if isinstance(inner, protocol)]
-        return super().__new__(cast(type[Self], _class_with(cls, *abilities)))
+        return super().__new__(cast(type[Self], _class_with(cast(Any, cls), tuple(abilities))))
 
     def __init__(self, inner: StorageBackend) -> None:
         self.inner = inner
@@ -264,7 +264,7 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
 
 
 @cache
-def _class_with(cls: type[WrappedBackend], *abilities: type[WrappedBackend]) -> type[WrappedBackend]:
+def _class_with(cls: Any, abilities: tuple[Any, ...]) -> type[WrappedBackend]:
     return type(cls.__name__, (cls, *abilities), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 

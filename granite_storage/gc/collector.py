@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from granite_storage._documentation import Page
-from granite_storage._portal import enter_blocking, run_blocking
+from granite_storage._portal import blocking, enter_blocking
 from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError
@@ -208,17 +208,7 @@ class SyncGarbageCollector:
     def __init__(self, collector: StorageGarbageCollector) -> None:
         self._collector = collector
 
-    def collect(
-        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
-    ) -> GarbageCollectionReport:
-        """Collect once; see `StorageGarbageCollector.collect`."""
-        work = self._collector.collect(
-            storage_key=storage_key,
-            dry_run=dry_run,
-            allow_restored_database=allow_restored_database,
-            allow_no_references=allow_no_references,
-        )
-        return run_blocking(work, "collector.sync.collect", "'await collector.collect(...)'")
+    collect = blocking("collector", "_collector", StorageGarbageCollector.collect)
 
     def run_every(
         self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False

@@ -399,31 +399,6 @@ class _LoopState:
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
-class Identities:
-    """The identities that new refs keep. No upload fails because a store keeps none."""
-
-    def __init__(self) -> None:
-        self._refused: set[str] = set()
-
-    async def current(self, backend_key: str, backend: StorageBackend) -> str | None:
-        """Return the identity of a backend's store, which is given one at its first use; None where it has none."""
-        if backend_key in self._refused or not isinstance(backend, SupportsIdentity):
-            return None
-        try:
-            return next(iter(await backend.identities(create=True)), None)
-        except (BackendUnavailableError, ConfigurationError):
-            return None  # the write will meet the same, and say so
-        except StorageError as error:
-            self._refused.add(backend_key)
-            logger.warning(
-                "the identity of the backend %r could not be written, so new refs do not record their store: %s",
-                backend_key,
-                error,
-                extra=fields_of(backend=backend_key),
-            )
-            return None
-
-
 async def explain_missing(error: ObjectNotFoundError, ref: StoredObjectRef, backend: StorageBackend) -> None:
     """Complete the message of an error about a missing object, once, where the ref was written to another store."""
     if ref.identity is None or ref.identity in str(error) or not isinstance(backend, SupportsIdentity):
@@ -526,7 +501,7 @@ class Engine:
         self.url_signer: UrlSigner | None = url_signer
         self._lifecycle = lifecycle
         self._pace = pace
-        self._identities = Identities()
+        self._without_identity: set[str] = set()
         load()
 
     def policy(self, storage_key: str) -> StoragePolicy:
@@ -801,7 +776,7 @@ class Engine:
     async def identity(self, backend_key: str) -> str | None:
         """Return the identity of a backend's store, which is given one where it has none; None where it can keep none."""
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
-            return await self._identities.current(backend_key, backend)
+            return await self._current_identity(backend_key, backend)
 
     def public_url(self, ref: StoredObjectRef) -> str:
         """Return the URL at which anybody can read an object of a public policy."""
@@ -889,6 +864,24 @@ class Engine:
         for key, backend in self.backends.items():
             await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
 
+    async def _current_identity(self, backend_key: str, backend: StorageBackend) -> str | None:
+        """Return the identity of a store for new refs, given at its first use; no upload fails because a store keeps none."""
+        if backend_key in self._without_identity or not isinstance(backend, SupportsIdentity):
+            return None
+        try:
+            return next(iter(await backend.identities(create=True)), None)
+        except (BackendUnavailableError, ConfigurationError):
+            return None  # the write will meet the same, and say so
+        except StorageError as error:
+            self._without_identity.add(backend_key)
+            logger.warning(
+                "the identity of the backend %r could not be written, so new refs do not record their store: %s",
+                backend_key,
+                error,
+                extra=fields_of(backend=backend_key),
+            )
+            return None
+
     @contextmanager
     def _at(self, ref: StoredObjectRef) -> Iterator[StorageBackend]:
         """Give the backend that a ref names, once the ref is found to be one that leads nowhere else."""
@@ -916,7 +909,7 @@ class Engine:
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
-                identity = await self._identities.current(key, backend)
+                identity = await self._current_identity(key, backend)
                 with _stored_headers(prepared) as content_type:
                     details = await backend.put_bytes(prepared.location, data, content_type=content_type)
             return await self._receipt(prepared, len(data), checksum, details, identity)
@@ -927,7 +920,7 @@ class Engine:
         judged = prepared if gate is None else prepared.judged(gate.verdict)
         try:
             with self._attribute_errors(key) as backend:
-                identity = await self._identities.current(key, backend)
+                identity = await self._current_identity(key, backend)
                 with _stored_headers(judged) as content_type:
                     details = await backend.put_stream(prepared.location, content, content_type=content_type)
         except BaseException:
@@ -966,7 +959,7 @@ class Engine:
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
-            identity = await self._identities.current(ref.backend, storage)
+            identity = await self._current_identity(ref.backend, storage)
             with _stored_headers(prepared):
                 details = await backend.copy(ref.location, prepared.location)
             return await self._receipt(prepared, ref.size, ref.checksum, details, identity)

@@ -342,7 +342,8 @@ def blocking(
         check(*args, **kwargs)
         behind = getattr(face, attribute)
         work: Coroutine[Any, Any, T] = getattr(behind, name)(*args, **kwargs)
-        return run_blocking(work, f"{what}.sync.{name}", f"'await {what}.{name}(...)'", undo and getattr(behind, undo))
+        undoing = None if undo is None else getattr(behind, undo)
+        return run_blocking(work, f"{what}.sync.{name}", f"'await {what}.{name}(...)'", undoing)
 
     said = (method.__doc__ or "").partition("\n")[0].rstrip(".")
     wait.__doc__ = f"{said}; see `{method.__qualname__}`."

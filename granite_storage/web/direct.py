@@ -39,6 +39,7 @@ from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import canonical_checksum
+from granite_storage.signing import TokenSigner
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._direct_state import (
     CompletionStore,
@@ -51,7 +52,7 @@ from granite_storage.web._direct_state import (
     require_beginning,
 )
 from granite_storage.web._requests import RequestBody, UploadLimits, content_type_to_keep
-from granite_storage.web._upload_tokens import UploadToken, UploadTokenSigner, token_of
+from granite_storage.web._upload_tokens import UploadToken, token_of
 from granite_storage.web.errors import (
     MalformedRequestError,
     RequestError,
@@ -64,6 +65,7 @@ from granite_storage.web.responses import is_request, send_departed
 
 __all__ = ["DirectUpload", "DirectUploads"]
 
+_PURPOSE = "granite-storage: a direct upload to"
 _LONGEST_OWNER = 255
 _OPAQUE = "application/octet-stream"
 _INVALID = "the upload's token is invalid or has expired"
@@ -179,16 +181,16 @@ class DirectUploads:
         if audience is not None and not isinstance(audience, str):
             raise ConfigurationError(f"audience must be a string, not {audience!r:.40}")
         keys = {"default": secret} if isinstance(secret, str | bytes) else secret
-        longest = max_expires_in + finish_within
         self.base_url: str | None = None if base_url is None else require_base_url(base_url)
         self._binding = binding
         self._manager = binding.manager
         self._max_expires_in = max_expires_in
         self._finish_within = finish_within
+        self._longest = max_expires_in + finish_within
         self._audience = binding.base_name if audience is None else audience
         self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
-        self._to_finish = UploadTokenSigner("a direct upload to finish", keys, longest=longest)
-        self._to_send = UploadTokenSigner("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
+        self._to_finish = TokenSigner(f"{_PURPOSE} finish, version 1", keys)
+        self._to_send = TokenSigner(f"{_PURPOSE} send, version 1", keys, audience=self.base_url or "")
         self._completions: CompletionStore = (
             MemoryCompletionStore() if binding.journal is None else JournalCompletionStore(binding.journal)
         )
@@ -258,7 +260,7 @@ class DirectUploads:
         request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
-        token = self._to_finish.sign(await self._record_intent(upload_token, expires_in))
+        token = (await self._record_intent(upload_token, expires_in)).sign(self._to_finish)
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
@@ -292,7 +294,7 @@ class DirectUploads:
             BackendError: The storage could not copy or read it.
         """
         wanted = self._column_type_of(attribute)
-        upload_token = self._to_finish.read(token)
+        upload_token = UploadToken.read(self._to_finish, token, self._longest)
         if (
             upload_token is None
             or upload_token.owner != owner
@@ -321,7 +323,7 @@ class DirectUploads:
         """Store the body of a request, and return the answer; None where the client has disconnected."""
         try:
             token = token_of(request.scope)
-            upload_token = None if token is None else self._to_send.read(token)
+            upload_token = None if token is None else UploadToken.read(self._to_send, token, self._longest)
             if upload_token is None or upload_token.expires <= time.time():
                 raise UploadTokenError(_INVALID_URL)
             await self._receive(request, upload_token)
@@ -417,7 +419,7 @@ class DirectUploads:
                 f"the backend {upload_token.backend!r} cannot sign requests: pass base_url= to DirectUploads, and mount it there",
                 see=Page.DIRECT_UPLOADS,
             )
-        token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
+        token = replace(upload_token, filename=None, owner=None).sign(self._to_send)
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
 
     def _column_type_of(self, attribute: object) -> AttachmentType:
@@ -463,7 +465,7 @@ class DirectUploads:
             raise ValueError(f"expires_in must be from one second to {self._max_expires_in}, not {expires_in}")
 
     def __repr__(self) -> str:
-        return f"<DirectUploads of {self._binding.base_name} {self._to_finish!r}>"
+        return f"<DirectUploads of {self._binding.base_name} keys={self._to_finish.key_ids}>"
 
 
 def _resolve_sizes(

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, served_type
 from granite_storage._portal import portal
-from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
+from granite_storage._tasks import CLEANUP_TIMEOUT, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of, load, traced
+from granite_storage.backends._remote import delete_each
 from granite_storage.backends.base import (
     ObjectHeaders,
     ObjectInfo,
@@ -94,7 +95,6 @@ def _gate() -> ModuleType:
 
 _LONGEST_CONTENT_TYPE = 255
 _OPAQUE = "application/octet-stream"
-_DELETES_AT_A_TIME = 16
 # A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
@@ -399,31 +399,6 @@ class _LoopState:
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
-class Identities:
-    """The identities that new refs keep. No upload fails because a store keeps none."""
-
-    def __init__(self) -> None:
-        self._refused: set[str] = set()
-
-    async def current(self, backend_key: str, backend: StorageBackend) -> str | None:
-        """Return the identity of a backend's store, which is given one at its first use; None where it has none."""
-        if backend_key in self._refused or not isinstance(backend, SupportsIdentity):
-            return None
-        try:
-            return next(iter(await backend.identities(create=True)), None)
-        except (BackendUnavailableError, ConfigurationError):
-            return None  # the write will meet the same, and say so
-        except StorageError as error:
-            self._refused.add(backend_key)
-            logger.warning(
-                "the identity of the backend %r could not be written, so new refs do not record their store: %s",
-                backend_key,
-                error,
-                extra=fields_of(backend=backend_key),
-            )
-            return None
-
-
 async def explain_missing(error: ObjectNotFoundError, ref: StoredObjectRef, backend: StorageBackend) -> None:
     """Complete the message of an error about a missing object, once, where the ref was written to another store."""
     if ref.identity is None or ref.identity in str(error) or not isinstance(backend, SupportsIdentity):
@@ -526,7 +501,7 @@ class Engine:
         self.url_signer: UrlSigner | None = url_signer
         self._lifecycle = lifecycle
         self._pace = pace
-        self._identities = Identities()
+        self._without_identity: set[str] = set()
         load()
 
     def policy(self, storage_key: str) -> StoragePolicy:
@@ -771,11 +746,14 @@ class Engine:
         for location in locations:
             check_location(location)
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
-            if isinstance(backend, SupportsBatchDelete):
-                failures: Mapping[str, StorageError] = await _delete_in_batches(backend, locations)
+            failures: Mapping[str, StorageError]
+            if not isinstance(backend, SupportsBatchDelete):
+                failures = await delete_each(locations, backend.delete, StorageError)
             else:
-                errors = await run_bounded(locations, partial(_delete_one, backend), _DELETES_AT_A_TIME)
-                failures = {location: error for location, error in zip(locations, errors, strict=True) if error is not None}
+                try:
+                    failures = await backend.delete_many(locations)
+                except StorageError as failure:
+                    failures = dict.fromkeys(locations, failure)
         for error in failures.values():
             if isinstance(error, BackendError):
                 error.backend = error.backend or backend_key
@@ -798,7 +776,7 @@ class Engine:
     async def identity(self, backend_key: str) -> str | None:
         """Return the identity of a backend's store, which is given one where it has none; None where it can keep none."""
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
-            return await self._identities.current(backend_key, backend)
+            return await self._current_identity(backend_key, backend)
 
     def public_url(self, ref: StoredObjectRef) -> str:
         """Return the URL at which anybody can read an object of a public policy."""
@@ -886,6 +864,24 @@ class Engine:
         for key, backend in self.backends.items():
             await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
 
+    async def _current_identity(self, backend_key: str, backend: StorageBackend) -> str | None:
+        """Return the identity of a store for new refs, given at its first use; no upload fails because a store keeps none."""
+        if backend_key in self._without_identity or not isinstance(backend, SupportsIdentity):
+            return None
+        try:
+            return next(iter(await backend.identities(create=True)), None)
+        except (BackendUnavailableError, ConfigurationError):
+            return None  # the write will meet the same, and say so
+        except StorageError as error:
+            self._without_identity.add(backend_key)
+            logger.warning(
+                "the identity of the backend %r could not be written, so new refs do not record their store: %s",
+                backend_key,
+                error,
+                extra=fields_of(backend=backend_key),
+            )
+            return None
+
     @contextmanager
     def _at(self, ref: StoredObjectRef) -> Iterator[StorageBackend]:
         """Give the backend that a ref names, once the ref is found to be one that leads nowhere else."""
@@ -913,7 +909,7 @@ class Engine:
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
-                identity = await self._identities.current(key, backend)
+                identity = await self._current_identity(key, backend)
                 with _stored_headers(prepared) as content_type:
                     details = await backend.put_bytes(prepared.location, data, content_type=content_type)
             return await self._receipt(prepared, len(data), checksum, details, identity)
@@ -924,7 +920,7 @@ class Engine:
         judged = prepared if gate is None else prepared.judged(gate.verdict)
         try:
             with self._attribute_errors(key) as backend:
-                identity = await self._identities.current(key, backend)
+                identity = await self._current_identity(key, backend)
                 with _stored_headers(judged) as content_type:
                     details = await backend.put_stream(prepared.location, content, content_type=content_type)
         except BaseException:
@@ -963,7 +959,7 @@ class Engine:
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
-            identity = await self._identities.current(ref.backend, storage)
+            identity = await self._current_identity(ref.backend, storage)
             with _stored_headers(prepared):
                 details = await backend.copy(ref.location, prepared.location)
             return await self._receipt(prepared, ref.size, ref.checksum, details, identity)
@@ -998,21 +994,6 @@ def _stored_headers(prepared: PreparedUpload) -> Iterator[str | None]:
         yield content_type
     finally:
         object_headers.reset(token)
-
-
-async def _delete_in_batches(backend: SupportsBatchDelete, locations: Sequence[str]) -> Mapping[str, StorageError]:
-    try:
-        return await backend.delete_many(locations)
-    except StorageError as error:
-        return dict.fromkeys(locations, error)
-
-
-async def _delete_one(backend: StorageBackend, location: str) -> StorageError | None:
-    try:
-        await backend.delete(location)
-    except StorageError as error:
-        return error
-    return None
 
 
 def _require_mapping(argument: str, value: object) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from granite_storage.backends.base import StorageBackend, SupportsMountCheck
-from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, StorageFullError, UnknownBackendError
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm.references import RowValues, Scan
 from granite_storage.readers import StoredObjectReader
@@ -236,6 +236,12 @@ async def retry_unavailable(call: Callable[[], Awaitable[Result]]) -> Result:
         except BackendUnavailableError:
             await asyncio.sleep(pause)
     return await call()
+
+
+def ends_run(error: Exception) -> bool:
+    """Return whether an error is not about one object but about the configuration, or about a store as a whole."""
+    is_general = isinstance(error, BackendUnavailableError | ConfigurationError | StorageFullError)
+    return is_general and not isinstance(error, UnknownBackendError)
 
 
 async def require_mounted(key: str, backend: StorageBackend) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import time
 import unicodedata
 from math import inf
@@ -196,36 +195,11 @@ def uuid7_hex() -> str:
     Source: RFC 9562, section 5.7.
     """
     milliseconds = time.time_ns() // 1_000_000
-    randomness = int.from_bytes(_entropy.take(10))
+    randomness = int.from_bytes(os.urandom(10))
     value = (milliseconds & (1 << 48) - 1) << 80 | randomness
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0x3 << 62) | 2 << 62
     return f"{value:032x}"
-
-
-class _Entropy:
-    """The system's randomness, fetched for many names at a time: asking for it gives up the interpreter's lock each time."""
-
-    def __init__(self) -> None:
-        self._bytes = b""
-        self._used = 0
-        self._lock = threading.Lock()
-
-    def take(self, count: int) -> bytes:
-        with self._lock:
-            if self._used + count > len(self._bytes):
-                self._bytes, self._used = os.urandom(4096), 0
-            self._used += count
-            return self._bytes[self._used - count : self._used]
-
-    def forget(self) -> None:
-        """Drop what is left: a fork must not use the bytes that its parent uses."""
-        self._bytes, self._used, self._lock = b"", 0, threading.Lock()
-
-
-_entropy = _Entropy()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_entropy.forget)
 
 
 def _segment_problem(segment: object, windows: bool) -> str | None:

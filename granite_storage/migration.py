@@ -20,6 +20,7 @@ from granite_storage._jobs import (
     Budget,
     RowReport,
     RowRun,
+    ends_run,
     rate_limited,
     require_concurrency,
     require_in_force,
@@ -28,13 +29,10 @@ from granite_storage._jobs import (
 )
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
-    BackendUnavailableError,
     ConfigurationError,
     ObjectNotFoundError,
     StaleAttachmentError,
     StorageError,
-    StorageFullError,
-    UnknownBackendError,
 )
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
@@ -231,13 +229,9 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
             try:
                 if await retry_unavailable(partial(self._relocate, held, held.ref, shared)):
                     return _to_migrated(MigrationStatus.MOVED, held)
-            except (BackendUnavailableError, StorageFullError):
-                raise
-            except UnknownBackendError as problem:
-                error = problem
-            except ConfigurationError:
-                raise
             except (StorageError, SQLAlchemyError) as problem:
+                if ends_run(problem):
+                    raise
                 error = problem
             found = await self._scan.read_again(held)
             if found is None or not self._concerns(found):

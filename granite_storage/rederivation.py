@@ -16,21 +16,19 @@ from granite_storage._jobs import (
     Budget,
     RowReport,
     RowRun,
+    ends_run,
     require_concurrency,
     require_in_force,
     require_mounted,
     retry_unavailable,
 )
 from granite_storage.exceptions import (
-    BackendUnavailableError,
     ConfigurationError,
     InfectedObjectError,
     ObjectNotFoundError,
     ScanPendingError,
     StaleAttachmentError,
     StorageError,
-    StorageFullError,
-    UnknownBackendError,
 )
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.references import RowValue, RowValues
@@ -207,15 +205,11 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
                 return _processed(RederivationStatus.FAILED, held, wanted, held.error)
             try:
                 return await self._do(held, held.ref, wanted)
-            except (BackendUnavailableError, StorageFullError):
-                raise
             except (ScanPendingError, InfectedObjectError) as problem:
                 return _processed(RederivationStatus.HELD, held, wanted, problem)
-            except ConfigurationError as problem:
-                if not isinstance(problem, UnknownBackendError):
-                    raise
-                error = problem
             except (StorageError, SQLAlchemyError) as problem:
+                if ends_run(problem):
+                    raise
                 error = problem
             found = await self._scan.read_again(held)
             if found is None or wanted not in self._wanted(found):

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
 
 from granite_storage._portal import portal
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import Turn, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -111,7 +111,6 @@ _MOST_KEPT = 100
 _CANCEL_TIMEOUT = 5.0
 
 _HELD_LOCK = 2047
-_SHORT = 128 * 1024
 _MAX_PENDING = 8 * CHUNK_SIZE
 _LARGE_ENOUGH = CHUNK_SIZE // 16
 _MAX_GROUPED = 1024
@@ -201,10 +200,6 @@ def _is_weakly_referable(value: object) -> bool:
     return type(value).__weakrefoffset__ != 0
 
 
-def _unclaimed(_: object) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 def _claimed(source: object) -> AbstractContextManager[object]:
     return _readings.claim(_read_on_of(source))
 
@@ -219,7 +214,7 @@ def _read_on_of(source: object) -> object:
 # Sources: nothing else in the library asks what one is.
 
 
-def iter_chunks(source: ByteSource, *, claim: Claim = _unclaimed) -> AsyncGenerator[BytesLike, None]:
+def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGenerator[BytesLike, None]:
     """Turn whatever the caller streams from into an async iterator of bytes-like chunks, some of which may be empty.
 
     A synchronous one is read in a thread. The caller's object is never closed; an iterator made here from it is, exactly once.
@@ -903,31 +898,6 @@ class MeasuredStream:
         self.checksum = checksum
 
 
-class _Scratch(threading.local):
-    """Memory of a thread's own, where short pieces are put together."""
-
-    def __init__(self) -> None:
-        self._view: memoryview | None = None
-
-    def view(self) -> memoryview:
-        """Return it; it has room for all that a consumer is ever given at once."""
-        if self._view is None:
-            self._view = memoryview(bytearray(ThreadConsumer.TOGETHER))
-        return self._view
-
-
-_scratch = _Scratch()
-
-
-def _put_together(pieces: list[bytes]) -> memoryview:
-    """Return short pieces as one: to wait for the interpreter between them takes longer than to copy them to memory in use."""
-    together, end = _scratch.view(), 0
-    for piece in pieces:
-        start, end = end, end + len(piece)
-        together[start:end] = piece
-    return together[:end]
-
-
 class Sha256:
     """A SHA-256 whose large pieces are hashed in a thread, a few pieces behind the one who feeds it."""
 
@@ -941,14 +911,8 @@ class Sha256:
             if len(piece) <= INLINE_HASH:
                 _update_inline(self._hash, piece)
                 return
-            self._consumer = ThreadConsumer(
-                _hash_threads, self._hash.update, max_pending=_MAX_PENDING, consume_several=self._update_several
-            )
+            self._consumer = ThreadConsumer(_hash_threads, self._hash.update, max_pending=_MAX_PENDING)
         await self._consumer.feed(piece)
-
-    def _update_several(self, pieces: list[bytes]) -> None:
-        for piece in [_put_together(pieces)] if len(pieces[0]) <= _SHORT else pieces:
-            self._hash.update(piece)
 
     async def checksum(self) -> str:
         """Return `sha256:<hex>` of all bytes added."""
@@ -1005,7 +969,7 @@ async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, N
     A thread that hashes or writes needs the interpreter once for each piece, so few large pieces disturb the event loop less. A
     chunk of 64 KiB or more is passed on as it is: to join such ones would cost more than that.
     """
-    turn = _Turn()
+    turn = Turn(_TURN_SECONDS)
     with _Group() as group:
         async for chunk in chunks:
             size = len(chunk)
@@ -1015,29 +979,15 @@ async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, N
                 for piece in _cut(chunk):
                     yield piece
                     del piece
-                    if turn.is_over():
-                        await asyncio.sleep(0)
+                    if turn.is_due:
+                        await turn.end()
             elif size:
                 group.add(bytes(chunk))
             del chunk  # its producer may want to change the size of the buffer, or to free it
-            if turn.is_over():
-                await asyncio.sleep(0)
+            if turn.is_due:
+                await turn.end()
         if group.size:
             yield group.joined()
-
-
-class _Turn:
-    """Says when it is time to let other tasks run."""
-
-    def __init__(self) -> None:
-        self._ends = time.monotonic() + _TURN_SECONDS
-
-    def is_over(self) -> bool:
-        now = time.monotonic()
-        if now < self._ends:
-            return False
-        self._ends = now + _TURN_SECONDS
-        return True
 
 
 class _Group:

@@ -9,7 +9,7 @@ from sqlalchemy import Column, Connection, Select, select, true
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._engine import identities_of, may_overlap
-from granite_storage.alembic._transactions import StorageThread
+from granite_storage.alembic._transactions import run
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
@@ -25,13 +25,11 @@ class Owners:
 
     Args:
         connection: The migration's connection.
-        thread: The thread on which backends are called.
         manager: The manager.
         target: The column that is being filled; it is asked though it may be empty now.
     """
 
-    def __init__(self, connection: Connection, thread: StorageThread, manager: StorageManager, target: Column[Any]) -> None:
-        self._thread = thread
+    def __init__(self, connection: Connection, manager: StorageManager, target: Column[Any]) -> None:
         self._manager = manager
         found = [item for item in find_json_columns(connection) if item.is_readable and not item.is_foreign]
         columns = [as_found(item.schema, item.table, item.name) for item in found]
@@ -61,7 +59,7 @@ class Owners:
     def _keys_like(self, key: str) -> frozenset[str]:
         """Return the keys of the manager that may lead to the same objects as one of them does."""
         if key not in self._keys:
-            self._keys[key] = self._thread.run(self._find_keys_like(key))
+            self._keys[key] = run(self._find_keys_like(key))
         return self._keys[key]
 
     async def _find_keys_like(self, key: str) -> frozenset[str]:
@@ -72,7 +70,7 @@ class Owners:
     def _may_be_of(self, key: str, identity: str) -> bool:
         """Return whether a ref with this identity, or none, may lead to the store of a backend."""
         if key not in self._identities:
-            self._identities[key] = self._thread.run(self._find_identities(key))
+            self._identities[key] = run(self._find_identities(key))
         identities = self._identities[key]
         return not identity or not identities or identity in identities
 

@@ -1,10 +1,8 @@
-"""What a conversion runs on: transactions of some rows each, and a thread in which the manager is awaited."""
+"""What a conversion runs on: transactions of some rows each, and an event loop on which the manager is awaited."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
@@ -13,6 +11,7 @@ from sqlalchemy import Column, ColumnElement, Connection, MetaData, Table, func,
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.util import await_only
 
+from granite_storage._portal import portal
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import in_greenlet
@@ -129,55 +128,22 @@ def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], 
 
 # Awaiting the manager from a migration, which is synchronous code.
 #
-# The manager runs on an event loop and in a thread of its own. So it makes no difference whether the migration runs in a plain
-# program, below `run_sync` of an asynchronous `env.py`, or in a synchronous call inside of a coroutine: no loop waits for
-# itself, and what the manager opens for this loop is closed with it.
+# The manager runs on the event loop of synchronous callers, in whatever the migration runs: a plain program, `run_sync` of an
+# asynchronous `env.py`, whose own loop goes on meanwhile, or a synchronous call inside of a coroutine. No loop waits for itself.
 
 
-class StorageThread:
-    """The event loop of the thread, for calls from the migration."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interruption of the caller cancels it, and waits until it has ended."""
-        return _outcome(asyncio.run_coroutine_threadsafe(work, self._loop))
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end; an interruption of the caller cancels it, and waits until it has ended."""
+    return await_only(portal.run_here(work)) if in_greenlet() else portal.run(work)
 
 
 @contextmanager
-def storage_thread(manager: StorageManager) -> Iterator[StorageThread]:
-    """Start an event loop on which the manager is open; its clients are closed at the end of the block."""
-    ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-    executor = ThreadPoolExecutor(1, thread_name_prefix="granite-alembic")
-    ended = executor.submit(asyncio.run, _serve(manager, ready))
-    executor.shutdown(wait=False)
-    loop, stop = _outcome(ready)
+def closing(manager: StorageManager) -> Iterator[None]:
+    """Close at the end of the block what the manager has opened for it, unless the application has it open there itself."""
+    is_ours = not portal.is_used_by(manager._lifecycle)
     try:
-        yield StorageThread(loop)
+        yield
     finally:
-        loop.call_soon_threadsafe(stop.set)
-        _outcome(ended)
-
-
-async def _serve(manager: StorageManager, ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
-    stop = asyncio.Event()
-    try:
-        async with manager:
-            ready.set_result((asyncio.get_running_loop(), stop))
-            await stop.wait()
-    except BaseException as error:
-        if not ready.done():
-            ready.set_exception(error)
-        raise
-
-
-def _outcome(future: Future[T]) -> T:
-    """Wait for a result: through the greenlet where there is one, so that its loop keeps running."""
-    try:
-        if in_greenlet():
-            return await_only(asyncio.wrap_future(future))
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
+        if is_ours:
+            run(manager._close_here())
+            portal.release(manager._lifecycle)

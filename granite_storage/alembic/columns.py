@@ -12,7 +12,7 @@ from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import require_concurrency
 from granite_storage._tasks import run_bounded
-from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, reflect_table, require_online, storage_thread
+from granite_storage.alembic._transactions import Op, closing, columns_of, count, key_pages, reflect_table, require_online, run
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
@@ -91,9 +91,9 @@ def drop_converted_column(
     if source not in columns_of(connection, table, schema):
         return
     found = reflect_table(connection, table, schema, refs=target, others=[source])
-    with storage_thread(manager) as thread:
+    with closing(manager):
         for keys in key_pages(connection, found, found.c[target].is_not(None), concurrency):
-            thread.run(_verify(manager, _refs(connection, found, found.c[target], keys)))
+            run(_verify(manager, _refs(connection, found, found.c[target], keys)))
     _require_done(connection, found, found.c[source], found.c[target], empty)
     op.drop_column(table, source, schema=schema)
 

@@ -14,14 +14,14 @@ from granite_storage._jobs import require_concurrency
 from granite_storage.alembic._owners import Owners
 from granite_storage.alembic._transactions import (
     Op,
-    StorageThread,
+    closing,
     columns_of,
     count,
     key_pages,
     own_transactions,
     reflect_table,
     require_online,
-    storage_thread,
+    run,
 )
 from granite_storage.alembic.sources import (
     CopyOf,
@@ -273,12 +273,13 @@ def text_to_storage(
         StorageError: An object could not be stored. Every error names the row in a note; rows converted before stay converted.
     """
 
-    def encode(value: Any) -> bytes:
-        return str(value).encode(encoding)
+    def encode(row: Row) -> bytes:
+        return str(row[source]).encode(encoding)
 
-    contents = _Contents(manager, source, target, storage_key, encode, content_type, filename, require_concurrency(concurrency))
-    conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
-    return _convert_on_thread(op, manager, conversion, contents.work, progress)
+    conversion = Conversion(table, source, target, schema, target, also_read, require_concurrency(concurrency))
+    return _store_contents(
+        op, _Storing(manager, storage_key, target, concurrency), conversion, encode, content_type, filename, progress
+    )
 
 
 def blob_to_storage(
@@ -297,9 +298,14 @@ def blob_to_storage(
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Store each value of a binary column as an object; otherwise as `text_to_storage`."""
-    contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, require_concurrency(concurrency))
-    conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
-    return _convert_on_thread(op, manager, conversion, contents.work, progress)
+
+    def encode(row: Row) -> bytes:
+        return bytes(row[source])
+
+    conversion = Conversion(table, source, target, schema, target, also_read, require_concurrency(concurrency))
+    return _store_contents(
+        op, _Storing(manager, storage_key, target, concurrency), conversion, encode, content_type, filename, progress
+    )
 
 
 def paths_to_storage(
@@ -340,10 +346,23 @@ def paths_to_storage(
         InvalidLocationError: A location is not valid in the library.
         ObjectNotFoundError: The object of a path is missing.
     """
-    paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, require_concurrency(concurrency))
-    return _convert_on_thread(
-        op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress
-    )
+    storing = _Storing(manager, storage_key, target, require_concurrency(concurrency))
+    owners: Owners | None = None
+
+    def find(connection: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
+        nonlocal owners
+        found = [mapping(row[source]) for row in rows]
+        owners = owners or Owners(connection, manager, table.c[target])
+        taken = owners.find_taken(connection, [item for item in found if isinstance(item, InPlace)])
+        works: list[Callable[[Place], StoreWork]] = []
+        for item in found:
+            works.append(partial(_store_item, manager, item, taken, skip_missing))
+            if isinstance(item, InPlace):
+                taken = {*taken, *owners.addresses(item)}
+        return storing.store(table, rows, works)
+
+    with closing(manager):
+        return convert(op, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), find, progress)
 
 
 def storage_to_text(
@@ -422,13 +441,6 @@ def storage_to_paths(
     return convert(op, Conversion(table, source, target, schema, source, (), _ROWS_OF_PATHS), work, progress)
 
 
-def _convert_on_thread(
-    op: Op, manager: StorageManager, conversion: Conversion, work: Callable[[StorageThread], Work], progress: Progress | None
-) -> ConversionReport:
-    with storage_thread(manager) as thread:
-        return convert(op, conversion, work(thread), progress)
-
-
 def _restore(
     op: Op,
     manager: StorageManager,
@@ -436,121 +448,77 @@ def _restore(
     read: Callable[[StoredObjectRef], Coroutine[Any, Any, Any]],
     progress: Progress | None,
 ) -> ConversionReport:
-    def work(thread: StorageThread) -> Work:
-        def restore(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
-            return [Made(thread.run(read(StoredObjectRef.from_dict(row[conversion.source])))) for row in rows]
+    def restore(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
+        return [Made(run(read(StoredObjectRef.from_dict(row[conversion.source])))) for row in rows]
 
-        return restore
-
-    return _convert_on_thread(op, manager, conversion, work, progress)
+    with closing(manager):
+        return convert(op, conversion, restore, progress)
 
 
 class _Storing:
     """Stores objects for rows."""
 
-    def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, concurrency: int) -> None:
+    def __init__(self, manager: StorageManager, storage_key: str, target: str, concurrency: int) -> None:
         manager.policy(storage_key)
-        self._manager = manager
-        self._source = source
-        self._target = target
+        self.manager = manager
         self._storage_key = storage_key
+        self._target = target
         self._concurrency = concurrency
 
-    def _place(self, table: Table, row: Row) -> Place:
-        key = tuple(row[column.name] for column in table.primary_key)
-        return Place(self._storage_key, table.name, key, self._target)
+    def store(self, table: Table, rows: Sequence[Row], works: Sequence[Callable[[Place], StoreWork]]) -> list[Made]:
+        """Store an object for each row, or none of them: what its work stores at the place of the row."""
+        named: list[tuple[str, Callable[[], StoreWork]]] = []
+        for row, work in zip(rows, works, strict=True):
+            key = tuple(row[column.name] for column in table.primary_key)
+            named.append((f"{table.name} {key}", partial(work, Place(self._storage_key, table.name, key, self._target))))
+        return [self._to_made(stored) for stored in run(all_or_none(self.manager, named, self._concurrency))]
 
-    def _store(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
-        named = [(f"{place.table} {place.primary_key}", work) for place, work in works]
-        return [self._to_made(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._concurrency))]
-
-    def _to_made(self, thread: StorageThread, stored: Stored | None) -> Made:
+    def _to_made(self, stored: Stored | None) -> Made:
         if stored is None:
             return Made(None)
         if not stored.is_own:
             return Made(stored.ref.to_dict(), is_adopted=True)
-        return Made(stored.ref.to_dict(), undo=lambda: thread.run(remove(self._manager, stored.ref)))
+        return Made(stored.ref.to_dict(), undo=lambda: run(remove(self.manager, stored.ref)))
 
 
-class _Contents(_Storing):
-    """Stores the values of a column."""
+def _store_contents(
+    op: Op,
+    storing: _Storing,
+    conversion: Conversion,
+    encode: Callable[[Row], bytes],
+    content_type: Of,
+    filename: Of,
+    progress: Progress | None,
+) -> ConversionReport:
+    def work_of(row: Row) -> Callable[[Place], StoreWork]:
+        content, kind, name = encode(row), _resolve(content_type, row), _resolve(filename, row)
+        return lambda place: store_bytes(storing.manager, place, content, kind, name)
 
-    def __init__(
-        self,
-        manager: StorageManager,
-        source: str,
-        target: str,
-        storage_key: str,
-        encode: Callable[[Any], bytes],
-        content_type: Of,
-        filename: Of,
-        concurrency: int,
-    ) -> None:
-        super().__init__(manager, source, target, storage_key, concurrency)
-        self._encoded = encode
-        self._content_type = content_type
-        self._filename = filename
+    def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
+        return storing.store(table, rows, [work_of(row) for row in rows])
 
-    def work(self, thread: StorageThread) -> Work:
-        def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
-            return self._store(thread, [self._prepare(self._place(table, row), row) for row in rows])
-
-        return store
-
-    def _prepare(self, place: Place, row: Row) -> tuple[Place, StoreWork]:
-        content = self._encoded(row[self._source])
-        content_type, filename = _resolve(self._content_type, row), _resolve(self._filename, row)
-        return place, partial(store_bytes, self._manager, place, content, content_type, filename)
+    with closing(storing.manager):
+        return convert(op, conversion, store, progress)
 
 
-class _Paths(_Storing):
-    """Adopts or copies what the values of a column lead to."""
-
-    def __init__(
-        self,
-        manager: StorageManager,
-        source: str,
-        target: str,
-        storage_key: str,
-        mapping: Callable[[Any], InPlace | CopyOf | None],
-        skip_missing: bool,
-        concurrency: int,
-    ) -> None:
-        super().__init__(manager, source, target, storage_key, concurrency)
-        self._mapping = mapping
-        self._skip_missing = skip_missing
-        self._owners: Owners | None = None
-
-    def work(self, thread: StorageThread) -> Work:
-        def find(connection: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
-            found = [self._mapping(row[self._source]) for row in rows]
-            owners = self._owners = self._owners or Owners(connection, thread, self._manager, table.c[self._target])
-            taken = owners.find_taken(connection, [item for item in found if isinstance(item, InPlace)])
-            works: list[tuple[Place, StoreWork]] = []
-            for row, item in zip(rows, found, strict=True):
-                place = self._place(table, row)
-                works.append((place, partial(self._object, place, item, taken)))
-                if isinstance(item, InPlace):
-                    taken = {*taken, *owners.addresses(item)}
-            return self._store(thread, works)
-
-        return find
-
-    async def _object(self, place: Place, item: InPlace | CopyOf | None, taken: set[tuple[str, str]]) -> Stored | None:
-        try:
-            match item:
-                case None:
-                    return None
-                case CopyOf():
-                    return await copy_content(self._manager, place, item)
-                case InPlace() if item.address in taken:
-                    return await copy_object(self._manager, place, item)
-                case InPlace():
-                    return await adopt(self._manager, place, item)
-        except (ObjectNotFoundError, FileNotFoundError):
-            if self._skip_missing:
+async def _store_item(
+    manager: StorageManager, item: InPlace | CopyOf | None, taken: set[tuple[str, str]], skip_missing: bool, place: Place
+) -> Stored | None:
+    """Adopt or copy what a value leads to."""
+    try:
+        match item:
+            case None:
                 return None
-            raise
+            case CopyOf():
+                return await copy_content(manager, place, item)
+            case InPlace() if item.address in taken:
+                return await copy_object(manager, place, item)
+            case InPlace():
+                return await adopt(manager, place, item)
+    except (ObjectNotFoundError, FileNotFoundError):
+        if skip_missing:
+            return None
+        raise
 
 
 def _resolve(given: Of, row: Row) -> str | None:

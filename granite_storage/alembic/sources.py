@@ -41,7 +41,8 @@ _HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) 
 # Storing the objects of some rows, each read back before its row may refer to it.
 
 
-Work: TypeAlias = "Callable[[], Coroutine[Any, Any, Stored | None]]"
+Work: TypeAlias = "Coroutine[Any, Any, Stored | None]"
+"""Stores an object for a row; None where the row has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +109,13 @@ async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
     await shielded_cleanup(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
-async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], concurrency: int) -> list[Stored | None]:
+async def all_or_none(
+    manager: StorageManager, works: Sequence[tuple[str, Callable[[], Work]]], concurrency: int
+) -> list[Stored | None]:
     """Store all objects; where one fails, remove what the others have stored, and raise its error with the row in a note."""
     own: list[StoredObjectRef] = []
 
-    async def store(labelled: tuple[str, Work]) -> Stored | None:
+    async def store(labelled: tuple[str, Callable[[], Work]]) -> Stored | None:
         label, work = labelled
         try:
             stored = await work()

@@ -12,6 +12,7 @@ import heapq
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Protocol
 
 from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, StoreClient, info_of
@@ -28,6 +29,8 @@ _MAX_SORTED = 10_000
 Entry = Mapping[str, Any]
 Item = tuple[bytes, Entry | None]
 """A key with what the store says of its object, or a folder, which ends in a slash, with None."""
+
+_key_of = itemgetter(0)
 
 
 class _Store(Protocol):
@@ -71,10 +74,6 @@ async def _checked(pages: AsyncIterator[list[Item]], first: list[Item], error: t
                 raise error("the store does not list in byte order: pass list_by_folder=True")
             previous = item[0]
             yield item
-
-
-def _key_of(item: Item) -> bytes:
-    return item[0]
 
 
 # S3.

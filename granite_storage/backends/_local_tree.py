@@ -15,7 +15,7 @@ import os
 import stat
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -479,7 +479,7 @@ class Tree:
                 self.synchronise_directory(directory, location)
         self.prune([*folder, name])
 
-    def walk(self, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:
+    def walk(self, prefix: str, start_after: str | None) -> Generator[ObjectInfo, None, None]:
         """Yield the regular files whose location begins with `prefix`, in the byte order of UTF-8."""
         folder, slash, _ = prefix.rpartition("/")
         with self._directory_if_any(folder + slash) as directory:

@@ -8,7 +8,6 @@ the file.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
@@ -19,7 +18,6 @@ from granite_storage._telemetry import fields_of
 from granite_storage.backends._local_tree import (
     CREATE,
     MAX_ATTEMPTS,
-    REFUSED_LINKS,
     TEMPORARY_SUFFIX,
     ExclusiveNames,
     Tree,
@@ -32,10 +30,6 @@ logger = logging.getLogger("granite_storage")
 _WRITE_SIZE = 512 * 1024
 """In bytes. For a write of 1 MiB Linux may need that much memory in one piece, which took three times as long when measured."""
 
-_DESCRIPTORS = "/proc/self/fd"
-_HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.isdir(_DESCRIPTORS)
-_NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
-
 
 class FileWriter:
     """Makes files below a tree.
@@ -46,13 +40,11 @@ class FileWriter:
     Attributes:
         tree: The same.
         names: Gives finished files their names.
-        unnamed: Whether an unfinished file may have no name at all; off as soon as the file system says that it cannot.
     """
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.names = ExclusiveNames()
-        self.unnamed: bool = not tree.fsync and _HAS_UNNAMED_FILES
 
     def begin(self, location: str) -> AtomicFile:
         """Make a temporary file beside the target, in directories made as needed."""
@@ -95,9 +87,7 @@ class FileWriter:
 class AtomicFile:
     """A file that is written but does not have its name yet.
 
-    Until then it has a temporary name, by which `Tree.abort` and a sweep find it after a crash; or none at all where the system
-    can do that and a write does not wait for the disk: one change of the directory instead of three. A directory that holds only
-    a file without a name looks empty, so it may be pruned, and is made again.
+    Until then it has a temporary name, by which `Tree.abort` and a sweep find it after a crash.
 
     Args:
         writer: Who makes it.
@@ -113,30 +103,12 @@ class AtomicFile:
         self._tree = writer.tree
         self._segments = segments
         self._location = "/".join(segments)
-        self._temporary: str | None = None
         self._published = False
-        self._descriptor: int | None = self._open_unnamed(directory) if writer.unnamed else None
-        if self._descriptor is None:
-            self._temporary = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-            self._descriptor = os.open(self._temporary, CREATE, self._first_mode, dir_fd=directory)
+        self._temporary: str | None = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        # Where permissions are the volume's to choose, they stay as they are.
+        first_mode = 0o666 if self._tree.file_mode is None else 0o600
+        self._descriptor: int | None = os.open(self._temporary, CREATE, first_mode, dir_fd=directory)
         self._directory: int | None = directory
-
-    @property
-    def _first_mode(self) -> int:
-        """The permissions of a file that has no name yet; where they are the volume's to choose, they stay as they are."""
-        return 0o666 if self._tree.file_mode is None else 0o600
-
-    def _open_unnamed(self, directory: int) -> int | None:
-        try:
-            return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, self._first_mode, dir_fd=directory)
-        except PermissionError:
-            # So says ext4 of a directory that was removed; the attempt to make a named file tells the two apart.
-            return None
-        except OSError as error:
-            if error.errno not in _NO_UNNAMED_FILES:
-                raise
-            self._writer.unnamed = False
-            return None
 
     @property
     def descriptor(self) -> int:
@@ -184,8 +156,6 @@ class AtomicFile:
                     raise
 
     def _give_name(self, name: str) -> None:
-        if self._temporary is None and self._link_unnamed(name):
-            return
         if self._temporary is None or self._directory is None:
             raise ValueError("the file is closed")
         try:
@@ -198,49 +168,6 @@ class AtomicFile:
         except BackendUnavailableError as error:
             error.location = self._location
             raise
-
-    def _link_unnamed(self, name: str) -> bool:
-        """Give a file without a name its name; False, with a temporary name given, where the volume has no links."""
-        missing: OSError | None = None
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                os.link(f"{_DESCRIPTORS}/{self._descriptor}", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            except FileNotFoundError as error:
-                missing = error
-                with suppress(FileNotFoundError):
-                    self._renew_directory()
-            except OSError as error:
-                if error.errno not in REFUSED_LINKS:
-                    raise
-                self._give_temporary_name()
-                return False
-            else:
-                return True
-        raise self._tree.no_directory(self._location) from missing
-
-    def _give_temporary_name(self) -> None:
-        """Copy a file without a name to one that has a temporary one: nothing but a link could name it."""
-        self._writer.unnamed = False
-        named = self._writer.begin(self._location)
-        try:
-            source = os.open(f"{_DESCRIPTORS}/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                while content := os.read(source, _WRITE_SIZE):
-                    named.write(content)
-            finally:
-                os.close(source)
-            named._set_mode()
-        except BaseException:
-            named.discard()
-            raise
-        self._close()
-        self._temporary, self._descriptor, self._directory = named._temporary, named._descriptor, named._directory
-
-    def _renew_directory(self) -> None:
-        directory = self._tree.make_directory(self._segments[:-1])
-        if self._directory is not None:
-            os.close(self._directory)
-        self._directory = directory
 
     def discard(self) -> None:
         """Remove the file, also where it is published: no caller has a receipt of it yet."""

@@ -20,6 +20,7 @@ from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 ANSWER_TIMEOUT = 10.0
 """How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
@@ -78,18 +79,18 @@ async def delete_in_batches(
     return failures
 
 
-async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitable[None]]) -> dict[str, BackendError]:
-    """Delete objects by a request each, concurrently; return the ones that could not be deleted, each with its error."""
+async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitable[None]], kind: type[E]) -> dict[str, E]:
+    """Delete objects by a request each, concurrently; return the ones that raised an error of a kind, each with it."""
+    failures: dict[str, E] = {}
 
-    async def attempt(location: str) -> BackendError | None:
+    async def attempt(location: str) -> None:
         try:
             await delete(location)
-        except BackendError as error:
-            return error
-        return None
+        except kind as error:
+            failures[location] = error
 
-    errors = await run_bounded(locations, attempt, _DELETE_CONCURRENCY)
-    return {location: error for location, error in zip(locations, errors, strict=True) if error is not None}
+    await run_bounded(locations, attempt, _DELETE_CONCURRENCY)
+    return failures
 
 
 # Downloads.

@@ -101,7 +101,8 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
             f"no usable credentials were found for {target}: configure them in the environment, or pass a session",
             location=location,
         )
-    if _is_about_the_network(error):
+    network = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, OSError, TimeoutError)
+    if isinstance(error, network) or type(error).__module__.partition(".")[0] == "aiohttp":
         message = f"the S3 server did not answer {operation} of {target}: {type(error).__name__}"
         return BackendUnavailableError(message, location=location)
     if operation == "open" and isinstance(error, (sdk.BotoCoreError, TypeError, ValueError)):
@@ -111,13 +112,6 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
         message = f"the SDK cannot call {operation} for {target} with this configuration: {type(error).__name__}"
         return S3ConfigurationError(message, location=location)
     return BackendError(f"{operation} of {target} failed: {type(error).__name__}", location=location)
-
-
-def _is_about_the_network(error: Exception) -> bool:
-    from botocore import exceptions as sdk
-
-    network = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, OSError, TimeoutError)
-    return isinstance(error, network) or type(error).__module__.partition(".")[0] == "aiohttp"
 
 
 def answered(response: Mapping[str, Any], operation: str, *, bucket: str, location: str | None = None) -> BackendError:

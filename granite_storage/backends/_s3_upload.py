@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 from granite_storage._tasks import run_bounded, shielded_cleanup, task_group, wait_or_cancel
 from granite_storage.backends._remote import ANSWER_TIMEOUT, MAX_PARTS, Found, PreconditionFailedError, RemoteWriter
@@ -34,7 +34,6 @@ from granite_storage.streams import INLINE_HASH
 
 logger = logging.getLogger("granite_storage")
 
-T = TypeVar("T")
 Piece = bytes | memoryview
 
 SMALL = 256 * 1024
@@ -43,7 +42,6 @@ SMALL = 256 * 1024
 UNRESERVED = 1024 * 1024
 """What a stream may hold in memory without a reservation, in bytes: small objects never wait for large ones."""
 
-_SLIVER = 64 * 1024
 LARGEST_PART = 5 * 1024**3
 """The most bytes of a part, or of an object that one request stores."""
 
@@ -189,7 +187,7 @@ class StreamSource:
     """Parts of a stream; all have the size that is asked for, to the byte, since some servers want them equal.
 
     Args:
-        stream: The stream.
+        stream: The stream, of pieces that are not short: a list of those would be larger than they are.
         room: How many parts of all streams may be in memory; one that is larger than `UNRESERVED` waits for its place.
         size: How many bytes the stream will yield, None where that is not known.
     """
@@ -203,19 +201,21 @@ class StreamSource:
 
     async def take(self, size: int) -> Body:
         """Return the next bytes; see `PartSource`."""
-        pieces = _Pieces()
+        pieces: list[Piece] = []
+        left = size
         room: asyncio.Semaphore | None = None
         try:
-            while len(pieces) < size and not await self.ended():
-                if room is None and len(pieces) >= UNRESERVED:
+            while left and not await self.ended():
+                if room is None and size - left >= UNRESERVED:
                     await self._room.acquire()
                     room = self._room
-                pieces.add(self._cut(size - len(pieces)))
+                pieces.append(self._cut(left))
+                left -= len(pieces[-1])
         except BaseException:
             if room is not None:
                 room.release()
             raise
-        return Body(pieces.joined(), room)
+        return Body(pieces, room)
 
     async def ended(self) -> bool:
         """Return whether nothing is left, which the stream itself must have said."""
@@ -232,39 +232,6 @@ class StreamSource:
             piece, rest = memoryview(piece)[:size], memoryview(piece)[size:]
         self._rest = rest
         return piece
-
-
-class _Pieces:
-    """Collects pieces, and joins those that are so small that a list of them would be larger than they are."""
-
-    def __init__(self) -> None:
-        self._pieces: list[Piece] = []
-        self._slivers: list[Piece] = []
-        self._pending = 0
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def add(self, piece: Piece) -> None:
-        self._size += len(piece)
-        if len(piece) >= _SLIVER and not self._slivers:
-            self._pieces.append(piece)
-            return
-        self._slivers.append(piece)
-        self._pending += len(piece)
-        if self._pending >= SMALL:
-            self._join()
-
-    def joined(self) -> list[Piece]:
-        self._join()
-        return self._pieces
-
-    def _join(self) -> None:
-        if self._slivers:
-            self._pieces.append(self._slivers[0] if len(self._slivers) == 1 else b"".join(self._slivers))
-            self._slivers = []
-            self._pending = 0
 
 
 def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
@@ -287,17 +254,8 @@ def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
 async def checksum_header(body: Body, *, sha256: bool) -> tuple[dict[str, str], bytes]:
     """Return the parameter with which the server verifies the bytes, and their hash; a thread computes it."""
     algorithm, parameter = ("sha256", "ChecksumSHA256") if sha256 else ("md5", "ContentMD5")
-    digest = await _unhurried(len(body), body.digest, algorithm)
+    digest = body.digest(algorithm) if len(body) <= INLINE_HASH else await threads.run(body.digest, algorithm)
     return {parameter: base64_text(digest)}, digest
-
-
-async def _unhurried(size: int, digest: Callable[[T], bytes], argument: T) -> bytes:
-    """Hash so many bytes, in a thread where they are many."""
-    return digest(argument) if size <= INLINE_HASH else await threads.run(digest, argument)
-
-
-def _sha256(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
 
 
 class MultipartUpload:
@@ -402,8 +360,9 @@ class MultipartUpload:
         """Return S3's checksum of the whole, the hash of the parts' hashes; None where the parts were not hashed here."""
         if not self._digests:
             return None
-        joined = b"".join(self._digests[number] for number in sorted(self._digests))
-        return base64_text(await _unhurried(len(joined), _sha256, joined))
+        digests = Body([self._digests[number] for number in sorted(self._digests)])
+        header, _ = await checksum_header(digests, sha256=True)
+        return header["ChecksumSHA256"]
 
     async def abort(self) -> None:
         """Leave nothing of the upload behind, also where its creation was cut off before its answer came."""
@@ -413,13 +372,9 @@ class MultipartUpload:
         if self._creating.cancelled():
             await self._abort_strays()
         elif self._creating.exception() is None:
-            await self._abort(self._creating.result()["UploadId"])
+            await abort_upload(self._client, self._location, self._creating.result()["UploadId"])
         elif isinstance(self._creating.exception(), BackendUnavailableError):
             await self._abort_strays()
-
-    async def _abort(self, upload_id: str) -> None:
-        key = self._client.settings.key(self._location)
-        await _abort(self._client, key, upload_id)
 
     async def _abort_strays(self) -> None:
         """Abort the uploads of our key whose creation the server may have made without our hearing of it."""
@@ -432,7 +387,7 @@ async def abort_uploads(client: S3Client, *, older_than: timedelta) -> int:
     count = 0
     while True:
         page = await client.call("list_multipart_uploads", Prefix=client.settings.prefix, **position)
-        oldest = _now(page) - older_than
+        oldest = date_of(page) + timedelta(seconds=1) - older_than  # servers say whole seconds
         for upload in page.get("Uploads", ()):
             key, upload_id = upload["Key"], upload["UploadId"]
             if upload["Initiated"] < oldest and await _last_arrival(client, key, upload_id, upload["Initiated"]) < oldest:
@@ -463,11 +418,6 @@ async def _abort_all(client: S3Client, key: str, *, but: str | None = None) -> N
     for upload in answer.get("Uploads", ()):
         if upload["Key"] == key and upload["UploadId"] != but:
             await _abort(client, key, upload["UploadId"])
-
-
-def _now(answer: Mapping[str, Any]) -> datetime:
-    """Return the time by the server's clock, whose answers have it in whole seconds, rounded up."""
-    return date_of(answer) + timedelta(seconds=1)
 
 
 async def _last_arrival(client: S3Client, key: str, upload_id: str, initiated: datetime) -> datetime:
@@ -640,7 +590,8 @@ class ObjectWriter(RemoteWriter):
         try:
             if await source.ended():
                 return await self._put(first)
-            upload = MultipartUpload(self._client, self._location, self._multipart_parameters())
+            algorithm = {"ChecksumAlgorithm": "SHA256"} if self._settings.checksums else {}
+            upload = MultipartUpload(self._client, self._location, {**self._parameters("create_multipart_upload"), **algorithm})
             return await self._in_parts(upload, lambda: upload.send(first, source))
         finally:
             first.drop()
@@ -676,7 +627,7 @@ class ObjectWriter(RemoteWriter):
             header, digest = await checksum_header(body, sha256=self._settings.checksums)
             request = {**self._parameters("put_object"), **self._only_if_absent(), **header, "Body": body}
             checksum = base64_text(digest) if self._settings.checksums else None
-            answer = await self._published("put_object", request, size=len(body), checksum=checksum, landed=lambda: body.sent)
+            answer = await self._published("put_object", request, len(body), checksum, landed=lambda: body.sent)
             if checksum is not None:
                 self._traits.note_checksum(answer)
             return answer
@@ -695,7 +646,7 @@ class ObjectWriter(RemoteWriter):
             request = {**upload.completion(), **self._only_if_absent()}
             checksum = await upload.checksum()
             completing = True
-            answer = await self._published("complete_multipart_upload", request, size=upload.size, checksum=checksum)
+            answer = await self._published("complete_multipart_upload", request, upload.size, checksum)
             await probe_conditions(self._client, answer)
             return answer
         except BaseException as error:
@@ -707,9 +658,9 @@ class ObjectWriter(RemoteWriter):
         self,
         operation: str,
         request: Mapping[str, Any],
-        *,
         size: int,
-        checksum: str | None = None,
+        checksum: str | None,
+        *,
         landed: Callable[[], bool] = lambda: True,
     ) -> Mapping[str, Any]:
         """Make the request that creates the object, and learn what became of it, also for a caller that is cancelled.
@@ -721,22 +672,23 @@ class ObjectWriter(RemoteWriter):
             checksum: The SHA-256 that the server will have of it, None where it has none.
             landed: See `_answered`.
         """
-        return await self._answered(self._request(operation, request, size, checksum), landed=landed)
 
-    async def _request(self, operation: str, request: Mapping[str, Any], size: int, checksum: str | None) -> Mapping[str, Any]:
-        try:
-            return await self._client.call(operation, location=self._location, **request)
-        except _DOUBTFUL as doubt:
-            found = await self._outcome(doubt, size, checksum)
-            if found is not None:
-                return found
-            if isinstance(doubt, PreconditionFailedError):
-                raise BackendUnavailableError(
-                    f"the server refused to create {self._location!r} because it exists, but no object is there: another write "
-                    "was undone meanwhile, or the server has a folder of this name; try again",
-                    location=self._location,
-                ) from doubt.__cause__
-            raise
+        async def make() -> Mapping[str, Any]:
+            try:
+                return await self._client.call(operation, location=self._location, **request)
+            except _DOUBTFUL as doubt:
+                found = await self._outcome(doubt, size, checksum)
+                if found is not None:
+                    return found
+                if isinstance(doubt, PreconditionFailedError):
+                    raise BackendUnavailableError(
+                        f"the server refused to create {self._location!r} because it exists, but no object is there: another "
+                        "write was undone meanwhile, or the server has a folder of this name; try again",
+                        location=self._location,
+                    ) from doubt.__cause__
+                raise
+
+        return await self._answered(make(), landed=landed)
 
     async def _find(self, *, with_checksum: bool = False) -> Found | None:
         mode = {"ChecksumMode": "ENABLED"} if with_checksum and self._settings.checksums else {}
@@ -770,10 +722,6 @@ class ObjectWriter(RemoteWriter):
             **self._content,
             "Metadata": {**self._content.get("Metadata", {}), **extra.get("Metadata", {}), _WRITE_ID: self._id},
         }
-
-    def _multipart_parameters(self) -> dict[str, Any]:
-        algorithm = {"ChecksumAlgorithm": "SHA256"} if self._settings.checksums else {}
-        return {**self._parameters("create_multipart_upload"), **algorithm}
 
     def _only_if_absent(self) -> dict[str, str]:
         return {"IfNoneMatch": "*"} if self._traits.sends_conditions else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from itertools import islice
@@ -156,7 +156,7 @@ class LocalStorageBackend:
                 for info in batch:
                     yield info
         except BaseException:
-            await shielded_cleanup(self._threads.run(_close, objects), "closing a listing")
+            await shielded_cleanup(self._threads.run(objects.close), "closing a listing")
             raise
 
     async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
@@ -278,8 +278,3 @@ def _require_whole_copy(source: ObjectInfo, file: AtomicFile, location: str) -> 
 
 def _take(objects: Iterator[ObjectInfo]) -> list[ObjectInfo]:
     return list(islice(objects, _LISTING_BATCH))
-
-
-def _close(objects: Iterator[ObjectInfo]) -> None:
-    if isinstance(objects, Generator):
-        objects.close()

@@ -316,7 +316,7 @@ class ObjectStoreBackend:
                 pass
             else:
                 return {}
-        return await delete_each(locations, self._client.delete)
+        return await delete_each(locations, self._client.delete, BackendError)
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
         reader = await open_resuming(self, location)
@@ -330,10 +330,7 @@ class ObjectStoreBackend:
         return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
-        writer = ObjectWriter(
-            self._client, MARKER, "text/plain", part_size=self._part_size, part_concurrency=self._part_concurrency
-        )
-        await writer.put([content])
+        await self._unchecked_writer(MARKER, "text/plain").put([content])
 
     def _writer(self, location: str, content_type: str | None) -> ObjectWriter:
         self._check(location)
@@ -345,6 +342,9 @@ class ObjectStoreBackend:
                 "reads in the policy of the bucket",
                 location=location,
             )
+        return self._unchecked_writer(location, content_type)
+
+    def _unchecked_writer(self, location: str, content_type: str | None) -> ObjectWriter:
         return ObjectWriter(
             self._client, location, content_type, part_size=self._part_size, part_concurrency=self._part_concurrency
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,7 +54,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.locations import check_segment
-from granite_storage.streams import MeasuredStream, require_size
+from granite_storage.streams import MeasuredStream, regrouped, require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
@@ -406,7 +406,8 @@ class S3StorageBackend:
         self._check(location)
         client = await self._clients.get()
         size = stream.declared_size if isinstance(stream, MeasuredStream) else None
-        return await self._write(client, location, StreamSource(stream, client.room, size), content_type)
+        async with aclosing(regrouped(stream)) as pieces:
+            return await self._write(client, location, StreamSource(pieces, client.room, size), content_type)
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
@@ -603,7 +604,7 @@ class S3StorageBackend:
             answer = await client.call("delete_objects", Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
         except BackendError as error:
             if type(error) is BackendError:  # the server does not know the request, or wants other checksums of it
-                return await delete_each(locations, self._delete)
+                return await delete_each(locations, self._delete, BackendError)
             return {location: error_at(location, error) for location in locations}
         failures: dict[str, BackendError] = {}
         for entry in answer.get("Errors", ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Self, TypeVar, cast
 
 from granite_storage.backends.base import (
@@ -40,7 +41,7 @@ T = TypeVar("T")
 class WrappedBackend:
     """Passes every call to an inner backend; a subclass may map each location to another one.
 
-    An instance is of a class made for the abilities of its inner backend, so that `isinstance(wrapped, SupportsCopy)` and the
+    An instance is of a subclass with the abilities of its inner backend, so that `isinstance(wrapped, SupportsCopy)` and the
     like tell the truth about it.
 
     Args:
@@ -52,7 +53,8 @@ class WrappedBackend:
 
     def __new__(cls, inner: StorageBackend, *_: Any, **__: Any) -> Self:
         """Make an instance of the class that has the inner backend's abilities."""
-        return super().__new__(cast(type[Self], _class_around(cls, inner)))
+        abilities = [ability for protocol, ability in _ABILITIES.items() if isinstance(inner, protocol)]
+        return super().__new__(cast(type[Self], _class_with(cast(Any, cls), tuple(abilities))))
 
     def __init__(self, inner: StorageBackend) -> None:
         self.inner = inner
@@ -261,8 +263,8 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
 }
 
 
-def _class_around(cls: type[WrappedBackend], inner: StorageBackend) -> type[WrappedBackend]:
-    abilities = [ability for protocol, ability in _ABILITIES.items() if isinstance(inner, protocol)]
+@cache
+def _class_with(cls: Any, abilities: tuple[Any, ...]) -> type[WrappedBackend]:
     return type(cls.__name__, (cls, *abilities), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 

@@ -11,7 +11,7 @@ import click
 from sqlalchemy import func, select
 
 from granite_storage._documentation import Page
-from granite_storage.cli.output import Bar, format_size
+from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import (
     AFTER,
     CONCURRENCY,
@@ -41,31 +41,39 @@ if TYPE_CHECKING:
 __all__ = ["derive_command", "gc_command", "migrate_command", "recover_command", "verify_command"]
 
 _MOST_SHOWN = 20
-_COUNTED = (
-    "scanned",
-    "referenced",
-    "unmanaged",
-    "within_grace_period",
-    "mentioned",
-    "referenced_on_recheck",
-    "orphaned",
-    "deleted",
-)
+_ALWAYS_SHOWN = ("scanned", "referenced", "orphaned")
 
-_RECOVERY = (
-    "claimed",
-    "deleted",
-    "kept",
-    "confirmed",
-    "leased",
-    "waiting",
-    "scanned",
-    "held",
-    "derived",
-    "underived",
-    "effects",
-    "pending_effects",
-)
+
+def _show_row(
+    context: CommandContext,
+    key: str,
+    said: str,
+    item: Finding | MigratedObject | RederivedVariant,
+    style: str,
+    *,
+    column: str,
+    **more: object,
+) -> None:
+    """Show what became of a value of a row."""
+    if context.output.as_json:
+        where = {"table": item.table, "primary_key": item.primary_key, "column": item.column}
+        context.output.record({key: said, **where, **more, "message": item.message})
+        return
+    row = ", ".join(map(str, item.primary_key))
+    context.output.line(f"{said}: {item.table} {row} {column}: {item.message}", style)
+
+
+def _show_waiting(
+    context: CommandContext, records: Sequence[Mapping[str, Any]], headers: Sequence[str], rows: Sequence[Any], nothing: str
+) -> None:
+    """Show what there is to do."""
+    if context.output.as_json:
+        context.output.record({"waiting": records})
+    elif rows:
+        context.output.table(headers, rows)
+    else:
+        context.output.line(nothing)
+
 
 # verify
 
@@ -108,27 +116,10 @@ async def _verify(context: CommandContext, verification: Verification) -> None:
     report = verification.report
     total = await verification.count()
     with context.stoppable(verification.stop), context.output.progress("verifying", total) as bar:
-        async for finding in verification.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
-            _show_finding(context, finding)
-
-
-def _show_finding(context: CommandContext, finding: Finding) -> None:
-    if context.output.as_json:
-        context.output.record(
-            {
-                "finding": finding.problem.value,
-                "table": finding.table,
-                "primary_key": finding.primary_key,
-                "column": finding.column,
-                "variant": finding.variant,
-                "ref": None if finding.ref is None else finding.ref.to_dict(),
-                "message": finding.message,
-            }
-        )
-        return
-    row = ", ".join(map(str, finding.primary_key))
-    style = "yellow" if finding.is_harmless or finding.is_replaceable else "red"
-    context.output.line(f"{finding.problem.value}: {finding.table} {row} {finding.column}: {finding.message}", style)
+        async for item in verification.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
+            style = "yellow" if item.is_harmless or item.is_replaceable else "red"
+            more = {"variant": item.variant, "ref": None if item.ref is None else item.ref.to_dict()}
+            _show_row(context, "finding", item.problem.value, item, style, column=item.column, **more)
 
 
 def _show_verification(context: CommandContext, verification: Verification) -> None:
@@ -199,12 +190,8 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
         tables = journal.sidecar.tables
         async with journal.sidecar.looking() as (_, connection):
             rows += await _count_due(connection, tables.intent, tables.reclaim, {})
-    if context.output.as_json:
-        context.output.record({"waiting": rows})
-    elif rows:
-        context.output.table(["backend", "kind", "state", "due", "of"], [list(row.values()) for row in rows])
-    else:
-        context.output.line("nothing is waiting")
+    headers = ["backend", "kind", "state", "due", "of"]
+    _show_waiting(context, rows, headers, [list(row.values()) for row in rows], "nothing is waiting")
 
 
 async def _count_due(
@@ -234,7 +221,7 @@ def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
         }
         for item in report.failed
     ]
-    counts = {name: getattr(report, name) for name in _RECOVERY}
+    counts = {name: number for name, number in asdict(report).items() if isinstance(number, int)}
     if context.output.as_json:
         context.output.record({"report": {**counts, "failed": failed, "unknown_backends": sorted(report.unknown_backends)}})
         return
@@ -314,16 +301,12 @@ async def _collect(context: CommandContext, collection: CollectionRun) -> None:
     doing = f"{'looking through' if report.dry_run else 'collecting'} {report.storage_key}"
     try:
         with context.stoppable(collection.stop), context.output.progress(doing, None, "objects") as bar:
-            async for item in collection.on_progress(lambda: _reach(bar, report)):
+            async for item in collection.on_progress(lambda: bar.reach(report.scanned, report.deleted_bytes)):
                 shown += 1
                 if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
                     _show_object(context, item)
     finally:
         _show_report(context, report)
-
-
-def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
-    bar.reach(report.scanned, report.deleted_bytes)
 
 
 def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> bool:
@@ -359,10 +342,10 @@ def _show_report(context: CommandContext, report: GarbageCollectionReport) -> No
 
 def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> None:
     facts: dict[str, Any] = {"policy": f"{report.storage_key} on {report.backend}"}
-    for name in _COUNTED:
-        number, size = getattr(report, name), getattr(report, f"{name}_bytes")
-        if number or name in ("scanned", "referenced", "orphaned"):
-            facts[name] = f"{number:,} ({format_size(size)})"
+    counts = asdict(report)
+    for name, number in counts.items():
+        if f"{name}_bytes" in counts and (number or name in _ALWAYS_SHOWN):
+            facts[name] = f"{number:,} ({format_size(counts[f'{name}_bytes'])})"
     if report.failed:
         facts["failed"] = f"{report.failed:,}"
     if report.unfinished:
@@ -435,13 +418,9 @@ def migrate_command(
 
 async def _show_plan(context: CommandContext, migration: Migration) -> int:
     waiting = await migration.waiting()
-    if context.output.as_json:
-        context.output.record({"waiting": [{"backend": key, "objects": n, "bytes": size} for key, (n, size) in waiting.items()]})
-    elif waiting:
-        rows = [(key, number, format_size(size)) for key, (number, size) in sorted(waiting.items())]
-        context.output.table(["on backend", "objects", "bytes"], rows)
-    else:
-        context.output.line("nothing is left to move")
+    records = [{"backend": key, "objects": number, "bytes": size} for key, (number, size) in waiting.items()]
+    rows = [(key, number, format_size(size)) for key, (number, size) in sorted(waiting.items())]
+    _show_waiting(context, records, ["on backend", "objects", "bytes"], rows, "nothing is left to move")
     return sum(number for number, _ in waiting.values())
 
 
@@ -460,16 +439,7 @@ async def _move(context: CommandContext, migration: Migration) -> None:
 
         async for moved in migration.on_progress(show):
             if context.output.as_json or moved.status is MigrationStatus.FAILED:
-                _show_moved(context, moved)
-
-
-def _show_moved(context: CommandContext, moved: MigratedObject) -> None:
-    if context.output.as_json:
-        what = {"table": moved.table, "primary_key": moved.primary_key, "column": moved.column, "message": moved.message}
-        context.output.record({"object": moved.status.value, **what})
-        return
-    row = ", ".join(map(str, moved.primary_key))
-    context.output.line(f"{moved.status.value}: {moved.table} {row} {moved.column}: {moved.message}", "red")
+                _show_row(context, "object", moved.status.value, moved, "red", column=moved.column)
 
 
 def _show_migration(context: CommandContext, migration: Migration) -> None:
@@ -554,17 +524,9 @@ def derive_command(
 
 async def _show_underived(context: CommandContext, derivation: Rederivation) -> int:
     waiting = sorted((await derivation.waiting()).items())
-    if context.output.as_json:
-        named = [
-            {"column": column, "variant": name, "because": because, "files": number}
-            for (column, name, because), number in waiting
-        ]
-        context.output.record({"waiting": named})
-    elif waiting:
-        rows = [(*names, number) for names, number in waiting]
-        context.output.table(["column", "variant", "because", "files"], rows)
-    else:
-        context.output.line("nothing to make")
+    headers = ["column", "variant", "because", "files"]
+    rows = [(*names, number) for names, number in waiting]
+    _show_waiting(context, [dict(zip(headers, row, strict=True)) for row in rows], headers, rows, "nothing to make")
     return sum(number for _, number in waiting)
 
 
@@ -574,16 +536,9 @@ async def _derive(context: CommandContext, derivation: Rederivation) -> None:
     with context.stoppable(derivation.stop), context.output.progress("deriving", total) as bar:
         async for item in derivation.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
             if context.output.as_json or item.status is RederivationStatus.FAILED:
-                _show_rederived(context, item)
-
-
-def _show_rederived(context: CommandContext, item: RederivedVariant) -> None:
-    if context.output.as_json:
-        what = {"table": item.table, "primary_key": item.primary_key, "column": item.column, "variant": item.name}
-        context.output.record({"object": item.status.value, **what, "message": item.message})
-        return
-    row = ", ".join(map(str, item.primary_key))
-    context.output.line(f"{item.status.value}: {item.table} {row} {item.column} {item.name}: {item.message}", "red")
+                _show_row(
+                    context, "object", item.status.value, item, "red", column=f"{item.column} {item.name}", variant=item.name
+                )
 
 
 def _show_rederivation(context: CommandContext, derivation: Rederivation) -> None:

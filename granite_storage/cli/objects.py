@@ -6,8 +6,6 @@ import asyncio
 import mimetypes
 import os
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +13,7 @@ import click
 
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
-from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.backends.base import ObjectInfo, ObjectReader, close_listing
 from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
@@ -45,24 +43,17 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
             return
         key, prefix = _address(address, context.binding.manager)
         number = 0
-        async with _closing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
+        objects = context.binding.manager.backend(key).iter_objects(prefix)
+        try:
             async for info in objects:
                 _show_object(context, info)
                 number += 1
                 if number == limit:
                     return
+        finally:
+            await close_listing(objects)
 
     run(settings, work, as_json=as_json)
-
-
-@asynccontextmanager
-async def _closing(objects: AsyncIterator[ObjectInfo]) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
-    """Close a listing that is left early, where it is a generator."""
-    try:
-        yield objects
-    finally:
-        if isinstance(objects, AsyncGenerator):
-            await objects.aclose()
 
 
 def _list_policies(context: CommandContext) -> None:

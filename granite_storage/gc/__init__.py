@@ -1,7 +1,13 @@
 """The garbage collector: it finds the objects that no row refers to, and deletes them on request."""
 
-from granite_storage.gc.collection import CollectedObject, CollectionRun, DanglingReference, GarbageCollectionReport, OrphanStatus
-from granite_storage.gc.collector import StorageGarbageCollector
+from granite_storage.gc.collection import (
+    CollectedObject,
+    CollectionRun,
+    DanglingReference,
+    GarbageCollectionReport,
+    OrphanStatus,
+    StorageGarbageCollector,
+)
 
 __all__ = [
     "CollectedObject",

@@ -1,4 +1,4 @@
-"""One collection of one policy's objects.
+"""The garbage collector: one collection of one policy's objects.
 
 The objects are listed first, and the references read afterwards, so that an object whose row was inserted meanwhile is seen with
 its reference. The join of both only nominates. Then the rest of the database is searched, once: an object that anything mentions
@@ -12,31 +12,40 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
+from granite_storage._documentation import Page
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
-from granite_storage._tasks import run_bounded
+from granite_storage._portal import blocking, enter_blocking
+from granite_storage._tasks import background, run_bounded
 from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
     BackendUnavailableError,
     CollectionRefusedError,
+    ConfigurationError,
     InvalidLocationError,
     StorageError,
 )
+from granite_storage.gc.database import DatabaseReferences
 from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
-from granite_storage.gc.references import ReferenceSource
+from granite_storage.gc.periodic import repeat_as_leader
+from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
 from granite_storage.locations import check_location, generated_time, matches_generated_name
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import batches
 from granite_storage.orm.references import is_text
+
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
 
 __all__ = [
     "CollectedObject",
@@ -45,7 +54,8 @@ __all__ = [
     "DanglingReference",
     "GarbageCollectionReport",
     "OrphanStatus",
-    "Removal",
+    "StorageGarbageCollector",
+    "SyncGarbageCollector",
     "find_dangling",
     "is_valid",
     "require_one_key",
@@ -365,8 +375,9 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                     )
                 last = info.location
                 yield info
-        finally:
+        except BaseException:  # one that has come to its end holds nothing
             await close_listing(objects)
+            raise
 
     async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
         await listed.write(page)
@@ -501,13 +512,12 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             raise CollectionRefusedError(self.report.refusal, report=self.report)
         before, self.report.referenced_on_recheck, self.report.referenced_on_recheck_bytes = self.report.orphaned, 0, 0
         self.report.orphaned = self.report.orphaned_bytes = 0
-        removal = Removal(self._manager, self.report)
         async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             if not orphans:
                 continue
             await self._source.make_durable()
-            for item in await removal.remove(orphans):
+            for item in await self._remove(orphans):
                 yield item
             self._on_progress()
         report = self.report
@@ -556,82 +566,57 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             await self._require_mounted()
         self.report.dangling = dangling
 
-    async def _clean_up(self) -> None:
-        await Removal(self._manager, self.report).remove_unfinished(self._grace_period)
-
-    async def _now(self) -> datetime:
-        """Return the time by the clock that dates the objects."""
-        return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
-
-
-# Deleting orphans.
-
-
-class Removal:
-    """Deletes objects of one backend, and records the result of each in a report.
-
-    Args:
-        manager: The manager.
-        report: The report, which names the backend.
-    """
-
-    def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
-        self._engine = manager._engine
-        self._backend = manager._engine.backend(report.backend)
-        self._report = report
-
-    async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
-        """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
+    async def _remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
+        """Delete orphans; one that cannot be deleted stops no other.
 
         Raises:
             BackendUnavailableError: None could be deleted, because the backend is unavailable.
         """
-        failures = await self._engine.delete_many(self._report.backend, [location for location, _ in orphans])
-        collected = [self._to_collected(location, size, failures.get(location)) for location, size in orphans]
-        for item in collected:
-            self._note(item)
+        failures = await self._manager._engine.delete_many(self.report.backend, [location for location, _ in orphans])
+        collected = [self._note_removed(location, size, failures.get(location)) for location, size in orphans]
         if len(failures) == len(orphans):
             first = next(iter(failures.values()))
             if isinstance(first, BackendUnavailableError):
                 raise first
         return collected
 
-    async def remove_unfinished(self, older_than: timedelta) -> None:
-        """Remove what unfinished writes left on the whole backend more than `older_than` ago."""
-        if not isinstance(self._backend, SupportsCleanup):
-            return
-        try:
-            self._report.unfinished = await self._backend.cleanup_incomplete(older_than=older_than)
-        except BackendError as error:
-            self._report.unfinished_error = f"{type(error).__name__}: {error}"
-            logger.warning(
-                "the remains of unfinished writes on the backend %r could not be removed: %s",
-                self._report.backend,
-                error,
-                extra=fields_of(backend=self._report.backend),
-            )
-
-    def _to_collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
-        status = OrphanStatus.DELETED if error is None else OrphanStatus.FAILED
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        return CollectedObject(status, self._report.backend, location, size, said)
-
-    def _note(self, item: CollectedObject) -> None:
-        report = self._report
-        if item.status is OrphanStatus.DELETED:
+    def _note_removed(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
+        report = self.report
+        if error is None:
             report.deleted += 1
-            report.deleted_bytes += item.size
-            return
+            report.deleted_bytes += size
+            return CollectedObject(OrphanStatus.DELETED, report.backend, location, size)
+        item = CollectedObject(OrphanStatus.FAILED, report.backend, location, size, f"{type(error).__name__}: {error}")
         report.failed += 1
         if len(report.failures) < MOST_KEPT:
             report.failures.append(item)
         logger.warning(
             "could not delete the orphan %r of the backend %r: %s",
-            item.location,
-            item.backend,
+            location,
+            report.backend,
             item.error,
-            extra=fields_of(backend=item.backend, storage_key=report.storage_key, location=item.location),
+            extra=fields_of(report, location=location),
         )
+        return item
+
+    async def _clean_up(self) -> None:
+        """Remove what unfinished writes left on the whole backend before the grace period."""
+        if not isinstance(self._backend, SupportsCleanup):
+            return
+        try:
+            self.report.unfinished = await self._backend.cleanup_incomplete(older_than=self._grace_period)
+        except BackendError as error:
+            self.report.unfinished_error = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "the remains of unfinished writes on the backend %r could not be removed: %s",
+                self.report.backend,
+                error,
+                extra=fields_of(backend=self.report.backend),
+            )
+
+    async def _now(self) -> datetime:
+        """Return the time by the clock that dates the objects."""
+        return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
 
 
 # References whose objects are missing.
@@ -672,3 +657,223 @@ async def _missing(manager: StorageManager, backend_key: str, locations: Sequenc
 
     await run_bounded(locations, look, _CONCURRENCY)
     return missing
+
+
+# The collector, as applications use it.
+
+
+class StorageGarbageCollector:
+    """Finds the objects of a policy that nothing refers to, and deletes them on request.
+
+    It is the only part of the library that may delete objects that it has not stored, so it keeps every object in doubt:
+
+    - an object counts as referenced if any reference has its location, or another location with its generated id, whatever
+      backend and storage key it names, and if the `extra` of a ref names it;
+    - references are those of every bound base in the database, of tables of the same name in other schemas, and of columns that
+      only the database knows of;
+    - an object also stays if its generated id is anywhere in a column of JSON, text or bytes that the role can read; the report
+      names the column;
+    - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
+      its name is of the form that the library gives;
+    - only an object older than the grace period, by the backend's clock, can be an orphan;
+    - each batch is checked once more right before it is deleted, in one statement over every column and the journal;
+    - a run that would delete more than `max_deleted_share` of what it has scanned deletes nothing, and so does one that finds no
+      reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
+      backend leads to, another backend of the manager on the same place, or a local folder without its marker.
+
+    Memory does not grow with the number of objects; lists are kept on disk, where `tempfile` keeps its files.
+
+    Args:
+        manager: The manager, whose backends have the objects.
+        iter_references: A callable that returns an iterable or an async iterable of all references, read again on each call;
+            None among them is skipped. For applications without attachment columns.
+        binding: The result of `bind_storage(..., session_factory=...)`, whose columns of refs are found automatically. Pass
+            either `binding` or `iter_references`.
+        grace_period: The age that an object must have. Without a journal it must be longer than any upload with its transaction.
+        max_deleted_share: The largest part of the scanned objects that one run may delete, from 0 to 1.
+
+    Raises:
+        ConfigurationError: The arguments are invalid.
+
+    Example:
+        ```python
+        collector = StorageGarbageCollector(storage, binding=binding)
+        report = await collector.collect(storage_key="documents")
+        ```
+    """
+
+    def __init__(
+        self,
+        manager: StorageManager,
+        iter_references: IterReferences | None = None,
+        *,
+        binding: StorageBinding | None = None,
+        grace_period: timedelta = timedelta(hours=24),
+        max_deleted_share: float = 0.25,
+    ) -> None:
+        if not isinstance(manager, StorageManager):
+            raise ConfigurationError(f"manager must be a StorageManager, not {type(manager).__name__}")
+        if binding is not None and binding.manager is not manager:
+            raise ConfigurationError("the binding has another manager than the garbage collector: pass binding.manager")
+        _require_limits(grace_period, max_deleted_share)
+        self._manager = manager
+        self._binding = binding
+        self._source = _source(manager, iter_references, binding)
+        self._grace_period = grace_period
+        self._max_deleted_share = float(max_deleted_share)
+
+    async def collect(
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
+    ) -> GarbageCollectionReport:
+        """Collect once.
+
+        Any number of processes may do so at the same time, while the application keeps running. If a run is cancelled, killed
+        or fails, deleted objects stay deleted, and nothing else is changed; the next run completes the work.
+
+        Args:
+            storage_key: The policy whose objects are collected.
+            dry_run: Whether orphans are only counted; `report.refusal` then says why a run that deletes would be refused.
+            allow_restored_database: Go on despite a gap in the heartbeat of the journal's workers, once you know that the
+                database is the right one.
+            allow_no_references: Go on where nothing refers to any of the objects.
+
+        Returns:
+            The results.
+
+        Raises:
+            UnknownPolicyError: There is no such policy.
+            CollectionRefusedError: Nothing was deleted, because the findings are implausible or unreliable.
+            BackendError: The backend could not be listed, or is unavailable; objects that were deleted until then stay deleted.
+        """
+        return await self.collection(
+            storage_key=storage_key,
+            dry_run=dry_run,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
+        )
+
+    def collection(
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
+    ) -> CollectionRun:
+        """Return a job that works like `collect`; iterate over it for the orphans, read its report, or stop it.
+
+        Arguments and errors are those of `collect`.
+        """
+        scope = CollectionScope.of(self._manager, storage_key)
+        return CollectionRun(
+            self._manager,
+            scope,
+            self._source(scope.backend),
+            grace_period=self._grace_period,
+            max_deleted_share=self._max_deleted_share,
+            dry_run=dry_run,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
+        )
+
+    @asynccontextmanager
+    async def run_every(
+        self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False
+    ) -> AsyncIterator[None]:
+        """Collect at an interval while the block runs, as a task of the application's lifespan.
+
+        Of many processes on one PostgreSQL or MariaDB, one is the leader, by an advisory lock on a connection of its own, and
+        another takes over when it ends; elsewhere each process collects, which is harmless. Errors are logged, and the next run
+        follows. The task ends promptly with the block.
+
+        Args:
+            interval: The time from one collection to the next, within a tenth; the first one starts within a minute.
+            storage_keys: The policies whose objects are collected; None for every policy.
+            dry_run: Whether orphans are only counted and logged.
+
+        Raises:
+            UnknownPolicyError: There is no such policy.
+            ConfigurationError: The interval is not above 0.
+
+        Example:
+            ```python
+            async with storage, collector.run_every(timedelta(hours=6)):
+                yield
+            ```
+        """
+        if not isinstance(interval, timedelta) or interval <= timedelta(0):
+            raise ConfigurationError(f"interval must be a timedelta above 0, not {interval!r}")
+        keys = [
+            self._manager._engine.policy(key).storage_key
+            for key in (self._manager._engine.policies if storage_keys is None else storage_keys)
+        ]
+
+        async def collect_all() -> None:
+            for key in keys:
+                await self._collect_and_log(key, dry_run=dry_run)
+
+        async with background(repeat_as_leader(collect_all, interval.total_seconds(), self._binding)):
+            yield
+
+    async def _collect_and_log(self, storage_key: str, *, dry_run: bool) -> None:
+        try:
+            report = await self.collect(storage_key=storage_key, dry_run=dry_run)
+        except Exception:
+            said = fields_of(storage_key=storage_key)
+            logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=said)
+            return
+        logger.info(
+            "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
+            storage_key,
+            report.scanned,
+            report.orphaned,
+            report.deleted,
+            report.failed,
+            len(report.dangling),
+            extra=fields_of(report),
+        )
+
+    @property
+    def sync(self) -> SyncGarbageCollector:
+        """The same methods for synchronous code, in threads without a running event loop."""
+        return SyncGarbageCollector(self)
+
+    def __repr__(self) -> str:
+        return f"<StorageGarbageCollector grace_period={self._grace_period} max_deleted_share={self._max_deleted_share}>"
+
+
+class SyncGarbageCollector:
+    """The methods of a `StorageGarbageCollector` for synchronous code: `collector.sync.collect(...)`."""
+
+    def __init__(self, collector: StorageGarbageCollector) -> None:
+        self._collector = collector
+
+    collect = blocking("collector", "_collector", StorageGarbageCollector.collect)
+
+    def run_every(
+        self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False
+    ) -> AbstractContextManager[None]:
+        """Collect at an interval while the block runs; see `StorageGarbageCollector.run_every`."""
+        running = self._collector.run_every(interval, storage_keys=storage_keys, dry_run=dry_run)
+        return enter_blocking(running, "collector.sync.run_every", "'async with collector.run_every(...)'")
+
+
+def _source(
+    manager: StorageManager, iter_references: IterReferences | None, binding: StorageBinding | None
+) -> Callable[[str], ReferenceSource]:
+    """Return a factory of reference sources: each collection has its own."""
+    if binding is None and iter_references is not None:
+        require_callable(iter_references)
+        return lambda _: GivenReferences(manager, iter_references)
+    if binding is None or iter_references is not None:
+        given = "neither" if binding is None else "both"
+        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, but {given} was given")
+    if binding.session_factory is None:
+        raise ConfigurationError(
+            "the binding has no sessions to read its references with: pass session_factory=async_sessionmaker(...) to "
+            "bind_storage()",
+            see=Page.BINDING,
+        )
+    return partial(DatabaseReferences, binding, binding.session_factory)
+
+
+def _require_limits(grace_period: object, max_deleted_share: object) -> None:
+    if not isinstance(grace_period, timedelta) or grace_period < timedelta(0):
+        raise ConfigurationError(f"grace_period must be a timedelta of at least 0, not {grace_period!r}")
+    if isinstance(max_deleted_share, bool) or not isinstance(max_deleted_share, int | float) or not 0 <= max_deleted_share <= 1:
+        raise ConfigurationError(f"max_deleted_share must be a number from 0 to 1, not {max_deleted_share!r}")

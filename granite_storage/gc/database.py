@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -97,7 +97,6 @@ __all__ = [
     "require_one_database",
     "select_counts",
     "select_first",
-    "select_first_illegible",
     "select_locations",
 ]
 
@@ -153,14 +152,19 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
 
 
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind."""
+    """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind.
+
+    For the kinds of what can be collected it is a row whose value is no reference, or has variants that cannot be read.
+    """
     ref = column.column
     found: list[Select[*tuple[Any, ...]]] = []
     for value, source in _values(ref, dialect):
-        wanted = case((is_legible(value, dialect), _kind(value, column, dialect, identities))) == literal_column(str(kind))
-        said = (selected_text(value_in(value, key, dialect), dialect) for key in ("backend", "identity"))
-        if dialect == "sqlite":
-            said = (case((is_legible(value, dialect), text)) for text in said)
+        legible = is_legible(value, dialect)
+        if kind < UNKNOWN_BACKEND:
+            wanted = not_(_is_legible_whole(value, dialect, is_variant=value is not ref))
+        else:
+            wanted = case((legible, _kind(value, column, dialect, identities))) == literal_column(str(kind))
+        said = (case((legible, selected_text(value_in(value, key, dialect), dialect))) for key in ("backend", "identity"))
         keys = (key.label(f"key_{number}") for number, key in enumerate(ref.table.primary_key))
         found.append(select(*keys, *said).select_from(source).where(has_value(ref, dialect), wanted))
     return select(union_all(*found).subquery("found")).limit(1)
@@ -177,16 +181,6 @@ def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any,
         counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
         found.append(counted.select_from(source).where(legible).group_by(backend, identity))
     return union_all(*found)
-
-
-def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select the primary key of a row whose value is no reference, or has variants that cannot be read."""
-    found: list[Select[*tuple[Any, ...]]] = []
-    for value, source in _values(column, dialect):
-        keys = (key.label(f"key_{number}") for number, key in enumerate(column.table.primary_key))
-        wrong = not_(_is_legible_whole(value, dialect, is_variant=value is not column))
-        found.append(select(*keys, literal_column("1").label("one")).select_from(source).where(has_value(column, dialect), wrong))
-    return select(union_all(*found).subquery("found")).limit(1)
 
 
 def _values(column: Column[Any], dialect: str) -> list[tuple[ColumnElement[Any], FromClause]]:
@@ -425,7 +419,7 @@ def _with_refs(
 
 
 def _readable(metadata: MetaData) -> list[Column[Any]]:
-    columns = list(_columns(metadata))
+    columns = [column for table in metadata.tables.values() for column in table.columns if _has_refs(column.type)]
     for column in columns:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
@@ -433,14 +427,6 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
                 "collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
-
-
-def _columns(metadata: MetaData) -> Iterator[Column[Any]]:
-    table: Table
-    for table in metadata.tables.values():
-        for column in table.columns:
-            if _has_refs(column.type):
-                yield column
 
 
 def _has_refs(kind: TypeEngine[Any]) -> bool:
@@ -517,7 +503,7 @@ class DatabaseReferences:
         of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
         self._identities = await identities_of(self._binding.manager._engine.backend(self._backend))
-        await self._inspect_database(bases)
+        await self._inspect_database(bases, journals)
         if allow_restored_database and self._binding.journal is not None:
             await self._binding.journal.allow_restored_database()
         bound = dict.fromkeys(base.binding.journal for base in bases)
@@ -626,7 +612,7 @@ class DatabaseReferences:
     def _columns(self) -> list[Column[Any]]:
         return [item.column for item in self._ref_columns]
 
-    async def _inspect_database(self, bases: Sequence[BoundBase]) -> None:
+    async def _inspect_database(self, bases: Sequence[BoundBase], declared: Sequence[JournalTables]) -> None:
         """Find the columns and journals of the database, and refuse one that cannot be relied on."""
         try:
             async with self._connection(translated=True) as connection:
@@ -634,7 +620,7 @@ class DatabaseReferences:
                 self._encoding = await connection.run_sync(text_encoding)
                 await require_fit(connection, [])
                 self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
-                self._journals = await connection.run_sync(_journals_in, bases, self._columns)
+                self._journals = await connection.run_sync(_journals_in, declared, self._columns)
             async with self._connection() as connection:
                 await require_fit(connection, [item.column for item in self._ref_columns if item.is_declared])
         except ProgrammingError as error:
@@ -678,22 +664,19 @@ class DatabaseReferences:
         async with self._connection() as connection:
             dialect = connection.dialect.name
             for item in self._ref_columns:
-                if not item.is_declared:
-                    continue
-                if kind < UNKNOWN_BACKEND:
-                    found = (await connection.execute(select_first_illegible(item.column, dialect))).first()
-                    if found is not None:
-                        raise CollectionRefusedError(_describe_illegible(f"{item.label} of the row {_key(found[:-1])}"))
-                    continue
-                found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
+                found = None
+                if item.is_declared:
+                    found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
                 if found is not None:
                     *key, backend, identity = found
+                    where = f"{item.label} of the row {', '.join(map(str, key))}"
                     said = as_text(backend, self._encoding), as_text(identity, self._encoding)
-                    where = f"{item.label} of the row {_key(key)}"
-                    raise CollectionRefusedError(self._describe_unknown(kind, where, *said))
+                    raise CollectionRefusedError(self._describe(kind, where, *said))
         raise CollectionRefusedError(_describe_illegible("a row that has changed since"))
 
-    def _describe_unknown(self, kind: int, where: str, backend: str, identity: str) -> str:
+    def _describe(self, kind: int, where: str, backend: str, identity: str) -> str:
+        if kind < UNKNOWN_BACKEND:
+            return _describe_illegible(where)
         if kind == UNKNOWN_IDENTITY:
             current = next(iter(self._identities or ()), None)
             return f"{where} refers to an object of another store: {describe_mismatch(backend, identity, current)}"
@@ -726,9 +709,10 @@ class DatabaseReferences:
             yield await session.connection(bind_arguments={"clause": self._clause}, execution_options=options)
 
 
-def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Sequence[Column[Any]]) -> list[JournalTables]:
-    """Return the tables of every journal in the schemas of the columns: each tenant may have its own."""
-    declared = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
+def _journals_in(
+    connection: Connection, declared: Sequence[JournalTables], columns: Sequence[Column[Any]]
+) -> list[JournalTables]:
+    """Return the tables of every journal in the schemas of the columns and of the declared ones: each tenant may have its own."""
     schemas = {str(column.table.schema) for column in columns}
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
     template = _journal_in(None)
@@ -742,10 +726,6 @@ def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Se
 @lru_cache(maxsize=1024)  # statements of the same tables are compiled once
 def _journal_in(schema: str | None) -> JournalTables:
     return journal_tables(MetaData(), schema=schema)
-
-
-def _key(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _describe_illegible(where: str) -> str:

@@ -49,15 +49,11 @@ _location = itemgetter(0)
 @asynccontextmanager
 async def temporary_file() -> AsyncIterator[IO[bytes]]:
     """Open a file that has no name and is deleted when it is closed."""
-    file = await shielded(asyncio.to_thread(_open), undo=_close)
+    file: IO[bytes] = await shielded(asyncio.to_thread(tempfile.TemporaryFile, prefix="granite-"), undo=_close)
     try:
         yield file
     finally:
         await shielded(_close(file))
-
-
-def _open() -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="granite-")
 
 
 async def _close(file: IO[bytes]) -> None:

@@ -184,7 +184,7 @@ class FaultInjectingBackend(WrappedBackend):
 
     async def _open(self, location: str, call: Callable[[], Awaitable[ObjectReader]]) -> ObjectReader:
         strike = self._begin("open", [location])
-        reader = await strike.around(call, _close)
+        reader = await strike.around(call, lambda opened: opened.aclose())
         struck = _ReopeningReader if isinstance(reader, SupportsReopen) else _StruckReader
         return struck(reader, strike, partial(self._call, "read", [location]), partial(self._open, location))
 
@@ -346,7 +346,3 @@ class _ReopeningReader(_StruckReader):
     async def reopen(self, offset: int, length: int, /) -> ObjectReader:
         """Open a range of the object that the inner reader is of; faults of `open` strike it."""
         return await self._open_again(partial(cast(SupportsReopen, self._inner).reopen, offset, length))
-
-
-async def _close(reader: ObjectReader) -> None:
-    await reader.aclose()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 from uuid import UUID
 
 from granite_storage._headers import served_type
@@ -94,7 +94,13 @@ class JournalCompletionStore:
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
         """Return the right to finish it, which one of all processes has."""
         claim = await self._journal.claim_staging(_staging_id(upload_token), found.seen)
-        return None if claim is None else _JournaledClaim(claim)
+        return None if claim is None else _enter(claim)
+
+
+@asynccontextmanager
+async def _enter(claim: direct_uploads.Claim) -> AsyncIterator[Claim]:
+    async with claim:
+        yield _JournaledClaim(claim)
 
 
 class _JournaledClaim:
@@ -113,13 +119,6 @@ class _JournaledClaim:
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
         """Record why it is refused."""
         await self._claim.refuse(verdict)
-
-    async def __aenter__(self) -> Self:
-        await self._claim.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._claim.__aexit__(*error)
 
 
 class MemoryCompletionStore:
@@ -141,7 +140,7 @@ class MemoryCompletionStore:
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
         """Return the right to finish it; within this process a lock has granted it already."""
-        return _RememberedClaim(self._known, upload_token, found.seen)
+        return nullcontext(_RememberedClaim(self._known, upload_token, found.seen))
 
 
 class _RememberedClaim:
@@ -163,11 +162,6 @@ class _RememberedClaim:
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
         """Remember why it is refused."""
         self._known[self._upload_token.location] = verdict, self._upload_token.ends
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
 
 
 def _staging_id(upload_token: UploadToken) -> UUID:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
@@ -16,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 from starlette.requests import Request
 
 from granite_storage._engine import is_media_type
+from granite_storage._tasks import Turn
 from granite_storage.exceptions import ConfigurationError, ConsumedSourceError
 from granite_storage.streams import BytesLike
 from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
@@ -104,23 +103,6 @@ _USUAL_FORM = re.compile(_FORM + rb"; boundary=([!#$%&'*+.^_`|~0-9A-Za-z-]+)")
 _LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
 
 
-class Turn:
-    """Lets other tasks run, from time to time, in work that never waits."""
-
-    def __init__(self) -> None:
-        self._ends = time.monotonic() + _TURN_SECONDS
-
-    @property
-    def is_due(self) -> bool:
-        """Whether this task has run for long enough."""
-        return time.monotonic() > self._ends
-
-    async def end(self) -> None:
-        """Let other tasks run."""
-        await asyncio.sleep(0)
-        self._ends = time.monotonic() + _TURN_SECONDS
-
-
 class RequestBody:
     """The body of a request: what its headers say of it, and its bytes.
 
@@ -180,7 +162,7 @@ class RequestBody:
             ConsumedSourceError: The application has read it already.
         """
         size, maximum = 0, self._limits.max_size
-        turn = Turn()
+        turn = Turn(_TURN_SECONDS)
         has_begun = False
         try:
             async with aclosing(self._request.stream()) as chunks:
@@ -335,7 +317,7 @@ class MultipartReader:
         self._body = body
         self._parser = MultipartParser(boundary, limits)
         self._current: PartHead | None = None
-        self._turn = Turn()
+        self._turn = Turn(_TURN_SECONDS)
         self._count = 0
 
     async def next_part(self) -> PartHead | None:
@@ -639,7 +621,7 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
         RequestTooLargeError: There are too many fields, or too large ones.
     """
     fields: list[tuple[str, str]] = []
-    turn = Turn()
+    turn = Turn(_TURN_SECONDS)
     size, count, begun = 0, 1, _PartialField()
     async for piece in body:
         size += len(piece)

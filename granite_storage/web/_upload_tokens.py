@@ -70,40 +70,23 @@ class UploadToken:
         )
         return cls(**claims) if sound else None
 
+    @classmethod
+    def read(cls, tokens: TokenSigner, token: object, longest: timedelta) -> Self | None:
+        """Return what a signed token says; None where it is changed, expired, signed by another key, or lasts too long."""
+        claims = tokens.read(token) if isinstance(token, str) else None
+        upload_token = None if claims is None else cls.of(claims)
+        if upload_token is None or not 0 < upload_token.ends - time.time() <= longest.total_seconds():
+            return None
+        return upload_token
+
+    def sign(self, tokens: TokenSigner) -> str:
+        """Return the signed text of the token."""
+        return tokens.sign(asdict(self))
+
     @property
     def staging_id(self) -> UUID | None:
         """The id of the journal's intent."""
         return None if self.intent is None else UUID(self.intent)
-
-
-class UploadTokenSigner:
-    """Signs and reads tokens for one purpose.
-
-    Args:
-        purpose: The purpose, which is signed too.
-        keys: The secrets by their ids.
-        audience: What else is signed.
-        longest: The longest that an upload token may last.
-    """
-
-    def __init__(self, purpose: str, keys: Mapping[str, str | bytes], *, audience: str = "", longest: timedelta) -> None:
-        self._tokens = TokenSigner(f"granite-storage: {purpose}, version 1", keys, audience=audience)
-        self._longest = longest.total_seconds()
-
-    def sign(self, upload_token: UploadToken) -> str:
-        """Return the signed text of a token."""
-        return self._tokens.sign(asdict(upload_token))
-
-    def read(self, token: object) -> UploadToken | None:
-        """Return what a token says; None where it is changed, expired, or signed by another key."""
-        claims = self._tokens.read(token) if isinstance(token, str) else None
-        upload_token = None if claims is None else UploadToken.of(claims)
-        if upload_token is None or not 0 < upload_token.ends - time.time() <= self._longest:
-            return None
-        return upload_token
-
-    def __repr__(self) -> str:
-        return f"keys={self._tokens.key_ids}"
 
 
 # URLs that end in a token.

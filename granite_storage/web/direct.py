@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -33,13 +33,13 @@ from granite_storage.exceptions import (
     UnsupportedContentError,
 )
 from granite_storage.locations import GENERATED_STEM, STAGED_NAME, clean_filename, safe_name, uuid7_hex
-from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import canonical_checksum
+from granite_storage.signing import TokenSigner
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._direct_state import (
     CompletionStore,
@@ -52,7 +52,7 @@ from granite_storage.web._direct_state import (
     require_beginning,
 )
 from granite_storage.web._requests import RequestBody, UploadLimits, content_type_to_keep
-from granite_storage.web._upload_tokens import UploadToken, UploadTokenSigner, token_of
+from granite_storage.web._upload_tokens import UploadToken, token_of
 from granite_storage.web.errors import (
     MalformedRequestError,
     RequestError,
@@ -63,8 +63,9 @@ from granite_storage.web.errors import (
 )
 from granite_storage.web.responses import is_request, send_departed
 
-__all__ = ["DirectUpload", "DirectUploads", "UploadEndpoint"]
+__all__ = ["DirectUpload", "DirectUploads"]
 
+_PURPOSE = "granite-storage: a direct upload to"
 _LONGEST_OWNER = 255
 _OPAQUE = "application/octet-stream"
 _INVALID = "the upload's token is invalid or has expired"
@@ -73,77 +74,11 @@ _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 
-# The endpoint that clients send to, for backends that sign no requests of their own.
-
 
 class _ReceivedAlreadyError(RequestError):
     """The file of the URL has arrived already: nothing that is sent later is kept."""
 
     status = 409
-
-
-class UploadEndpoint:
-    """An ASGI application that stores what clients send to the URLs that were signed for them.
-
-    Args:
-        manager: The manager that stores it.
-        tokens: What the URLs are signed with.
-        draft_of: Returns what an upload token allows to store, or raises `UploadTokenError`.
-    """
-
-    def __init__(
-        self, manager: StorageManager, tokens: UploadTokenSigner, draft_of: Callable[[UploadToken], PreparedUpload]
-    ) -> None:
-        self._manager = manager
-        self._tokens = tokens
-        self._draft_of = draft_of
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if not await is_request(scope, send, ("PUT",), "DirectUploads"):
-            return
-        response = await self._answer(Request(scope, receive))
-        if response is None:
-            await send_departed(send)
-        else:
-            await response(scope, receive, send)
-
-    async def _answer(self, request: Request) -> Response | None:
-        """Store the body of a request, and return the answer; None where the client has disconnected."""
-        try:
-            token = token_of(request.scope)
-            upload_token = None if token is None else self._tokens.read(token)
-            if upload_token is None or upload_token.expires <= time.time():
-                raise UploadTokenError(_INVALID_URL)
-            await self._store(request, upload_token)
-        except ClientDisconnect:
-            return None
-        except StorageError as error:
-            return problem_response(error)
-        return Response(status_code=204, headers={"Cache-Control": "no-store"})
-
-    async def _store(self, request: Request, upload_token: UploadToken) -> None:
-        """Store a body as it arrives, if it is what was announced and arrives while the upload can be finished."""
-        draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
-        if request.headers.get("content-type") != upload_token.content_type:
-            raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
-        body = RequestBody(request, limits)
-        _require_least(body.size, upload_token.min_size)
-        time_left = asyncio.timeout(upload_token.ends - time.time())
-        try:
-            async with (
-                time_left,
-                aclosing(body.chunks()) as chunks,
-                aclosing(_require_whole(chunks, upload_token.min_size)) as content,
-            ):
-                await self._manager._engine.put(draft, content)
-        except ObjectExistsError as error:
-            message = "the file was received already, so the upload is complete; finish it"
-            raise _ReceivedAlreadyError(message) from error
-        except TimeoutError as error:
-            if not time_left.expired():
-                raise
-            raise UploadTokenError("this upload has expired; begin a new one") from error
 
 
 async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
@@ -158,9 +93,6 @@ async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGene
 def _require_least(size: int | None, min_size: int) -> None:
     if size is not None and size < min_size:
         raise UploadMismatchError(f"the file has {size} bytes, fewer than the announced {min_size}")
-
-
-# Beginning and finishing a direct upload.
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,20 +181,19 @@ class DirectUploads:
         if audience is not None and not isinstance(audience, str):
             raise ConfigurationError(f"audience must be a string, not {audience!r:.40}")
         keys = {"default": secret} if isinstance(secret, str | bytes) else secret
-        longest = max_expires_in + finish_within
         self.base_url: str | None = None if base_url is None else require_base_url(base_url)
         self._binding = binding
         self._manager = binding.manager
         self._max_expires_in = max_expires_in
         self._finish_within = finish_within
+        self._longest = max_expires_in + finish_within
         self._audience = binding.base_name if audience is None else audience
         self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
-        self._to_finish = UploadTokenSigner("a direct upload to finish", keys, longest=longest)
-        self._to_send = UploadTokenSigner("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
+        self._to_finish = TokenSigner(f"{_PURPOSE} finish, version 1", keys)
+        self._to_send = TokenSigner(f"{_PURPOSE} send, version 1", keys, audience=self.base_url or "")
         self._completions: CompletionStore = (
             MemoryCompletionStore() if binding.journal is None else JournalCompletionStore(binding.journal)
         )
-        self._endpoint = UploadEndpoint(self._manager, self._to_send, self._staging_draft)
 
     async def begin(
         self,
@@ -329,7 +260,7 @@ class DirectUploads:
         request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
-        token = self._to_finish.sign(await self._record_intent(upload_token, expires_in))
+        token = (await self._record_intent(upload_token, expires_in)).sign(self._to_finish)
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
@@ -363,7 +294,7 @@ class DirectUploads:
             BackendError: The storage could not copy or read it.
         """
         wanted = self._column_type_of(attribute)
-        upload_token = self._to_finish.read(token)
+        upload_token = UploadToken.read(self._to_finish, token, self._longest)
         if (
             upload_token is None
             or upload_token.owner != owner
@@ -379,8 +310,51 @@ class DirectUploads:
         raise StaleAttachmentError(f"the direct upload was finished elsewhere and undone {_ATTEMPTS} times; finish it again")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request to a URL of `begin`."""
-        await self._endpoint(scope, receive, send)
+        """Serve one request to a URL of `begin`: store what a client sends, where the backend signs no requests of its own."""
+        if not await is_request(scope, send, ("PUT",), "DirectUploads"):
+            return
+        response = await self._answer(Request(scope, receive))
+        if response is None:
+            await send_departed(send)
+        else:
+            await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response | None:
+        """Store the body of a request, and return the answer; None where the client has disconnected."""
+        try:
+            token = token_of(request.scope)
+            upload_token = None if token is None else UploadToken.read(self._to_send, token, self._longest)
+            if upload_token is None or upload_token.expires <= time.time():
+                raise UploadTokenError(_INVALID_URL)
+            await self._receive(request, upload_token)
+        except ClientDisconnect:
+            return None
+        except StorageError as error:
+            return problem_response(error)
+        return Response(status_code=204, headers={"Cache-Control": "no-store"})
+
+    async def _receive(self, request: Request, upload_token: UploadToken) -> None:
+        """Store a body as it arrives, if it is what was announced and arrives while the upload can be finished."""
+        draft, limits = self._staging_draft(upload_token), UploadLimits(max_size=upload_token.max_size)
+        if request.headers.get("content-type") != upload_token.content_type:
+            raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
+        body = RequestBody(request, limits)
+        _require_least(body.size, upload_token.min_size)
+        time_left = asyncio.timeout(upload_token.ends - time.time())
+        try:
+            async with (
+                time_left,
+                aclosing(body.chunks()) as chunks,
+                aclosing(_require_whole(chunks, upload_token.min_size)) as content,
+            ):
+                await self._manager._engine.put(draft, content)
+        except ObjectExistsError as error:
+            message = "the file was received already, so the upload is complete; finish it"
+            raise _ReceivedAlreadyError(message) from error
+        except TimeoutError as error:
+            if not time_left.expired():
+                raise
+            raise UploadTokenError("this upload has expired; begin a new one") from error
 
     async def _try_finish(self, upload_token: UploadToken, column_type: AttachmentType) -> Attachment | None:
         """Return the attachment of an upload; None where another process has changed its state meanwhile."""
@@ -445,7 +419,7 @@ class DirectUploads:
                 f"the backend {upload_token.backend!r} cannot sign requests: pass base_url= to DirectUploads, and mount it there",
                 see=Page.DIRECT_UPLOADS,
             )
-        token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
+        token = replace(upload_token, filename=None, owner=None).sign(self._to_send)
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
 
     def _column_type_of(self, attribute: object) -> AttachmentType:
@@ -491,7 +465,7 @@ class DirectUploads:
             raise ValueError(f"expires_in must be from one second to {self._max_expires_in}, not {expires_in}")
 
     def __repr__(self) -> str:
-        return f"<DirectUploads of {self._binding.base_name} {self._to_finish!r}>"
+        return f"<DirectUploads of {self._binding.base_name} keys={self._to_finish.key_ids}>"
 
 
 def _resolve_sizes(

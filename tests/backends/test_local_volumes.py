@@ -104,7 +104,7 @@ async def test_a_volume_without_any_exclusive_name_is_written_to_exclusively(
     await require_exclusive_writes(LocalStorageBackend(tmp_path, fsync=fsync))
 
 
-async def test_an_unnamed_file_that_cannot_be_linked_keeps_its_bytes_and_mode(without_links: None, tmp_path: Path) -> None:
+async def test_a_file_that_cannot_be_linked_keeps_its_bytes_and_mode(without_links: None, tmp_path: Path) -> None:
     backend = LocalStorageBackend(tmp_path, fsync=False, file_mode=0o604)
     content = os.urandom(3_000_000)
     await backend.put_bytes("a/first", content)

@@ -403,14 +403,14 @@ class TestGeneratedNames:
     def test_a_forked_child_makes_others_than_its_parent(self) -> None:
         program = """
 import os
-from granite_storage.locations import _entropy, uuid7_hex
+from granite_storage.locations import uuid7_hex
 uuid7_hex()
 reader, writer = os.pipe()
 if os.fork() == 0:
-    os.write(writer, _entropy.take(10))
+    os.write(writer, uuid7_hex()[17:].encode())
     os._exit(0)
 os.wait()
-assert os.read(reader, 10) != _entropy.take(10)
+assert os.read(reader, 15).decode() != uuid7_hex()[17:]
 """
         in_new_process(program)
 

@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         name="gc-deletes-by-default",
         rule="A collection only looks unless it is told to delete.",
-        path="granite_storage/gc/collector.py",
+        path="granite_storage/gc/collection.py",
         old="    async def collect(\n        self, *, storage_key: str, dry_run: bool = True,",
         new="    async def collect(\n        self, *, storage_key: str, dry_run: bool = False,",
         tests=("tests/gc/test_defaults.py",),

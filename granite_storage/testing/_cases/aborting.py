@@ -12,7 +12,7 @@ import pytest
 
 from granite_storage.backends.base import StorageBackend, SupportsAbort, upload_begun
 from granite_storage.exceptions import BackendError
-from granite_storage.testing._cases.base import Cases, chunked, must_raise
+from granite_storage.testing._cases.base import Cases, chunked, held, must_raise
 
 __all__ = ["AbortCases"]
 
@@ -121,15 +121,9 @@ class AbortCases(Cases):
         async def tell(upload_id: str) -> None:
             told.set_result(upload_id)
 
-        async def held() -> AsyncIterator[bytes]:
-            async for chunk in chunked(self.content("parts")):
-                yield chunk
-            reached.set()
-            await go_on.wait()
-
         async def write() -> None:
             upload_begun.set(tell)
-            await backend.put_stream(LOCATION, held())
+            await backend.put_stream(LOCATION, held(self.content("parts"), reached, go_on))
 
         writer = asyncio.ensure_future(write())
         try:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, ClassVar, NoReturn
@@ -20,6 +23,7 @@ __all__ = [
     "Caught",
     "chunked",
     "digest",
+    "held",
     "infos",
     "listed",
     "must_raise",
@@ -147,6 +151,26 @@ class Cases:
             left = await self.count_unfinished(backend)
             assert left == 0, f"{why}: {left} unfinished thing(s) stayed in the store"
 
+    async def run_elsewhere(self, source: str) -> subprocess.CompletedProcess[bytes]:
+        """Run Python source in another process, and return how it ended."""
+        return await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", source],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            timeout=self.patience,
+            check=False,
+        )
+
+    def was_cancelled(self, task: asyncio.Task[object], struck: bool, why: str) -> bool:
+        """Return whether a task was cancelled, and fail where it should have been or failed otherwise."""
+        if task.cancelled():
+            return True
+        error = task.exception()
+        assert error is None, f"{why}: it raised {error!r} instead of the cancellation"
+        assert not struck, f"{why}: the cancellation was swallowed"
+        return False
+
     async def reach(self, event: asyncio.Event, writer: asyncio.Future[Any]) -> None:
         """Wait until a write has come to where its stream sets the event, or raise what ended it before."""
         waiter = asyncio.ensure_future(event.wait())
@@ -223,6 +247,14 @@ async def chunked(content: bytes, sizes: Iterable[int] = (), *, error: BaseExcep
     await asyncio.sleep(0)
     if error is not None:
         raise error
+
+
+async def held(content: bytes, reached: asyncio.Event, go_on: asyncio.Event) -> AsyncIterator[bytes]:
+    """Stream content, tell that all of it was sent, and wait before the end."""
+    async for chunk in chunked(content):
+        yield chunk
+    reached.set()
+    await go_on.wait()
 
 
 async def read_all(backend: StorageBackend, location: str, offset: int = 0, length: int | None = None, step: int = -1) -> bytes:

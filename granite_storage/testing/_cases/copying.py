@@ -87,11 +87,9 @@ class CopyCases(Cases):
         with self.no_task_left():
             async for step, task, struck in cancel_at_every_await(copy, moment):
                 why = f"a copy that was cancelled {moment} at its await {step}"
-                if task.cancelled():
+                if self.was_cancelled(task, struck, why):
                     await self.require_absent(backend, f"target/{step}", why)
                     continue
-                assert task.exception() is None, f"{why} raised {task.exception()!r}"
-                assert not struck, f"{why} swallowed the cancellation"
                 await self.require_whole(backend, f"target/{step}", content, f"a copy that completed before await {step}")
                 whole.append(f"target/{step}")
         assert await listed(backend) == sorted(whole), "cancelled copies are listed"

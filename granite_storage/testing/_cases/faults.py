@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import pytest
@@ -19,7 +16,7 @@ from granite_storage.exceptions import (
     StorageError,
     StorageFullError,
 )
-from granite_storage.testing._cases.base import Cases, chunked, infos, listed, must_raise, pattern
+from granite_storage.testing._cases.base import Cases, chunked, held, infos, listed, must_raise, pattern
 from granite_storage.testing._cases.write import VERBS, put
 
 __all__ = ["FaultCases"]
@@ -140,15 +137,8 @@ class FaultCases(Cases):
         assert isinstance(backend, SupportsCleanup), "supports_cleanup is declared, but there is no cleanup_incomplete()"
         reached, go_on = asyncio.Event(), asyncio.Event()
         content = self.content("parts")
-
-        async def held() -> AsyncIterator[bytes]:
-            async for chunk in chunked(content):
-                yield chunk
-            reached.set()
-            await go_on.wait()
-
         await backend.put_bytes("old", b"...")
-        writer = asyncio.ensure_future(backend.put_stream("under/way", held()))
+        writer = asyncio.ensure_future(backend.put_stream("under/way", held(content, reached, go_on)))
         try:
             await self.reach(reached, writer)
             removed = await backend.cleanup_incomplete(older_than=timedelta(hours=1))
@@ -179,15 +169,7 @@ class FaultCases(Cases):
         source = _WRITE_ELSEWHERE.format(
             make_backend=self.elsewhere(backend), chunks=self.parts_size // 65536, during=during, location=location
         )
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-c", source],
-            env=environment,
-            capture_output=True,
-            timeout=self.patience,
-            check=False,
-        )
+        done = await self.run_elsewhere(source)
         assert done.returncode == -9, f"the other process did not get to its end: {done.stderr.decode()[-2000:]}"
 
 

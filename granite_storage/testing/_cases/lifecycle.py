@@ -24,6 +24,8 @@ from granite_storage.backends.base import (
     SupportsPresignedUpload,
 )
 from granite_storage.exceptions import StorageError
+from granite_storage.manager import StorageManager
+from granite_storage.policies import StoragePolicy
 from granite_storage.testing._cases.base import Cases, listed, must_raise, read_all, same_bytes
 
 __all__ = ["LifecycleCases"]
@@ -94,9 +96,6 @@ class LifecycleCases(Cases):
 
     async def test_use_after_close(self, backend: StorageBackend) -> None:
         """Every call of a closed manager is a clear error, closing it again is none, and entering it opens it again."""
-        from granite_storage.manager import StorageManager
-        from granite_storage.policies import StoragePolicy
-
         manager = StorageManager(backends={"it": backend}, policies={"files": StoragePolicy("files", "it")})
         where: Any = {"storage_key": "files", "model_name": "model", "entity_id": "1", "field_name": "field"}
         async with manager:
@@ -121,9 +120,6 @@ class LifecycleCases(Cases):
 
     async def test_through_a_manager(self, backend: StorageBackend) -> None:
         """The whole way through a manager: put, stat, get, a range, copy, delete."""
-        from granite_storage.manager import StorageManager
-        from granite_storage.policies import StoragePolicy
-
         policy = StoragePolicy("files", "it", key_prefix="some/prefix")
         async with StorageManager(backends={"it": backend}, policies={"files": policy}) as manager:
             where: Any = {"model_name": "model", "entity_id": "1", "field_name": "field"}

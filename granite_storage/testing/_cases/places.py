@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +18,9 @@ from granite_storage.backends.base import (
     SupportsPlaces,
     overlap,
 )
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.manager import StorageManager
+from granite_storage.policies import StoragePolicy
 from granite_storage.testing._cases.base import Cases, chunked, listed
 
 __all__ = ["StoreCases"]
@@ -58,10 +58,6 @@ class StoreCases(Cases):
 
     async def test_extra_keys_stay_behind(self, backend: StorageBackend) -> None:
         """A copy on another backend has the caller's keys and none of this backend's."""
-        from granite_storage.backends.memory import MemoryStorageBackend
-        from granite_storage.manager import StorageManager
-        from granite_storage.policies import StoragePolicy
-
         policies = {"here": StoragePolicy("here", "it"), "there": StoragePolicy("there", "other")}
         where: Any = {"model_name": "model", "entity_id": "1", "field_name": "field"}
         async with StorageManager(backends={"it": backend, "other": MemoryStorageBackend()}, policies=policies) as manager:
@@ -129,16 +125,7 @@ class StoreCases(Cases):
         assert (before - modified).total_seconds() <= 1, f"now() was {before}, and an object that was stored later has {modified}"
 
     async def _told_elsewhere(self, backend: StorageBackend) -> dict[str, Any]:
-        program = _TELL.format(make_backend=self.elsewhere(backend))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-c", program],
-            env=environment,
-            capture_output=True,
-            timeout=self.patience,
-            check=False,
-        )
+        done = await self.run_elsewhere(_TELL.format(make_backend=self.elsewhere(backend)))
         assert done.returncode == 0, f"the other process failed: {done.stderr.decode()[-2000:]}"
         told: dict[str, Any] = json.loads(done.stdout)
         return told

@@ -20,11 +20,14 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
     SizeMismatchError,
 )
+from granite_storage.manager import StorageManager
+from granite_storage.policies import StoragePolicy
 from granite_storage.testing._cases.base import (
     CHUNK,
     Cases,
     chunked,
     digest,
+    held,
     listed,
     must_raise,
     pattern,
@@ -114,14 +117,7 @@ class WriteCases(Cases):
     async def test_unfinished_write_is_invisible(self, backend: StorageBackend, kind: str) -> None:
         """Until the stream has ended nobody sees the object; then everybody sees all of it."""
         content, reached, go_on = self.content(kind), asyncio.Event(), asyncio.Event()
-
-        async def held() -> AsyncIterator[bytes]:
-            async for chunk in chunked(content):
-                yield chunk
-            reached.set()
-            await go_on.wait()
-
-        writer = asyncio.ensure_future(backend.put_stream("being/written", held()))
+        writer = asyncio.ensure_future(backend.put_stream("being/written", held(content, reached, go_on)))
         try:
             await self.reach(reached, writer)
             await self.require_absent(backend, "being/written", "while its stream has not ended")
@@ -171,7 +167,7 @@ class WriteCases(Cases):
         with self.no_task_left():
             async for step, task, struck in cancel_at_every_await(write, moment):
                 why, location = f"{verb} cancelled {moment} at its await {step}", f"cancelled/{step}"
-                if self._was_cancelled(task, struck, why):
+                if self.was_cancelled(task, struck, why):
                     await self.require_absent(backend, location, why)
                 else:
                     whole.append(location)
@@ -223,7 +219,7 @@ class WriteCases(Cases):
 
         with self.no_task_left(), must_raise(ExceptionGroup, "the task group must end"):
             async with asyncio.timeout(self.patience), asyncio.TaskGroup() as group:
-                group.create_task(_none(backend.put_stream("sibling", endless())))
+                group.create_task(backend.put_stream("sibling", endless()))
                 group.create_task(fail())
         await self.require_absent(backend, "sibling", "after a task of the same group failed")
 
@@ -334,19 +330,6 @@ class WriteCases(Cases):
             await write("option", b"" if verb == "put_bytes" else chunked(b""), overwrite=True)
         await self.require_absent(backend, "option", "after an unknown option")
 
-    def _was_cancelled(self, task: asyncio.Task[object], struck: bool, why: str) -> bool:
-        """Return whether a task was cancelled, and fail where it should have been or failed otherwise."""
-        if task.cancelled():
-            return True
-        error = task.exception()
-        assert error is None, f"{why}: it raised {error!r} instead of the cancellation"
-        assert not struck, f"{why}: the cancellation was swallowed"
-        return False
-
-
-async def _none(call: Awaitable[object]) -> None:
-    await call
-
 
 async def _memory_growth(call: Callable[[], Awaitable[None]]) -> int:
     """Run a call and return by how many bytes Python's memory grew meanwhile, at most."""
@@ -362,9 +345,6 @@ async def _memory_growth(call: Callable[[], Awaitable[None]]) -> int:
 async def _put_through_manager(
     backend: StorageBackend, stream: AsyncIterator[bytes], *, max_size: int | None = None, **declared: Any
 ) -> None:
-    from granite_storage.manager import StorageManager
-    from granite_storage.policies import StoragePolicy
-
     manager = StorageManager(backends={"it": backend}, policies={"files": StoragePolicy("files", "it", max_size=max_size)})
     try:
         await manager.put_stream(

@@ -274,6 +274,12 @@ def written_within(statement: Any) -> Iterator[Insert | Update]:
             yield source.element
 
 
+def attached_databases(connection: Connection) -> list[str]:
+    """Return the databases of an SQLite connection in the order in which it resolves tables."""
+    names = [row[1] for row in connection.exec_driver_sql("PRAGMA database_list")]
+    return sorted(names, key=lambda name: name != "temp")
+
+
 def connection_of(session: Session, state: InstanceState[Any]) -> Connection:
     """Return the connection that a session's flush writes an instance on; a sharded session has one for each shard."""
     if session.connection_callable is not None:

@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
@@ -68,6 +69,7 @@ __all__ = [
     "Slot",
     "StoredObjectRefType",
     "Tables",
+    "as_found",
     "attachment",
     "attachment_tables",
     "fitting_name",
@@ -766,6 +768,22 @@ def attachment_tables(metadata: MetaData) -> Tables:
 
 def _referred_name(constraint: ForeignKeyConstraint) -> str:
     return constraint.elements[0].target_fullname.rpartition(".")[0]
+
+
+@lru_cache(maxsize=1024)  # statements of the same table are compiled once
+def as_found(schema: str, table: str, name: str, *, keys: tuple[Column[Any], ...] = ()) -> Column[Any]:
+    """Return a column of refs in a table with its actual name, for statements without schema translation.
+
+    Args:
+        schema: The schema.
+        table: The table.
+        name: The column.
+        keys: The columns of the table's primary key.
+    """
+    column: Column[Any] = Column(name, StoredObjectRefType())
+    primary_key = [Column(key.name, key.type, primary_key=True) for key in keys if key.name != name]
+    Table(table, MetaData(), *primary_key, column, schema=schema)
+    return column
 
 
 # The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB.

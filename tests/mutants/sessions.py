@@ -404,7 +404,7 @@ MUTANTS = [
     Mutant(
         name="sessions-row-security-unseen",
         rule="An object stays where row-level security may hide a row that refers to it.",
-        path="granite_storage/orm/discovery.py",
+        path="granite_storage/orm/locking.py",
         old="            WHEN row_security_active(c.oid) THEN 'row security'\n",
         new="",
         tests=("tests/orm/test_shared_objects.py::TestRowSecurity::test_hidden_row[delete_one-asyncpg]",),
@@ -412,7 +412,7 @@ MUTANTS = [
     Mutant(
         name="sessions-clones-of-text-unseen",
         rule="An object stays while a column of the same name mentions it, whatever its type.",
-        path="granite_storage/orm/discovery.py",
+        path="granite_storage/orm/locking.py",
         old="                ELSE 'text'\n",
         new="                ELSE NULL\n",
         tests=("tests/orm/test_shared_objects.py::TestOtherTypes::test_clone_keeps_the_object[delete_one-asyncpg bytea]",),
@@ -420,7 +420,7 @@ MUTANTS = [
     Mutant(
         name="sessions-temporary-table-unseen",
         rule="An object stays while a temporary table hides the table whose rows may refer to it.",
-        path="granite_storage/orm/discovery.py",
+        path="granite_storage/orm/locking.py",
         old='return row is not None and str(row[1]).startswith("CREATE TEMPORARY TABLE")',
         new="return False",
         tests=("tests/orm/test_shared_objects.py::test_temporary_table[False-delete_one-mariadb]",),

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from granite_storage.derived.base import Effect
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import DeclaredVariant, Journal
-    from granite_storage.orm.discovery import Place
+    from granite_storage.orm.locking import Place
     from granite_storage.orm.variants import Holding
 
 __all__ = [

@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
 from granite_storage.orm.columns import location_of, variant_locations, variants_in
-from granite_storage.orm.discovery import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.journal.database import JournalPool, effective, read_translations
+from granite_storage.orm.locking import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 
 if TYPE_CHECKING:
     from sqlalchemy import Row

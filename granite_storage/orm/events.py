@@ -19,7 +19,7 @@ from granite_storage.orm import bulk, collections, flush, transactions
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm._util import executed_statement, written_within
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
-from granite_storage.orm.unit_of_work import Change
+from granite_storage.orm.transactions import Change
 
 __all__ = ["guard_base", "listen", "release", "require_single", "unlisten"]
 

@@ -1,13 +1,17 @@
-"""What a flush does with objects: read the session's state, let `unit_of_work` decide, and upload, move, copy and displace."""
+"""What a flush does with objects: read the session's state, decide, and upload, move, copy and displace.
+
+`plan_uploads` and `plan_flush` decide, without I/O.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -24,20 +28,17 @@ from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows, refers
-from granite_storage.orm.transactions import require_transactions, watch
-from granite_storage.orm.unit_of_work import (
+from granite_storage.orm.transactions import (
     UNKNOWN,
-    Assigned,
     Change,
     Displacement,
-    FlushPlan,
     FlushState,
     Frame,
     LogEntry,
     UnitOfWork,
-    plan_flush,
-    plan_uploads,
     put_value,
+    require_transactions,
+    watch,
 )
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -46,12 +47,17 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Journal
 
 __all__ = [
+    "Assigned",
+    "FlushPlan",
+    "UploadPlan",
     "changes_of",
     "clear_unset_attachments",
     "concerned_tables",
     "current_transaction",
     "displace",
     "end",
+    "plan_flush",
+    "plan_uploads",
     "recheck_cascades",
     "recheck_moves",
     "require_attachment",
@@ -61,6 +67,145 @@ __all__ = [
     "write_entries",
     "write_left",
 ]
+
+
+# What a flush is to do with the objects of the values that it writes.
+#
+# `plan_uploads` decides before a connection is held: which values are uploaded, and which objects other rows certainly keep, so
+# that copies are made. `plan_flush` decides once the rows are locked and the objects that they lose are known: which of those
+# move to another row, and which are copied after all.
+
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned(Generic[C]):
+    """A value that a flush writes into a row, and what is known of its object.
+
+    Attributes:
+        change: The change that writes it.
+        value: Identifies the value: one may be assigned to several rows.
+        object: Identifies its object; None while it is pending.
+        is_unowned: Whether the object was stored before the transaction, and no row has taken it.
+        is_restored: Whether it cancels the pending delete of its object.
+        is_of_another_manager: Whether the column's manager is another one than that of the object.
+        is_replaced: Whether the flush replaces or clears it in another row, as far as the session knows.
+    """
+
+    change: C
+    value: Hashable
+    object: Hashable | None
+    is_unowned: bool = False
+    is_restored: bool = False
+    is_of_another_manager: bool = False
+    is_replaced: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is still to be uploaded."""
+        return self.object is None
+
+
+@dataclass(slots=True)
+class UploadPlan(Generic[C]):
+    """What a flush does before it holds a connection.
+
+    Attributes:
+        put: The changes whose pending values are uploaded.
+        copy: The changes that get a copy, because another row certainly keeps the object.
+        undecided: The changes that wait until the rows are locked.
+    """
+
+    put: list[C] = field(default_factory=list)
+    copy: list[C] = field(default_factory=list)
+    undecided: list[C] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FlushPlan(Generic[C]):
+    """What a flush does once the rows are locked.
+
+    Attributes:
+        take: The changes that assign an object which no row has had.
+        move: The changes whose objects are moved here from another row.
+        restore: The changes that cancel a pending delete.
+        copy: The changes that get a copy.
+        stale: The changes whose objects were to move, but whose rows no longer refer to them.
+    """
+
+    take: list[C] = field(default_factory=list)
+    move: list[C] = field(default_factory=list)
+    restore: list[C] = field(default_factory=list)
+    copy: list[C] = field(default_factory=list)
+    stale: list[C] = field(default_factory=list)
+
+
+def plan_uploads(assigned: Iterable[Assigned[C]], *, history: Mapping[Any, bool], knows_all_rows: bool) -> UploadPlan[C]:
+    """Decide what is uploaded and copied before a connection is held.
+
+    Args:
+        assigned: The values, in the order of the changes.
+        history: The objects of the transaction: True if a row refers to it, False if it was displaced.
+        knows_all_rows: Whether the session knows which object each row loses; otherwise nothing is copied yet.
+    """
+    plan: UploadPlan[C] = UploadPlan()
+    uploaded: set[Hashable] = set()
+    for item in assigned:
+        if item.is_pending and item.value not in uploaded:
+            uploaded.add(item.value)
+            plan.put.append(item.change)
+        elif knows_all_rows and (item.is_pending or not _may_move(item, history)):
+            plan.copy.append(item.change)
+        else:
+            plan.undecided.append(item.change)
+    return plan
+
+
+def plan_flush(assigned: Iterable[Assigned[C]], *, displaced: Collection[Hashable], history: Mapping[Any, bool]) -> FlushPlan[C]:
+    """Decide for each stored value whether its object is taken, moved, restored or copied, once the rows are locked.
+
+    An object belongs to at most one row: the first change gets it, the others get copies.
+
+    Args:
+        assigned: The values, none of them pending, in the order of the changes.
+        displaced: The objects that the locked rows lose.
+        history: The objects of the transaction before this flush, as for `plan_uploads`.
+    """
+    plan: FlushPlan[C] = FlushPlan()
+    is_held = {**history, **dict.fromkeys(displaced, False)}
+    used: set[Hashable] = set()
+    restored: set[Hashable] = set()
+    for item in assigned:
+        is_first = item.value not in used
+        if not _may_move(item, is_held, is_first=is_first):
+            plan.copy.append(item.change)
+            continue
+        used.add(item.value)
+        if is_first and item.is_unowned:
+            plan.take.append(item.change)
+        elif is_held.get(item.object) is False:
+            plan.move.append(item.change)
+        elif is_first and item.is_restored and item.object not in restored:
+            restored.add(item.object)  # the journal knows whether it waits; another row of this flush gets a copy
+            plan.restore.append(item.change)
+        elif item.object in is_held:
+            plan.copy.append(item.change)
+            continue
+        else:
+            plan.stale.append(item.change)
+            continue
+        is_held[item.object] = True
+    return plan
+
+
+def _may_move(item: Assigned[C], is_held: Mapping[Any, bool], *, is_first: bool = True) -> bool:
+    """Return whether a row may take an object: no row refers to it, or its row loses it in this transaction."""
+    if item.is_restored and is_first:
+        return True
+    if item.is_of_another_manager:
+        return False
+    return (item.is_unowned and is_first) or item.is_replaced or is_held.get(item.object) is False
 
 
 # What a flush writes into the journal, in the transaction of its rows.

@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         name="sessions-unknown-commit-deletes",
         rule="A COMMIT whose outcome is unknown deletes nothing.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="case Outcome.UNKNOWN:\n                return []",
         new="case Outcome.UNKNOWN:\n                return [stored for stored, _ in frame.puts]",
         tests=(
@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant(
         name="sessions-released-savepoint-forgotten",
         rule="The log of a released savepoint is added to its parent's.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="            self.frame(outer).merge(frame)\n",
         new="",
         tests=(
@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant(
         name="sessions-rolled-back-savepoint-merged",
         rule="What happened in a savepoint that is rolled back leaves nothing but the objects it put.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="if frame.committed and outer is not None:",
         new="if outer is not None:",
         tests=(
@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant(
         name="sessions-savepoint-puts-leak",
         rule="Objects that a rolled-back savepoint put go with the commit of the transaction around it.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent or",
         new="for stored in (*dropped, *never_taken) if stored.intent or",
         tests=("tests/orm/test_scenarios.py::TestSavepoints::test_integrity_error_caught[sqlite-begin]",),
@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant(
         name="sessions-moved-object-deleted",
         rule="An object is displaced only if no row holds it at the end of the transaction.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in latest.values() if not held]",
         new="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in frame.log if not held]",
         tests=("tests/orm/test_scenarios.py::TestValues::test_move_in_two_flushes[sqlite-begin]",),
@@ -265,7 +265,7 @@ MUTANTS = [
     Mutant(
         name="sessions-undone-objects-not-asked",
         rule="Objects of a savepoint that was rolled back stay where another row refers to them.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="(*dropped, *never_taken, *self.to_delete) if stored.intent is None]",
         new="(*dropped, *never_taken) if stored.intent is None]",
         tests=("tests/orm/test_shared_objects.py::TestSnapshots::test_ref_of_a_savepoint_that_was_rolled_back[sqlite-False]",),
@@ -289,7 +289,7 @@ MUTANTS = [
     Mutant(
         name="sessions-claim-outlives-its-flush",
         rule="A claim ends with its flush: no later statement may bind the ref.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="            attachment._state.end_claim()\n",
         new="            pass\n",
         tests=("tests/orm/test_bulk.py::TestRefusals::test_what_a_flush_of_the_same_transaction_has_stored[sqlite-begin]",),

@@ -15,7 +15,7 @@ from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._util import deferred_cancellation
 from granite_storage.orm.attachment import Owner
 from granite_storage.orm.columns import Tables
-from granite_storage.orm.unit_of_work import Outcome, UnitOfWork
+from granite_storage.orm.transactions import Outcome, UnitOfWork
 from granite_storage.refs import StoredObjectRef
 
 

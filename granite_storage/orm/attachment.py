@@ -330,25 +330,24 @@ class AttachmentState:
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where it will be stored, for a column."""
-        prepared = self._prepare(manager, column_type, entity_id)
-        return prepared if column_type.validate is None else prepared.validated_by(column_type.validate)
-
-    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
-        names = _names_of(column_type, entity_id)
-        original = self._origin()
+        engine, original = manager._engine, self._origin()
+        names: dict[str, Any] = {
+            "storage_key": column_type.storage_key,
+            "model_name": column_type.model_name,
+            "entity_id": entity_id,
+            "field_name": column_type.field_name,
+        }
         if not isinstance(original, AttachmentState):
-            given: dict[str, Any] = {
-                "content_type": self.content_type,
-                "original_filename": self.filename,
-                "extra": self.extra,
-            }
+            prepared = engine.prepare(**names, content_type=self.content_type, original_filename=self.filename, extra=self.extra)
         elif original.manager is manager:
-            return manager._engine.prepare_copy(original.require_ref(), **names)
+            prepared = engine.prepare_copy(original.require_ref(), **names)
         else:
             ref = original.require_ref()
-            given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
-            return replace(manager._engine.prepare(**names, **given), media=ref.media, scan=ref.scan)
-        return manager._engine.prepare(**names, **given)
+            prepared = engine.prepare(
+                **names, content_type=ref.content_type, original_filename=ref.original_filename, extra=ref.extra
+            )
+            prepared = replace(prepared, media=ref.media, scan=ref.scan)
+        return prepared if column_type.validate is None else prepared.validated_by(column_type.validate)
 
     def record(self, intent: Intent) -> None:
         """Remember what a journal has recorded about the object that will be stored."""
@@ -356,12 +355,7 @@ class AttachmentState:
 
     async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> StoredObjectRef:
         """Upload to the prepared location, and become stored."""
-        await self._upload(manager, column_type, prepared)
-        return self.require_ref()
-
-    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
-        engine = manager._engine
-        source = self._take_source()
+        engine, source = manager._engine, self._take_source()
         if not isinstance(source, AttachmentState):
             try:
                 self._store(await engine.put(prepared, source), column_type)
@@ -373,6 +367,7 @@ class AttachmentState:
             async with Attachment._in(source).open(verify=True) as stream:
                 # Before the stream is closed: a cancellation that comes then has to find what is stored.
                 self._store(await engine.put(prepared, stream), column_type)
+        return self.require_ref()
 
     def _store(self, ref: StoredObjectRef, column_type: ColumnType) -> None:
         self.ref, self.address = ref, column_type
@@ -708,8 +703,7 @@ class Attachment(_StoredFile):
             )
         if not isinstance(content, bytes | bytearray | memoryview):
             iter_chunks(content)  # raises where it is no stream; nothing is read
-            if _is_left_empty(content):
-                raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+            _require_chosen(content)
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
@@ -732,8 +726,7 @@ class Attachment(_StoredFile):
         """
         file: Any = upload if is_file(upload) else getattr(upload, "file", upload)
         filename, content_type = upload_names(upload)
-        if _is_left_empty(upload):
-            raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+        _require_chosen(upload)
         return cls(file, filename=filename, content_type=content_type, extra=extra)
 
     @classmethod
@@ -1142,20 +1135,16 @@ class SyncAttachment(_SyncStoredFile["Attachment"]):
         return self._run(self._file.store(column), "store")
 
 
+def _require_chosen(upload: object) -> None:
+    if _is_left_empty(upload):
+        raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+
+
 def _is_left_empty(upload: object) -> bool:
     """Return whether an upload is known to be an empty file input: it has neither a name nor bytes."""
     if not (is_file(upload) and is_form_upload(upload)):
         return False
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
-
-
-def _names_of(column_type: ColumnType, entity_id: str) -> dict[str, Any]:
-    return {
-        "storage_key": column_type.storage_key,
-        "model_name": column_type.model_name,
-        "entity_id": entity_id,
-        "field_name": column_type.field_name,
-    }
 
 
 def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.locations import GENERATED_ID_LENGTH
-from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches
+from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, quoted_name, schema_on
 from granite_storage.orm.columns import unnest_variants, value_in
 
 __all__ = [
@@ -205,12 +205,10 @@ def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str,
 
 def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
     """Return schema and name of the table that a model's table resolves to on a connection, after translation; or None."""
-    translated: dict[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
-    schema = translated.get(table.schema, table.schema)
+    schema = schema_on(connection, table)
     match connection.dialect.name:
         case "postgresql":
-            quote = connection.dialect.identifier_preparer.quote
-            name = ".".join(quote(part) for part in (schema, table.name) if part)
+            name = quoted_name(connection, schema, table.name)
             row: Any = connection.execute(_POSTGRESQL_RESOLVED, {"name": name}, execution_options=UNTRANSLATED).first()
         case "sqlite":
             schemas = [found for found in attached_databases(connection) if schema in (None, found)]

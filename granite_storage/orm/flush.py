@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Connection, Engine, Table, text
@@ -24,7 +23,17 @@ from granite_storage._telemetry import traced
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, binding_for, find_binding
-from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, in_greenlet, require_wait, root_engine, wait
+from granite_storage.orm._util import (
+    UNTRANSLATED,
+    attached_databases,
+    connection_of,
+    in_greenlet,
+    quoted_name,
+    require_wait,
+    root_engine,
+    schema_on,
+    wait,
+)
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows, refers
@@ -40,7 +49,7 @@ from granite_storage.orm.transactions import (
     require_transactions,
     watch,
 )
-from granite_storage.orm.uploads import Upload, store, stored_object
+from granite_storage.orm.uploads import Upload, ids_by_journal, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
@@ -218,22 +227,19 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     the next flush that writes the ref consumes them again.
     """
     flush = unit.flush
-    taken: dict[Journal, list[UUID]] = {}
+    taken: list[Intent] = []
     displaced: list[StoredObject] = []
     moved: list[StoredObjectRef] = []
     put = {stored.key for stored, _ in flush.puts}
     for stored, held in flush.net:
         if held:
             intents = (unit.displacement(stored) or stored).intents
-            for intent in intents:
-                taken.setdefault(intent.journal, []).append(intent.id)
+            taken += intents
             if not intents and stored.key not in flush.restored_by:
                 moved.append(stored.ref)
         elif stored.key not in put:
             displaced.append(stored)
-    for intent in flush.restored:
-        taken.setdefault(intent.journal, []).append(intent.id)
-    for journal, ids in taken.items():
+    for journal, ids in ids_by_journal([*taken, *flush.restored]).items():
         journal.intents.consume(flush.connections[journal], ids)
         journal.intents.require_unfenced(intent for intent in flush.restored if intent.journal is journal)
     # Whether they have lost them or not, which the worker sees.
@@ -808,7 +814,11 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
     log: list[LogEntry] = []
     for key, stored in {stored.key: stored for stored in planned}.items():
         if holders[key] > 1 and key in taken:
-            raise _still_holds(stored.ref)
+            raise StaleAttachmentError(
+                f"the object at {stored.ref.location!r} was to move to another row, but its own row still refers to it after the"
+                " flush: a listener or a trigger has restored that row; flush the two changes one after the other, and the"
+                " second row gets a copy"
+            )
         if holders[key] or key in certain:
             claimed = taken.get(key) or unit.displacement(stored)
             log += [] if claimed is None else [(claimed, True)]
@@ -918,14 +928,6 @@ def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
     return StoredObject(column_type.binding().manager, ref).key
 
 
-def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:
-    return StaleAttachmentError(
-        f"the object at {ref.location!r} was to move to another row, but its own row still refers to it after the flush:"
-        " a listener or a trigger has restored that row; flush the two changes one after the other, and the second row gets a"
-        " copy"
-    )
-
-
 # Triggers: whether the database may have changed what the flush wrote.
 
 
@@ -952,8 +954,7 @@ def has_triggers(connection: Connection, table: Table) -> bool:
 
     MariaDB shows triggers only to roles with the privilege TRIGGER.
     """
-    translated: dict[str | None, str | None] = connection.get_execution_options().get(TRANSLATE_MAP) or {}
-    schema = translated.get(table.schema, table.schema)
+    schema = schema_on(connection, table)
     answers = _answers.setdefault(root_engine(connection.engine), {})
     until, answer = answers.get((schema, table.name), (0.0, False))
     if time.monotonic() >= until:
@@ -966,11 +967,11 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
     quote = connection.dialect.identifier_preparer.quote
     match connection.dialect.name:
         case "postgresql":
-            name = ".".join(quote(part) for part in (schema, table) if part)
+            name = quoted_name(connection, schema, table)
             found: Any = connection.execute(_POSTGRESQL, {"name": name}, execution_options=UNTRANSLATED).scalar()
         case "sqlite":
             # A temporary trigger may belong to a table in another file.
-            schemas = {"temp", *(row[1] for row in connection.exec_driver_sql("PRAGMA database_list"))}
+            schemas = {"temp", *attached_databases(connection)}
             parts = [
                 f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted
                 " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"

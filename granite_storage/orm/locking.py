@@ -48,7 +48,7 @@ from sqlalchemy.exc import DBAPIError
 from granite_storage._telemetry import fields_of
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._interfaces import active_bindings
-from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, attached_databases, batches, codes_of, without_pool
+from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, schema_on, without_pool
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import (
     Tables,
@@ -506,10 +506,9 @@ def _places(
 ) -> dict[Place, Sequence[Column[Any]]]:
     """Return where the columns are, in every schema, each with the primary key that its table has by the models."""
     catalogue = read_catalogue(connection, columns)
-    translated = connection.get_execution_options().get(TRANSLATE_MAP) or {}
     places: dict[Place, Sequence[Column[Any]]] = {}
     for column in columns:
-        schema = translated.get(column.table.schema, column.table.schema)
+        schema = schema_on(connection, column.table)
         place = catalogue.place(schema, column)
         if place is not None:
             places.setdefault(place, list(column.table.primary_key))

@@ -282,20 +282,22 @@ class UnitOfWork:
         outer = _enclosing(transaction)
         if frame.committed and outer is not None:
             self.frame(outer).merge(frame)
-            return
-        self.to_delete += [stored for stored, _ in frame.puts]
-        for _, attachment in frame.puts:
-            attachment._state.undo()
+        else:
+            self._undo(frame)
 
     def close(self, transaction: SessionTransaction) -> Frame:
         """Return the frame of the outermost transaction; savepoints that are still open are rolled back with it."""
         frame = self.frames.pop(transaction, None) or Frame()
         for inner in self.frames.values():
-            self.to_delete += [stored for stored, _ in inner.puts]
-            for _, attachment in inner.puts:
-                attachment._state.undo()
+            self._undo(inner)
         self.frames.clear()
         return frame
+
+    def _undo(self, frame: Frame) -> None:
+        """Note that what a savepoint has stored is rolled back."""
+        self.to_delete += [stored for stored, _ in frame.puts]
+        for _, attachment in frame.puts:
+            attachment._state.undo()
 
     def displaced(self, frame: Frame | None = None) -> list[StoredObject]:
         """Return the objects without an intent that a commit would delete now.
@@ -304,10 +306,14 @@ class UnitOfWork:
             frame: The frame of the outermost transaction, where it is closed already.
         """
         frames = [frame] if frame is not None else list(self.frames.values())
+        return [stored for stored in self._without_row(frames) if stored.intent is None]
+
+    def _without_row(self, frames: Sequence[Frame]) -> list[StoredObject]:
+        """Return the objects that no row refers to once these frames are committed."""
         latest = _latest([entry for one in frames for entry in one.log])
         dropped = [stored for stored, held in latest.values() if not held]
         never_taken = [stored for one in frames for stored, _ in one.puts if stored.key not in latest]
-        return [stored for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent is None]
+        return [*dropped, *never_taken, *self.to_delete]
 
     def end(self, frame: Frame, outcome: Outcome) -> list[StoredObject]:
         """Return the objects that are to be deleted now that the outermost transaction has ended."""
@@ -321,18 +327,12 @@ class UnitOfWork:
                 attachment._state.settle()
         match outcome:
             case Outcome.COMMITTED:
-                dropped = [stored for stored, held in latest.values() if not held]
-                never_taken = [stored for stored, _ in frame.puts if stored.key not in latest]
-                return [
-                    stored for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent or not self._is_shared(stored)
-                ]
+                lost = self._without_row([frame])
+                return [stored for stored in lost if stored.intent or stored.ref.location not in self.shared]
             case Outcome.ROLLED_BACK:
                 return [*(stored for stored, _ in frame.puts), *self.to_delete]
             case Outcome.UNKNOWN:
                 return []
-
-    def _is_shared(self, stored: StoredObject) -> bool:
-        return stored.ref.location in self.shared
 
     def _forget_flush(self) -> None:
         for counted in self.flush.counted:
@@ -469,13 +469,7 @@ class ConnectionWatch:
         SQLAlchemy: by a COMMIT in SQL or of the driver, such as that of SQLite's `executescript`; by a driver in autocommit mode;
         by MariaDB and MySQL before a DDL statement and in tables that know no transactions.
         """
-        match outcome:
-            case Outcome.COMMITTED:
-                return self.has_snapshot
-            case Outcome.ROLLED_BACK:
-                return True
-            case Outcome.UNKNOWN:
-                return False
+        return outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and self.has_snapshot)
 
     def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
         """Act on the end of the outer transaction, which may still be in progress."""
@@ -597,8 +591,11 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
     for item in spans:
         item.sessions.discard(session)
     outer = next((item for item in spans if item.is_open), None)
+    if outer is not None and (frame.committed or _goes_on(transaction)):
+        outer.joined.append(_Joined(unit, frame, spans[outer]))
+        return
     if outer is not None:
-        _join(outer, unit, frame, spans[outer], survives=frame.committed or _goes_on(transaction))
+        outer.to_delete += unit.end(frame, Outcome.ROLLED_BACK)
         return
     if frame.committed:
         outcome = Outcome.COMMITTED
@@ -661,13 +658,6 @@ def _goes_on(transaction: SessionTransaction) -> bool:
     reference = _begun.get(transaction)
     joined = None if reference is None else reference()
     return joined is not None and joined.is_active
-
-
-def _join(outer: ConnectionWatch, unit: UnitOfWork, frame: Frame, span: SavepointSpan, *, survives: bool) -> None:
-    if survives:
-        outer.joined.append(_Joined(unit, frame, span))
-    else:
-        outer.to_delete += unit.end(frame, Outcome.ROLLED_BACK)
 
 
 def _savepoints_made(connection: Connection) -> int:

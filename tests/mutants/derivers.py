@@ -153,8 +153,8 @@ MUTANTS = [
         name="deriver-from-what-is-held",
         rule="Nothing is derived from an original that a scanner has not judged.",
         path=_UPLOADS,
-        old="    if is_held(source):\n        return\n",
-        new="",
+        old="    if is_held(source) or not item.is_for(name):\n",
+        new="    if not item.is_for(name):\n",
         tests=("tests/orm/journal/test_derived_flush.py::test_an_original_that_is_held[asyncpg]",),
     ),
     Mutant(
@@ -169,8 +169,8 @@ MUTANTS = [
         name="deriver-of-any-type",
         rule="A recipe is not called for originals of media types that it is not for.",
         path=_UPLOADS,
-        old="    if not item.is_for(name):\n        return\n",
-        new="",
+        old="    if is_held(source) or not item.is_for(name):\n",
+        new="    if is_held(source):\n",
         tests=("tests/orm/test_derived_types.py::test_another_type[sqlite-begin-flush]",),
     ),
     Mutant(

@@ -107,8 +107,8 @@ MUTANTS = [
         name="journal-restore-claims-nothing",
         rule="Restoring an object consumes its pending delete in the row's transaction.",
         path="granite_storage/orm/flush.py",
-        old="    for intent in flush.restored:\n        taken.setdefault(intent.journal, []).append(intent.id)\n",
-        new="",
+        old="ids_by_journal([*taken, *flush.restored])",
+        new="ids_by_journal(taken)",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_the_protocol_holds[asyncpg-undone_delete]",),
     ),
     Mutant(

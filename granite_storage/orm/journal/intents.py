@@ -33,12 +33,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
+from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
-from granite_storage.orm._util import batches, codes_of, insert_rows, wait
+from granite_storage.orm._util import batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -121,7 +121,10 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
     queue.ended = ended = asyncio.Event()
     writing = asyncio.ensure_future(insert([intent for entry in batch for intent in entry.intents]))
     try:
-        await _outcome(writing)
+        await asyncio.wait([writing])
+    except asyncio.CancelledError:
+        await wait_or_cancel(writing, CLEANUP_TIMEOUT)
+        raise
     finally:
         error = _over() if writing.cancelled() else writing.exception()
         for entry in batch:
@@ -129,17 +132,6 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
         queue.entries = [entry for entry in queue.entries if entry not in batch]
         queue.ended = None
         ended.set()
-
-
-async def _outcome(writing: asyncio.Future[None]) -> None:
-    """Wait until a write has ended; a cancelled caller waits too, for a limited time."""
-    try:
-        await asyncio.wait([writing])
-    except asyncio.CancelledError:
-        if not await wait_uncancelled(writing, CLEANUP_TIMEOUT):
-            writing.cancel()
-            await wait_uncancelled(writing)
-        raise
 
 
 def _over() -> StaleAttachmentError:
@@ -423,9 +415,9 @@ class Intents:
 
     def _place(self, connection: Connection) -> tuple[Any, ...]:
         """Return the table and database of the intents on a connection to PostgreSQL, whatever its snapshot."""
-        intent, quote = self._tables.intent, connection.dialect.identifier_preparer.quote
-        names = effective(intent.schema, self._pool.translate_map), intent.name
-        return tuple(connection.execute(_PLACE, {"name": ".".join(quote(name) for name in names if name)}).one())
+        intent = self._tables.intent
+        name = quoted_name(connection, effective(intent.schema, self._pool.translate_map), intent.name)
+        return tuple(connection.execute(_PLACE, {"name": name}).one())
 
     async def _own_place(self) -> tuple[Any, ...]:
         async with self._pool.reading() as connection:

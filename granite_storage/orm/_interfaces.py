@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from granite_storage.derived.base import is_accepted
-from granite_storage.exceptions import UnboundAttachmentError
+from granite_storage.exceptions import StorageError, UnboundAttachmentError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.derived import Effect, Recipe
-    from granite_storage.exceptions import StorageError
     from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef

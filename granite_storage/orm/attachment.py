@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from granite_storage._documentation import Page
-from granite_storage._engine import upload_names
+from granite_storage._engine import PreparedUpload, upload_names
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import (
     ConsumedSourceError,
@@ -24,7 +24,7 @@ from granite_storage.exceptions import (
     UnknownVariantError,
 )
 from granite_storage.locations import clean_filename
-from granite_storage.orm._interfaces import active_bindings, find_binding
+from granite_storage.orm._interfaces import ColumnType, Intent, active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader, SyncObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (
@@ -49,10 +49,8 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema, SchemaSerializer
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
-    from granite_storage._engine import PreparedUpload
     from granite_storage._headers import Disposition
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import ColumnType, Intent
 
 __all__ = [
     "Address",

@@ -53,14 +53,13 @@ from granite_storage.exceptions import (
     UnsupportedContentError,
 )
 from granite_storage.inspection.base import Validator
-from granite_storage.orm._interfaces import DeclaredVariant, binding_for, find_binding, unbound_message
+from granite_storage.orm._interfaces import Binding, DeclaredVariant, binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
 from granite_storage.policies import require_validator
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding
 
 __all__ = [
     "LOCATION_COLUMN_PREFIX",
@@ -459,15 +458,9 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
         ConfigurationError: A name cannot be one of a variant, or a recipe is none.
     """
     column = f"the attachment column of the policy {storage_key!r}"
-    if not isinstance(recipes, Mapping):
-        raise ConfigurationError(f"variants of {column} must map names to recipes, not be a {type(recipes).__name__}")
+    _require_names(column, recipes, "variants", "a variant", "recipes")
     declared: dict[str, DeclaredVariant] = {}
     for name, recipe in recipes.items():
-        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
-            raise ConfigurationError(
-                f"a variant of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
-                " and underscores of ASCII, and begins with a letter or a digit"
-            )
         if isinstance(recipe, type) or not isinstance(recipe, Recipe):
             raise ConfigurationError(
                 f"the variant {name!r} of {column} is a {type(recipe).__name__}, not a recipe, which has when, missing, digest()"
@@ -492,19 +485,25 @@ def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> dict[s
         ConfigurationError: A name cannot be one of an effect, or an effect is none.
     """
     column = f"the attachment column of the policy {storage_key!r}"
-    if not isinstance(effects, Mapping):
-        raise ConfigurationError(f"effects of {column} must map names to effects, not be a {type(effects).__name__}")
+    _require_names(column, effects, "effects", "an effect", "effects")
     for name, effect in effects.items():
-        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
-            raise ConfigurationError(
-                f"an effect of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
-                " and underscores of ASCII, and begins with a letter or a digit"
-            )
         if not isinstance(effect, Effect):
             raise ConfigurationError(
                 f"the effect {name!r} of {column} is a {type(effect).__name__}: write Effect(put=..., remove=...)"
             )
     return dict(effects)
+
+
+def _require_names(column: str, declared: object, several: str, one: str, values: str) -> None:
+    """Refuse what does not map names, such as those of variants, to what they stand for."""
+    if not isinstance(declared, Mapping):
+        raise ConfigurationError(f"{several} of {column} must map names to {values}, not be a {type(declared).__name__}")
+    for name in declared:
+        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
+            raise ConfigurationError(
+                f"{one} of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
+                " and underscores of ASCII, and begins with a letter or a digit"
+            )
 
 
 _LONGEST_VARIANT_NAME = 40
@@ -679,13 +678,6 @@ class Tables:
         self._refs: list[Column[Any]] = []
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
-    def find(self, table: Any) -> Table | None:
-        """Return the metadata's table for the annotated form in a statement."""
-        if getattr(table, "metadata", None) is not self._metadata:
-            return None
-        found: Table | None = self._metadata.tables.get(getattr(table, "fullname", ""))
-        return found
-
     def attachments(self, table: Table) -> tuple[Column[Any], ...]:
         """Return the attachment columns of a table."""
         self._refresh()
@@ -722,8 +714,7 @@ class Tables:
 
     def all_attachments(self) -> list[Column[Any]]:
         """Return every attachment column."""
-        self._refresh()
-        return [column for columns in self._attachments.values() for column in columns]
+        return [column for column in self.refs() if isinstance(column.type, AttachmentType)]
 
     def _refresh(self) -> None:
         tables = self._metadata.tables
@@ -734,10 +725,10 @@ class Tables:
         self._by_mapper.clear()
         self._refs = []
         for name, table in tables.items():
-            columns = tuple(column for column in table.columns if isinstance(column.type, AttachmentType))
-            if columns:
+            refs = [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
+            self._refs += refs
+            if columns := tuple(column for column in refs if isinstance(column.type, AttachmentType)):
                 self._attachments[name] = columns
-            self._refs += [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
                     self._cascades.setdefault(_referred_name(constraint), []).append(constraint)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Connection, Engine, Table, text
@@ -22,7 +22,7 @@ from granite_storage._documentation import Page
 from granite_storage._telemetry import traced
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, binding_for, find_binding
+from granite_storage.orm._interfaces import Intent, Journal, ObjectKey, StoredObject, binding_for, find_binding
 from granite_storage.orm._util import (
     UNTRANSLATED,
     attached_databases,
@@ -51,9 +51,6 @@ from granite_storage.orm.transactions import (
 )
 from granite_storage.orm.uploads import Upload, ids_by_journal, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
-
-if TYPE_CHECKING:
-    from granite_storage.orm._interfaces import Journal
 
 __all__ = [
     "Assigned",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sqlalchemy import (
     ARRAY,
@@ -47,7 +47,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage._telemetry import fields_of
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
-from granite_storage.orm._interfaces import active_bindings
+from granite_storage.orm._interfaces import StoredObject, active_bindings
 from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, schema_on, without_pool
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import (
@@ -59,9 +59,6 @@ from granite_storage.orm.columns import (
     where_json,
 )
 from granite_storage.refs import StoredObjectRef
-
-if TYPE_CHECKING:
-    from granite_storage.orm._interfaces import StoredObject
 
 __all__ = [
     "Catalogue",

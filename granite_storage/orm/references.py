@@ -16,6 +16,7 @@ from uuid import UUID
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Connection,
     Dialect,
     LargeBinary,
     Select,
@@ -57,7 +58,6 @@ from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
     from granite_storage.orm._interfaces import Binding, JournalTables

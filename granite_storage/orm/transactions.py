@@ -27,24 +27,29 @@ from greenlet import getcurrent
 from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError
-from sqlalchemy.orm import LoaderCallableStatus, Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
-from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, active_bindings, are_triggers_declared
+from granite_storage.orm._interfaces import (
+    Binding,
+    Intent,
+    Journal,
+    ObjectKey,
+    StoredObject,
+    active_bindings,
+    are_triggers_declared,
+)
 from granite_storage.orm._util import TRANSLATE_MAP, codes_of, deferred_cancellation, in_greenlet, is_async, root_engine
-from granite_storage.orm.locking import find_shared, find_shared_afresh
+from granite_storage.orm.locking import CountedDeletes, RowRef, find_shared, find_shared_afresh
 from granite_storage.orm.uploads import remove_now
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import InstanceState
     from sqlalchemy.orm.unitofwork import UOWTransaction
 
-    from granite_storage.orm._interfaces import Binding, Journal
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.columns import Slot
-    from granite_storage.orm.locking import CountedDeletes, RowRef
 
 __all__ = [
     "UNKNOWN",

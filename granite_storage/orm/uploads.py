@@ -14,21 +14,18 @@ from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._tasks import run_bounded, shielded, shielded_cleanup, task_group
 from granite_storage._telemetry import fields_of, traced
-from granite_storage.derived import DerivationSource
+from granite_storage.derived import DerivationSource, Recipe
 from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
-from granite_storage.orm._interfaces import Intent, StoredObject
+from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Intent, Journal, StoredObject, UploadLease
 from granite_storage.orm._util import can_wait, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
-from granite_storage.refs import is_held, iter_refs
+from granite_storage.refs import StoredObjectRef, is_held, iter_refs
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from granite_storage._engine import PreparedUpload
-    from granite_storage.derived import Recipe
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Journal, UploadLease
-    from granite_storage.refs import StoredObjectRef
 
 __all__ = [
     "Upload",

@@ -24,8 +24,8 @@ from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import matches_generated_name, uuid7_hex
-from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm.columns import location_of, portable_storage_ref_type, where_json
+from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, StoredObject
+from granite_storage.orm.columns import AttachmentType, location_of, portable_storage_ref_type, where_json
 from granite_storage.orm.locking import among, refers, take_write_lock
 from granite_storage.orm.references import as_stored, find_location_columns, keeping_other_columns
 from granite_storage.orm.uploads import make_variant, prepare_variant, remove
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
-    from granite_storage.orm.columns import AttachmentType
 
 __all__ = [
     "LONGEST_WAIT",

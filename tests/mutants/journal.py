@@ -259,8 +259,8 @@ MUTANTS = [
         name="journal-map-of-a-statement-ignored",
         rule="A bulk statement with a map of its own displaces what its own schemas hold.",
         path="granite_storage/orm/bulk.py",
-        old="    with _translating(connection, state.execution_options[_MAP]):\n        return",
-        new="    with _translating(connection, connection.get_execution_options().get(_MAP)):\n        return",
+        old="    with _translating(connection, state.execution_options[TRANSLATE_MAP]):\n        return",
+        new="    with _translating(connection, connection.get_execution_options().get(TRANSLATE_MAP)):\n        return",
         tests=("tests/orm/journal/test_tenants.py::test_a_map_on_one_statement",),
     ),
     Mutant(

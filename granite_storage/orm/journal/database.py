@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, Row, Table, bindparam, event, insert, select, text
+from sqlalchemy import Column, Connection, Engine, Row, Select, Table, bindparam, event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -40,8 +40,6 @@ from granite_storage.orm.journal.tables import (
 
 if TYPE_CHECKING:
     from uuid import UUID
-
-    from sqlalchemy import Column, Connection, Select
 
     from granite_storage.policies import StoragePolicy
 

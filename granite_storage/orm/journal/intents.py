@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Connection, Table, any_, bindparam, delete, select, text, update
+from sqlalchemy import ARRAY, Column, Connection, Table, any_, bindparam, delete, select, text, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
@@ -37,20 +37,14 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
+from granite_storage.orm._interfaces import Intent, JournalTables, are_triggers_declared
 from granite_storage.orm._util import batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
-from granite_storage.refs import iter_refs
-
-if TYPE_CHECKING:
-    from sqlalchemy import Column
-
-    from granite_storage.orm._interfaces import Intent
-    from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 __all__ = ["GroupCommit", "Intents", "Lease", "new_id"]
 

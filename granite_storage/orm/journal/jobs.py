@@ -27,7 +27,7 @@ from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bi
 from granite_storage._tasks import shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
-from granite_storage.orm._interfaces import JournalTables
+from granite_storage.orm._interfaces import DeclaredVariant, Journal, JournalTables
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from granite_storage.derived.base import Effect
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import DeclaredVariant, Journal
     from granite_storage.orm.locking import Place
     from granite_storage.orm.variants import Holding
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
-from sqlalchemy import delete
+from sqlalchemy import Column, Connection, Engine, MetaData, delete
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
@@ -20,7 +20,15 @@ from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
-from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings, are_triggers_declared
+from granite_storage.orm._interfaces import (
+    Binding,
+    ColumnType,
+    DeclaredVariant,
+    Intent,
+    JournalTables,
+    active_bindings,
+    are_triggers_declared,
+)
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
@@ -38,14 +46,11 @@ from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Connection, Engine, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
     from granite_storage.orm.variants import Which
-    from granite_storage.refs import StoredObjectRef
 
 __all__ = ["StorageJournal", "SyncJournal"]
 

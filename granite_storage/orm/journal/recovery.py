@@ -29,7 +29,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -44,8 +44,6 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock, describe_error
 
 if TYPE_CHECKING:
-    from sqlalchemy import Table
-
     from granite_storage.manager import StorageManager
 
 __all__ = ["Recovery"]

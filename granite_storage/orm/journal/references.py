@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import Column, Select, Table, TableClause, column, literal_column, null, select, table, text, union_all
+from sqlalchemy import Column, Row, Select, Table, TableClause, column, literal_column, null, select, table, text, union_all
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
@@ -16,7 +16,6 @@ from granite_storage.orm.journal.database import JournalPool, effective, read_tr
 from granite_storage.orm.locking import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from granite_storage.orm._interfaces import JournalTables

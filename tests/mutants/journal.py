@@ -81,7 +81,7 @@ MUTANTS = [
         name="journal-unknown-commit-of-intent-uploads",
         rule="Nothing is uploaded where it is unknown whether the intent was committed.",
         path="granite_storage/orm/journal/intents.py",
-        old="error = _over() if writing.cancelled() else writing.exception()",
+        old="if not writing.cancelled():\n            error = writing.exception()",
         new="error = None if writing.cancelled() else writing.exception()",
         tests=(
             "tests/orm/journal/test_recovery.py::TestCosts::test_where_a_cancelled_writer_hears_nothing_nobody_uploads[asyncpg]",
@@ -131,8 +131,8 @@ MUTANTS = [
         name="journal-decision-outlives-its-intent",
         rule="A decision goes with the intent that it is about.",
         path="granite_storage/orm/journal/recovery.py",
-        old="            await self._drop(connection, self._tables.decision, free)\n",
-        new="            pass\n",
+        old="        await self._forget(connection, intent, free)\n",
+        new="        await self._drop(connection, intent, free)\n",
         tests=(
             "tests/orm/journal/test_storage_triggers.py::TestSessions::test_what_was_decided_on_goes_with_its_intent[asyncpg]",
         ),

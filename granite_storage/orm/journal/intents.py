@@ -120,16 +120,16 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
         await wait_or_cancel(writing, CLEANUP_TIMEOUT)
         raise
     finally:
-        error = _over() if writing.cancelled() else writing.exception()
+        error: BaseException | None = StaleAttachmentError(
+            "it is unknown whether the journal has committed: try the transaction again"
+        )
+        if not writing.cancelled():
+            error = writing.exception()
         for entry in batch:
             entry.written, entry.error = error is None, error
         queue.entries = [entry for entry in queue.entries if entry not in batch]
         queue.ended = None
         ended.set()
-
-
-def _over() -> StaleAttachmentError:
-    return StaleAttachmentError("it is unknown whether the journal has committed: try the transaction again")
 
 
 class Intents:
@@ -180,7 +180,7 @@ class Intents:
         """Renew the leases of uploads; return whether all of their intents still exist."""
         intent = self._upload_intent
         async with self._uploads.writing() as connection:
-            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=_after(lease)))
+            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=clock(lease.total_seconds())))
         return result.rowcount == len(ids)
 
     async def expire(self, ids: Sequence[UUID]) -> None:
@@ -453,10 +453,6 @@ def _consumption(dialect: str, intent: Table) -> ReturningDelete[tuple[UUID]]:
     else:
         are_wanted = own.in_(bindparam(_IDS, expanding=True))
     return delete(intent).where(are_wanted).returning(own)
-
-
-def _after(delay: timedelta) -> clock:
-    return clock(delay.total_seconds())
 
 
 # Leases of uploads in progress: renewed in time, and released by the uploader before a worker may take them over.

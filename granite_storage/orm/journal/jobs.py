@@ -27,6 +27,7 @@ from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bi
 from granite_storage._tasks import shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
+from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import DeclaredVariant, Journal, JournalTables
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
@@ -65,7 +66,6 @@ __all__ = [
     "has_variants",
     "job_id",
     "job_options",
-    "job_place",
     "job_rows",
     "jobs_of",
     "variant_key",
@@ -125,11 +125,6 @@ def effect_key(name: str) -> str:
 def effects_in(column: Column[Any]) -> Mapping[str, Effect]:
     """Return the effects that a column declares, by their names."""
     return column.type.effects if isinstance(column.type, AttachmentType) else {}
-
-
-def job_place(ref: StoredObjectRef) -> tuple[str, str]:
-    """Return the backend and the location of an object."""
-    return ref.backend, ref.location
 
 
 def job_id(backend: str, location: str, key: str) -> UUID:
@@ -380,6 +375,11 @@ class JobQueue:
         for job in jobs:
             said = {} if error is None else {"error": describe_error(error)}
             await self._update_own(job, due=clock(seconds), takeovers=0, **said)
+
+    async def _leave_to_others(self, job: LeasedJob, error: ConfigurationError) -> None:
+        """Let a job be due later that perhaps another process can do, so the pauses do not grow."""
+        await self._postpone([job], PAUSE_FOR_OTHERS, error)
+        logger.warning("%s cannot be done by this process: %s", job.what, error, extra=fields_of(job))
 
     async def _renew(self, job: LeasedJob) -> None:
         """Renew the lease of a job until cancelled."""

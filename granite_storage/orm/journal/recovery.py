@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -110,10 +110,11 @@ class Recovery:
 
     async def run(self, backend: str) -> RecoveryReport:
         """Process everything that is due on one backend, given by its key."""
-        report = RecoveryReport()
+        report, intent = RecoveryReport(), self._tables.intent
+        is_due = (intent.c.backend == backend) & (intent.c.due <= clock())
         limit = self._pool.batch_size or (_LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH)
         while True:
-            claimed, renumbered = await self._fence(self._is_due(backend), limit)
+            claimed, renumbered = await self._fence(is_due, limit)
             if len(claimed) < limit:
                 claimed += await self._resume(backend, limit - len(claimed))
             if claimed:
@@ -175,10 +176,6 @@ class Recovery:
             result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**_UNTRIED, dead=False, due=clock()))
         return result.rowcount
 
-    def _is_due(self, backend: str) -> ColumnElement[bool]:
-        intent = self._tables.intent
-        return (intent.c.backend == backend) & (intent.c.due <= clock())
-
     @again_after_deadlock
     async def _fence(self, condition: ColumnElement[bool], limit: int = _BATCH) -> tuple[list[_Reclaim], bool]:
         """Fence intents durably, before their objects are deleted.
@@ -201,21 +198,7 @@ class Recovery:
             if not rows:
                 return [], renumbered
             claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False) for row in rows]
-            new = [
-                {
-                    "id": item.id,
-                    "kind": item.kind,
-                    "backend": item.backend,
-                    "location": item.location,
-                    "upload_id": item.upload_id,
-                    "source": item.source,
-                    "attempts": 0,
-                    "takeovers": 1,
-                    "emptied": False,
-                    "dead": False,
-                }
-                for item in claimed
-            ]
+            new = [{name: getattr(item, name) for name in _COLUMNS} | {"dead": False} for item in claimed]
             await connection.execute(insert(reclaim).values(due=clock(self._hold)), new)
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
@@ -239,8 +222,7 @@ class Recovery:
             return rows
         earlier = await connection.execute(select(decision.c.id).where(decision.c.id.in_(uploads), decision.c.outcome == COMMIT))
         taken = set(earlier.scalars())
-        await self._drop(connection, self._tables.intent, taken)
-        await self._drop(connection, decision, taken)
+        await self._forget(connection, self._tables.intent, taken)
         ours = await self._decide_against(connection, [item for item in uploads if item not in taken])
         return [row for row in rows if row.kind != UPLOAD or row.id in ours]
 
@@ -367,7 +349,7 @@ class Recovery:
             locked = await self._drop_newer(connection, [item.location for item in removed])
             finished = [item for item in removed if item.location not in locked]
             waiting = [item.id for item in finished if item.kind != DELETE and not item.emptied]
-            await self._forget(connection, [item.id for item in finished if item.id not in waiting])
+            await self._forget(connection, reclaim, [item.id for item in finished if item.id not in waiting])
             if waiting:
                 later = {**_UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
                 await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
@@ -386,13 +368,12 @@ class Recovery:
         for item in sorted(pending):  # one by one: a list may lock other rows on MariaDB
             lock = select(intent.c.id).where(intent.c.id == item).with_for_update(skip_locked=True)
             free.update((await connection.execute(lock)).scalars())
-        await self._drop(connection, intent, free)
-        if self._pool.is_postgresql:
-            await self._drop(connection, self._tables.decision, free)
+        await self._forget(connection, intent, free)
         return {location for item, location in pending.items() if item not in free}
 
-    async def _forget(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
-        await self._drop(connection, self._tables.reclaim, ids)
+    async def _forget(self, connection: AsyncConnection, table: Table, ids: Collection[UUID]) -> None:
+        """Delete intents or their reclaims, and what was decided on them."""
+        await self._drop(connection, table, ids)
         if self._pool.is_postgresql:
             await self._drop(connection, self._tables.decision, ids)
 
@@ -456,6 +437,7 @@ class Recovery:
             )
 
 
+_COLUMNS = [field.name for field in fields(_Reclaim)]
 _UNTRIED = {"attempts": 0, "takeovers": 0}
 
 

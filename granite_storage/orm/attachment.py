@@ -353,6 +353,11 @@ class AttachmentState:
 
     async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> StoredObjectRef:
         """Upload to the prepared location, and become stored."""
+        await self._upload(manager, column_type, prepared)
+        return self.require_ref()
+
+    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+        """Store the source; a migration, which has none, replaces this."""
         engine, source = manager._engine, self._take_source()
         if not isinstance(source, AttachmentState):
             try:
@@ -365,7 +370,6 @@ class AttachmentState:
             async with Attachment._in(source).open(verify=True) as stream:
                 # Before the stream is closed: a cancellation that comes then has to find what is stored.
                 self._store(await engine.put(prepared, stream), column_type)
-        return self.require_ref()
 
     def _store(self, ref: StoredObjectRef, column_type: ColumnType) -> None:
         self.ref, self.address = ref, column_type

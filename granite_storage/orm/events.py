@@ -284,9 +284,8 @@ def require_single(base: Any) -> None:
     """
     for mapper in _mapped_below(base):
         for key, column in mapper.columns.items():  # its attributes would configure it
-            refusal = _refusal(mapper, key) if isinstance(column.type, AttachmentType) else None
-            if refusal is not None:
-                raise ConfigurationError(refusal, see=Page.COLLECTIONS)
+            if isinstance(column.type, AttachmentType):
+                _require_one(mapper, key)
 
 
 def guard_base(base: Any) -> None:
@@ -324,26 +323,24 @@ def _guard(mapper: Mapper[Any], _: Any = None) -> None:
     try:
         for slot in slots_of(mapper):
             require_usable(slot.column)
-            refusal = _refusal(mapper, slot.key)
-            if refusal is not None:
-                raise ConfigurationError(refusal, see=Page.COLLECTIONS)
+            _require_one(mapper, slot.key)
     except ConfigurationError as error:
         _refused[mapper] = str(error)
         raise
 
 
-def _refusal(mapper: Mapper[Any], key: str) -> str | None:
-    """Return the error of an attribute that is annotated as several attachments, or None."""
+def _require_one(mapper: Mapper[Any], key: str) -> None:
+    """Raise if an attribute is annotated as several attachments."""
     for kind in mapper.class_.__mro__:
         annotation = vars(kind).get("__annotations__", {}).get(key)
         if annotation is not None:
             if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
-                return (
+                raise ConfigurationError(
                     f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: declare it as"
-                    " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own"
+                    " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own",
+                    see=Page.COLLECTIONS,
                 )
-            return None
-    return None
+            return
 
 
 def _text_of(annotation: Any) -> str:

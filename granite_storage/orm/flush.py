@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -465,18 +465,15 @@ def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
 def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
     """Return whether a flush will still remove a ref from its row, according to the instance."""
     state = displaced.state
-    if state is None or state not in context.states or not _is_of_row(state, displaced.held):
+    if state is None or state not in context.states or state.key is None:
+        return False
+    if primary_key_of(state, displaced.held.table) != displaced.held.primary_key:  # a listener has changed its key
         return False
     is_deleted, is_listed_only = context.states[state]
     if is_deleted:
         return not is_listed_only
     keys = [slot.key for slot in slots_of(state.mapper) if slot.column is displaced.held.column]
     return any(_has_left(state, key, displaced.held.ref) for key in keys)
-
-
-def _is_of_row(state: InstanceState[Any], held: RowRef) -> bool:
-    """Return whether an instance still represents the row that held a ref; a listener may have changed its key."""
-    return state.key is not None and primary_key_of(state, held.table) == held.primary_key
 
 
 def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool:
@@ -911,18 +908,12 @@ class _RowsToRead:
         columns.add(column)
 
     def count(self) -> Counter[ObjectKey]:
-        return Counter(_key_of(column, ref) for column, ref in self._held())
-
-    def _held(self) -> Iterator[tuple[Column[Any], StoredObjectRef]]:
+        counted: Counter[ObjectKey] = Counter()
         for (connection, table), (keys, columns) in self._wanted.items():
-            # A row may have been requested by two spellings of its key.
             found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
-            yield from {(held.primary_key, held.column): (held.column, held.ref) for held in found}.values()
-
-
-def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
-    column_type: AttachmentType = column.type  # type: ignore[assignment]  # only attachment columns are asked for
-    return StoredObject(column_type.binding().manager, ref).key
+            # A row may have been requested by two spellings of its key.
+            counted.update(_stored(held).key for held in {(held.primary_key, held.column): held for held in found}.values())
+        return counted
 
 
 # Triggers: whether the database may have changed what the flush wrote.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
@@ -278,12 +278,12 @@ class _Shared:
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]] = WeakKeyDictionary()
 
 
-async def share(key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
+async def share(key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Return the result of some work, which all callers with the same key share; it is cancelled with the last of them."""
     in_progress = _shared.setdefault(asyncio.get_running_loop(), {})
     entry = in_progress.get(key)
     if entry is None:
-        entry = in_progress[key] = _Shared(asyncio.create_task(_run(work)))
+        entry = in_progress[key] = _Shared(asyncio.create_task(work()))
         entry.task.add_done_callback(lambda _: _forget(in_progress, key, entry))
     entry.waiting += 1
     try:
@@ -297,10 +297,6 @@ async def share(key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
     finally:
         entry.waiting -= 1
     return result
-
-
-async def _run(work: Callable[[], Awaitable[T]]) -> T:
-    return await work()
 
 
 def _forget(in_progress: dict[Hashable, _Shared], key: Hashable, entry: _Shared) -> None:
@@ -337,7 +333,7 @@ async def make_without_journal(
         StorageError: It could not be stored.
     """
     setting = _Setting(_require_sessions(binding), column_type, source, declared.name)
-    holdings = await setting.read()
+    holdings = await shielded(setting.read())
     if not holdings:
         raise not_committed(source)
     held = holdings[0].ref
@@ -417,9 +413,6 @@ class _Setting:
 
     async def read(self) -> list[Holding]:
         """Return the rows that hold the original."""
-        return await shielded(self._read())
-
-    async def _read(self) -> list[Holding]:
         async with self._sessions() as session:
             connection = await session.connection(bind_arguments={"clause": self._column_type.table})
             return await connection.run_sync(_find, read_holdings, self._column_type.column, self._source)

@@ -120,6 +120,10 @@ class Staging:
         """
         return await shielded(Claim(self, staging_id, seen.note).begin(), undo=_release)
 
+    async def publish(self, staging_id: UUID, seen: str, intent_id: UUID, ref: StoredObjectRef) -> bool:
+        """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
+        return await self.write(staging_id, seen, json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
+
     async def write(self, staging_id: UUID, seen: str | None, note: str | None) -> bool:
         """Commit, durably, what is said of a staging object, if it is what the caller has seen; return whether it is."""
         as_seen = self._intent.c.upload_id.is_not_distinct_from(seen)
@@ -175,8 +179,7 @@ class Claim:
         await self._stop_renewing()
         if self._note is None:
             return False
-        note = json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()})
-        published = await self._staging.write(self._staging_id, self._note, note)
+        published = await self._staging.publish(self._staging_id, self._note, intent_id, ref)
         self._note = None
         return published
 

@@ -125,11 +125,13 @@ class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
     def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
         if op is operators.ne and _is_pending(other[0]):
             return self.expr.is_not(None)  # as with any other file: a row without one is neither equal nor unequal
-        if op in _EQUALITIES and _is_ref(other[0]):
-            return _EQUALITIES[op](self._leads_to(other[0]))
-        if op in _MEMBERSHIPS and isinstance(other[0], list | tuple | set | frozenset) and all(map(_is_ref, other[0])):
-            return _MEMBERSHIPS[op](or_(false(), *map(self._leads_to, other[0])))
-        return super().operate(op, *other, **kwargs)
+        if op in (operators.eq, operators.ne) and _is_ref(other[0]):
+            is_same = self._leads_to(other[0])
+        elif op in (operators.in_op, operators.not_in_op) and _are_refs(other[0]):
+            is_same = or_(false(), *map(self._leads_to, other[0]))
+        else:
+            return super().operate(op, *other, **kwargs)
+        return not_(is_same) if op in (operators.ne, operators.not_in_op) else is_same
 
     def _leads_to(self, value: StoredObjectRef | Attachment) -> ColumnElement[bool]:
         if _is_pending(value):
@@ -142,19 +144,12 @@ def _is_ref(value: object) -> bool:
     return isinstance(value, StoredObjectRef | Attachment)
 
 
+def _are_refs(values: object) -> bool:
+    return isinstance(values, list | tuple | set | frozenset) and all(map(_is_ref, values))
+
+
 def _is_pending(value: object) -> bool:
     return isinstance(value, Attachment) and value.is_pending
-
-
-def _as_is(criterion: ColumnElement[bool]) -> ColumnElement[bool]:
-    return criterion
-
-
-_EQUALITIES: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {operators.eq: _as_is, operators.ne: not_}
-_MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {
-    operators.in_op: _as_is,
-    operators.not_in_op: not_,
-}
 
 
 class _RefJSON(TypeDecorator[T]):
@@ -345,24 +340,26 @@ class AttachmentType(_RefJSON[Attachment]):
                 f"the attachment column {self.label} names the policy {self.storage_key!r}, which its manager does not have"
                 f" (there are: {known})"
             )
-        if binding.journal is None and policy.retention:
+        if binding.journal is not None:
+            return binding.manager
+        if policy.retention:
             raise ConfigurationError(
                 f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and policy.scanner is not None and policy.may_hold:
+        if policy.scanner is not None and policy.may_hold:
             raise ConfigurationError(
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
                 " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and (late := [name for name, item in self._variants.items() if item.recipe.when == "later"]):
+        if late := [name for name, item in self._variants.items() if item.recipe.when == "later"]:
             raise ConfigurationError(
                 f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
                 " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and self._effects:
+        if self._effects:
             raise ConfigurationError(
                 f"the attachment column {self.label} has effects ({', '.join(self._effects)}), which need a journal, whose worker"
                 " calls them after the commit: bind_storage(..., journal=...)",

@@ -250,14 +250,13 @@ class Scan:
         table, primary_key = (None, None) if after is None else self._place(after)
         for found in self._columns:
             if table is None or found.fullname > table.fullname:
-                pages = self._pages(found, None)
+                rows = self._rows_of(found, None)
             elif found is table:
-                pages = self._pages(found, primary_key)
+                rows = self._rows_of(found, primary_key)
             else:
                 continue
-            async for page in pages:
-                for row in page:
-                    yield row
+            async for row in rows:
+                yield row
 
     @asked_to_the_end
     async def count(self) -> int:
@@ -301,13 +300,13 @@ class Scan:
                 location = where_json(column, location)
                 return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
 
-    async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RowValues]]:
+    async def _rows_of(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:
         while True:
-            page, last = await self._page(table, after)
-            yield page
-            if last is None:
+            page, after = await self._page(table, after)
+            for row in page:
+                yield row
+            if after is None:
                 return
-            after = last
 
     @asked_to_the_end
     async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:

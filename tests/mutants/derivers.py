@@ -249,8 +249,8 @@ MUTANTS = [
         name="deriver-later-without-journal",
         rule="Variants that are made after the commit need a journal.",
         path="granite_storage/orm/columns.py",
-        old='if item.recipe.when == "later"]):',
-        new='if item.recipe.when == "never"]):',
+        old='if item.recipe.when == "later"]:',
+        new='if item.recipe.when == "never"]:',
         tests=("tests/orm/test_derived_declarations.py::test_later_needs_a_journal",),
     ),
 ]

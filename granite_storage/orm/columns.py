@@ -317,7 +317,7 @@ class AttachmentType(_RefJSON[Attachment]):
     @property
     def label(self) -> str:
         """The name of the column in messages."""
-        return f"{self.model_name}.{self.field_name}"
+        return "an attachment column" if self._column is None else f"{self.model_name}.{self.field_name}"
 
     def binding(self) -> Binding:
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
@@ -396,15 +396,14 @@ class AttachmentType(_RefJSON[Attachment]):
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
         if value is None:
             return None
-        label = "an attachment column" if self._column is None else self.label
         if not isinstance(value, Attachment):
-            raise RefusedReferenceError(f"{label} takes an Attachment or None, not {type(value).__name__}")
+            raise RefusedReferenceError(f"{self.label} takes an Attachment or None, not {type(value).__name__}")
         if self._column is not None and find_binding(self.table.metadata) is None:
-            raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {label}"))
+            raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {self.label}"))
         if not value._state.is_claimed:
             raise RefusedReferenceError(
-                f"a statement may not write an Attachment to {label}: add or change an instance, and let the session flush it;"
-                " bulk and Core statements would write a ref whose object belongs to no row"
+                f"a statement may not write an Attachment to {self.label}: add or change an instance, and let the session flush"
+                " it; bulk and Core statements would write a ref whose object belongs to no row"
             )
         value._state.mark_written()
         return value.ref.to_dict()

@@ -18,6 +18,7 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import bulk, collections, flush, transactions
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm._util import executed_statement, written_within
+from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.transactions import Change
 
@@ -353,10 +354,11 @@ def _is_bound(mapper: Mapper[Any]) -> bool:
 
 def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
     require_sound(state.mapper)
-    given = flush.require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
-    if given is not None:
-        given._state.note_assignment(state, initiator.key)
-    return given
+    if isinstance(value, Attachment):
+        value._state.note_assignment(state, initiator.key)
+    elif value is not None:
+        raise flush.refused_value(value, f"{state.class_.__name__}.{initiator.key}")
+    return value
 
 
 # The listeners.

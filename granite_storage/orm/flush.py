@@ -66,7 +66,7 @@ __all__ = [
     "plan_uploads",
     "recheck_cascades",
     "recheck_moves",
-    "require_attachment",
+    "refused_value",
     "restore_deleted",
     "save",
     "write_displaced",
@@ -328,7 +328,9 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         old = history.deleted[0] if history.deleted else UNKNOWN
     else:
         return None
-    return Change(state, slot, require_attachment(value, slot.column_type.label), old, slot.column_type.binding())
+    if not isinstance(value, Attachment | None):
+        raise refused_value(value, slot.column_type.label)
+    return Change(state, slot, value, old, slot.column_type.binding())
 
 
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
@@ -354,15 +356,9 @@ class _NoContext:
         )
 
 
-def require_attachment(value: Any, label: str) -> Attachment | None:
-    """Return a value that may be assigned: only the manager makes refs, and a managed column takes attachments only.
-
-    Raises:
-        InvalidReferenceError: It is neither an attachment nor None.
-    """
-    if value is None or isinstance(value, Attachment):
-        return value
-    raise InvalidReferenceError(
+def refused_value(value: object, label: str) -> InvalidReferenceError:
+    """Return the error for a value that is neither an attachment nor None: only the manager makes refs."""
+    return InvalidReferenceError(
         f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}: write"
         " Attachment(content, filename=...), or Attachment.from_upload(upload)"
     )

@@ -20,8 +20,6 @@ from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, shielded, shielded_cleanup, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["SessionFactory", "ThreadedSession", "Worker", "as_async_engine", "as_async_sessions"]
-
 T = TypeVar("T")
 
 SessionFactory: TypeAlias = Callable[[], AsyncSession | Session]

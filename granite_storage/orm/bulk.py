@@ -20,8 +20,6 @@ from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
 
-__all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "guards", "on_execute", "unlisten_all"]
-
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
     """Handle a statement of a session that inserts, updates or deletes rows with attachments, or rows that cascade to some."""

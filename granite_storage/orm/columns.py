@@ -61,32 +61,6 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
 
-__all__ = [
-    "LOCATION_COLUMN_PREFIX",
-    "LOCATION_INDEX_PREFIX",
-    "AttachmentType",
-    "Slot",
-    "StoredObjectRefType",
-    "Tables",
-    "as_found",
-    "attachment",
-    "attachment_tables",
-    "fitting_name",
-    "keys_of",
-    "location_column_name",
-    "location_index_name",
-    "location_of",
-    "portable_storage_ref_type",
-    "primary_key_of",
-    "require_usable",
-    "slots_of",
-    "unnest_variants",
-    "value_in",
-    "variant_locations",
-    "variants_in",
-    "where_json",
-]
-
 
 # The column types: a ref as JSON, and an attachment, which is the same in the database.
 

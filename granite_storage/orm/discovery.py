@@ -36,18 +36,6 @@ from granite_storage.locations import GENERATED_ID_LENGTH
 from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, quoted_name, schema_on
 from granite_storage.orm.columns import unnest_variants, value_in
 
-__all__ = [
-    "FoundColumn",
-    "find_json_columns",
-    "find_tables",
-    "find_text_columns",
-    "find_with_refs",
-    "has_value",
-    "is_legible",
-    "may_nest",
-    "resolve",
-]
-
 _POSTGRESQL_COLUMNS = text("""
     WITH RECURSIVE documents(oid) AS (
         SELECT 'jsonb'::regtype::oid

@@ -22,8 +22,6 @@ from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.transactions import Change
 
-__all__ = ["guard_base", "listen", "release", "require_single", "unlisten"]
-
 
 def listen() -> None:
     """Start listening, when the first base is bound."""

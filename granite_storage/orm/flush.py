@@ -52,29 +52,6 @@ from granite_storage.orm.transactions import (
 from granite_storage.orm.uploads import Upload, ids_by_journal, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
 
-__all__ = [
-    "Assigned",
-    "FlushPlan",
-    "UploadPlan",
-    "changes_of",
-    "clear_unset_attachments",
-    "concerned_tables",
-    "current_transaction",
-    "displace",
-    "end",
-    "plan_flush",
-    "plan_uploads",
-    "recheck_cascades",
-    "recheck_moves",
-    "refused_value",
-    "restore_deleted",
-    "save",
-    "write_displaced",
-    "write_entries",
-    "write_left",
-]
-
-
 # What a flush is to do with the objects of the values that it writes.
 #
 # `plan_uploads` decides before a connection is held: which values are uploaded, and which objects other rows certainly keep, so

@@ -60,29 +60,6 @@ from granite_storage.orm.columns import (
 )
 from granite_storage.refs import StoredObjectRef
 
-__all__ = [
-    "Catalogue",
-    "CountedDeletes",
-    "Place",
-    "RowRef",
-    "among",
-    "are_there",
-    "cascaded",
-    "describe_obstacles",
-    "find_referenced",
-    "find_shared",
-    "find_shared_afresh",
-    "lock_rows",
-    "lock_statement",
-    "mentions_at",
-    "read_catalogue",
-    "read_refs",
-    "read_rows",
-    "refers",
-    "still_referenced",
-    "take_write_lock",
-]
-
 _AT_A_TIME = 200
 
 

@@ -62,29 +62,6 @@ if TYPE_CHECKING:
 
     from granite_storage.orm._interfaces import Binding, JournalTables
 
-__all__ = [
-    "UTF_8",
-    "RowValue",
-    "RowValues",
-    "Scan",
-    "as_stored",
-    "as_text",
-    "asked_to_the_end",
-    "find_location_columns",
-    "find_references",
-    "following",
-    "is_text",
-    "iter_model_storage_refs",
-    "keeping_other_columns",
-    "most_at_once",
-    "named_in",
-    "references_among",
-    "selected_extra",
-    "selected_extra_of_variants",
-    "selected_text",
-    "text_encoding",
-    "with_location_column",
-]
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -51,29 +51,6 @@ if TYPE_CHECKING:
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.columns import Slot
 
-__all__ = [
-    "UNKNOWN",
-    "Change",
-    "ConnectionWatch",
-    "Displacement",
-    "FlushState",
-    "Frame",
-    "LogEntry",
-    "Outcome",
-    "SavepointSpan",
-    "UnitOfWork",
-    "begin",
-    "conclude",
-    "expect_end",
-    "known_unit",
-    "listen_to",
-    "put_value",
-    "refused_ref",
-    "require_transactions",
-    "unit_of",
-    "unlisten_all",
-    "watch",
-]
 
 LogEntry: TypeAlias = "tuple[StoredObject, bool]"
 

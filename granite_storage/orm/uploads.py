@@ -27,18 +27,6 @@ if TYPE_CHECKING:
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
 
-__all__ = [
-    "Upload",
-    "discard",
-    "ids_by_journal",
-    "make_variant",
-    "prepare_variant",
-    "remove",
-    "remove_now",
-    "store",
-    "stored_object",
-]
-
 
 # Deletion after a transaction: a failure is logged and never raised.
 

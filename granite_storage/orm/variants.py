@@ -36,26 +36,6 @@ if TYPE_CHECKING:
 
     from granite_storage.manager import StorageManager
 
-__all__ = [
-    "LONGEST_WAIT",
-    "Holding",
-    "MadeVariant",
-    "Which",
-    "choose_rows",
-    "drop_without_journal",
-    "entity_of",
-    "is_held_at",
-    "is_kept",
-    "lock_holdings",
-    "make_without_journal",
-    "not_committed",
-    "read_holdings",
-    "share",
-    "undeclared_in",
-    "value_of",
-    "write_value",
-    "write_variants",
-]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -43,21 +43,6 @@ if TYPE_CHECKING:
 
     from granite_storage.policies import StoragePolicy
 
-__all__ = [
-    "JournalPool",
-    "KnownSchemas",
-    "Translation",
-    "accept_gap",
-    "beat",
-    "check_database",
-    "effective",
-    "find_gap",
-    "find_sidecar",
-    "has_beat",
-    "insert_if_absent",
-    "note_retentions",
-    "read_translations",
-]
 
 _ISOLATION: Final = "READ COMMITTED"
 

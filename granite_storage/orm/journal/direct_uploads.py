@@ -37,8 +37,6 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Claim", "Finished", "Staging"]
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _CLAIM_SECONDS = 60.0

@@ -63,7 +63,6 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType
 
-__all__ = ["EffectJobs", "effects_of", "enqueue_effects"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -46,8 +46,6 @@ from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
 from granite_storage.refs import StoredObjectRef, iter_refs
 
-__all__ = ["GroupCommit", "Intents", "Lease", "new_id"]
-
 UploadPlace: TypeAlias = tuple[str, str, str | None]
 """The backend and the location of an upload, and the location of its original if it is a variant."""
 NewIntent: TypeAlias = tuple[UUID, UploadPlace]

@@ -45,32 +45,6 @@ if TYPE_CHECKING:
     from granite_storage.orm.locking import Place
     from granite_storage.orm.variants import Holding
 
-__all__ = [
-    "AT_A_TIME",
-    "CONCURRENCY",
-    "EFFECT",
-    "FIRST_RETRY",
-    "LONGEST_RETRY",
-    "PAUSE_FOR_OTHERS",
-    "RENEWALS",
-    "SCAN",
-    "TRIES",
-    "Address",
-    "JobQueue",
-    "LeasedJob",
-    "NewJob",
-    "StillHeldError",
-    "effect_key",
-    "effects_in",
-    "enqueue_jobs",
-    "has_variants",
-    "job_id",
-    "job_options",
-    "job_rows",
-    "jobs_of",
-    "variant_key",
-    "variants_of",
-]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

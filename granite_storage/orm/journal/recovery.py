@@ -46,7 +46,6 @@ from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, Fa
 if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
 
-__all__ = ["Recovery"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from granite_storage.orm._interfaces import JournalTables
 
-__all__ = ["References"]
 
 _MOST_PARAMETERS = 20_000
 _TRIES = 3

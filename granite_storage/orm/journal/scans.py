@@ -51,7 +51,6 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["ScanJobs"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

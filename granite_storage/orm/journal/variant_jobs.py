@@ -69,7 +69,6 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType, DeclaredVariant
 
-__all__ = ["VariantJobs"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

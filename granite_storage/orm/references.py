@@ -378,19 +378,13 @@ def _value(
 
 
 def _text_of(table: Table, primary_key: tuple[Any, ...]) -> str:
-    return json.dumps([table.fullname, *map(_plain, primary_key)], ensure_ascii=False)
+    return json.dumps([table.fullname, *primary_key], ensure_ascii=False, default=_plain)
 
 
-def _plain(value: Any) -> Any:
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case bytes():
-            return value.hex()
-        case datetime() | date() | time():
-            return value.isoformat()
-        case _:
-            return str(value)
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if isinstance(value, date | time) else str(value)  # a datetime is a date
 
 
 def _revived(column: Column[Any], value: Any) -> Any:

@@ -40,6 +40,7 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
+from granite_storage.orm.journal.jobs import FIRST_RETRY, LEFT_IN_COMPANY, LONGEST_RETRY, MOST_REPORTED, UNTRIED, take_over
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock, describe_error
 
@@ -52,10 +53,6 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _BATCH = 100
 _LARGE_BATCH = 1000  # as many as one request to S3 deletes
 _DELETES_AT_A_TIME = 8
-_LEFT_IN_COMPANY = 2
-_FIRST_RETRY = 5.0
-_LONGEST_RETRY = 3600.0
-_MOST_REPORTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +155,7 @@ class Recovery:
                     report.leased += count
                 else:
                     report.waiting += count
-            troubled = select(reclaim).where(reclaim.c.error.is_not(None)).order_by(reclaim.c.due).limit(_MOST_REPORTED)
+            troubled = select(reclaim).where(reclaim.c.error.is_not(None)).order_by(reclaim.c.due).limit(MOST_REPORTED)
             report.failed += [_failure(row) for row in await connection.execute(troubled)]
         report.unknown_backends |= await self.unknown_backends()
 
@@ -172,7 +169,7 @@ class Recovery:
         """Make dead letters due again; return how many there were."""
         reclaim = self._tables.reclaim
         async with self._pool.durable() as connection:
-            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**_UNTRIED, dead=False, due=clock()))
+            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**UNTRIED, dead=False, due=clock()))
         return result.rowcount
 
     @again_after_deadlock
@@ -249,27 +246,11 @@ class Recovery:
             limit: The most rows.
             suspected: Whether to take those over that have been left repeatedly, or all others.
         """
-        reclaim = self._tables.reclaim
-        left = reclaim.c.takeovers >= _LEFT_IN_COMPANY
-        due = (
-            (reclaim.c.backend == backend)
-            & (reclaim.c.due <= clock())
-            & reclaim.c.dead.is_(False)
-            & (left if suspected else ~left)
-        )
-        found = select(reclaim).where(due).order_by(reclaim.c.due).limit(limit).with_for_update(skip_locked=True)
-        if not await self._pool.may_find(found):
-            return []
-        async with self._pool.writing() as connection:
-            rows = list(await connection.execute(found))
-            if rows:
-                mine = reclaim.c.id.in_([row.id for row in rows])
-                taken = {"due": clock(self._hold), "takeovers": reclaim.c.takeovers + 1}
-                await connection.execute(update(reclaim).where(mine).values(taken))
+        rows = await take_over(self._pool, self._tables.reclaim, backend, limit, self._hold, suspected=suspected)
         return [_reclaim(row, attempts=row.attempts, takeovers=row.takeovers + 1, emptied=row.emptied) for row in rows]
 
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
-        deadly = [item for item in claimed if item.takeovers > _LEFT_IN_COMPANY + self._max_attempts]
+        deadly = [item for item in claimed if item.takeovers > LEFT_IN_COMPANY + self._max_attempts]
         claimed = [item for item in claimed if item not in deadly]
         report = RecoveryReport(claimed=len(claimed), failed=[await self._bury(item) for item in deadly])
         try:
@@ -350,9 +331,9 @@ class Recovery:
             waiting = [item.id for item in finished if item.kind != DELETE and not item.emptied]
             await self._forget(connection, reclaim, [item.id for item in finished if item.id not in waiting])
             if waiting:
-                later = {**_UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
+                later = {**UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
                 await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
-            again = {"due": clock(_FIRST_RETRY), "takeovers": reclaim.c.takeovers - 1}
+            again = {"due": clock(FIRST_RETRY), "takeovers": reclaim.c.takeovers - 1}
             await self._update_own(connection, [item for item in removed if item.location in locked], **again)
 
     async def _drop_newer(self, connection: AsyncConnection, locations: Sequence[str]) -> set[str]:
@@ -414,7 +395,7 @@ class Recovery:
 
     async def _note(self, item: _Reclaim, problem: str, *, attempts: int, dead: bool) -> FailedReclaim:
         """Save the error of a row, and when it is retried."""
-        delay = min(_FIRST_RETRY * 2 ** max(attempts - 1, 0), _LONGEST_RETRY)
+        delay = min(FIRST_RETRY * 2 ** max(attempts - 1, 0), LONGEST_RETRY)
         async with self._pool.writing() as connection:
             noted = {"error": problem, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
             await self._update_own(connection, [item], **noted)
@@ -437,7 +418,6 @@ class Recovery:
 
 
 _COLUMNS = [field.name for field in fields(_Reclaim)]
-_UNTRIED = {"attempts": 0, "takeovers": 0}
 
 
 def _reclaim(row: Row[Any], *, attempts: int, takeovers: int, emptied: bool) -> _Reclaim:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -43,7 +43,7 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage._documentation import Page
 from granite_storage.derived import Effect, Missing, Recipe, SupportsAccept, When
-from granite_storage.derived.base import check_accepted_types
+from granite_storage.derived.base import check_accepted_types, require_choice
 from granite_storage.exceptions import (
     ConfigurationError,
     ContentTooLargeError,
@@ -436,10 +436,8 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
                 f"the variant {name!r} of {column} is a {type(recipe).__name__}, not a recipe, which has when, missing, digest()"
                 " and make(), such as Derived or ImageVariant"
             )
-        for argument, choices in (("when", get_args(When)), ("missing", get_args(Missing))):
-            if (value := getattr(recipe, argument)) not in choices:
-                known = ", ".join(map(repr, choices))
-                raise ConfigurationError(f"{argument} of the variant {name!r} of {column} must be one of {known}, not {value!r}")
+        require_choice(f"when of the variant {name!r} of {column}", recipe.when, When)
+        require_choice(f"missing of the variant {name!r} of {column}", recipe.missing, Missing)
         digest = recipe.digest(name)
         if not isinstance(digest, str) or not digest:
             raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a string, not {digest!r}")

@@ -443,6 +443,7 @@ def find_referenced(
     wanted = list(dict.fromkeys(locations))
     if not columns or not wanted:
         return set()
+    look = partial(_places_again, connection, columns, required)
     try:
         with _savepoint(connection):
             places = _places(connection, columns, required)
@@ -451,14 +452,12 @@ def find_referenced(
         if _ends_transaction(connection, error):
             raise
         # One of them was dropped since the catalogue was read, or has a row whose JSON is damaged.
-        look = partial(_places_again, connection, columns, required)
         places = look()
         found = set()
         for place in places:
             ask = partial(_answers, connection, (place,), wanted, is_guarded=True)
             found |= _tolerantly(connection, place, ask, look)
     if found and connection.dialect.name in ("mysql", "mariadb"):
-        look = partial(_places_again, connection, columns, required)
         confirmed: set[str] = set()
         for place, key in places.items():
             confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, found), look)

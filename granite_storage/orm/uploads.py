@@ -322,7 +322,7 @@ async def _put(item: _Item, lease: UploadLease | None) -> None:
         ref = await state.put(upload.binding.manager, upload.column_type, item.prepared)
         if upload.verify is not None:
             state.correct(await upload.verify(ref))
-    await _require_lease(lease, state.intent, state.require_ref())
+    await require_lease(lease, state.intent, state.require_ref())
 
 
 async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> None:
@@ -349,11 +349,15 @@ async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> Non
             extra=fields_of(source),
         )
     if name in item.made:
-        await _require_lease(lease, intent, item.made[name])
+        await require_lease(lease, intent, item.made[name])
 
 
-async def _require_lease(lease: UploadLease | None, intent: Intent | None, ref: StoredObjectRef) -> None:
-    """Delete an object that was stored after its lease: a worker may have looked for it for the last time before it existed."""
+async def require_lease(lease: UploadLease | None, intent: Intent | None, ref: StoredObjectRef) -> None:
+    """Delete an object that was stored after its lease: a worker may have looked for it for the last time before it existed.
+
+    Raises:
+        StaleAttachmentError: It was.
+    """
     if lease is None or intent is None:
         return
     try:

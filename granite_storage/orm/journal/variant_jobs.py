@@ -30,6 +30,7 @@ from granite_storage.exceptions import (
     ScanPendingError,
     StaleAttachmentError,
 )
+from granite_storage.orm._interfaces import Intent
 from granite_storage.orm._util import again_after_deadlock
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.deletes import PendingDelete, nominate
@@ -49,7 +50,7 @@ from granite_storage.orm.journal.jobs import (
 )
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
 from granite_storage.orm.transactions import refused_ref
-from granite_storage.orm.uploads import make_variant, prepare_variant
+from granite_storage.orm.uploads import make_variant, prepare_variant, require_lease
 from granite_storage.orm.variants import (
     LONGEST_WAIT,
     Holding,
@@ -224,12 +225,9 @@ class VariantJobs(JobQueue):
             try:
                 with lease.begin(ids[name]):
                     await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
-                lease.require()
+                await require_lease(lease, Intent(self._journal, ids[name]), made[name].ref)
             except Exception as error:
-                late = made.pop(name, None)
-                if late is not None and isinstance(error, StaleAttachmentError):
-                    # The process was suspended, and a worker may have checked for the object for the last time before it existed.
-                    await shielded_cleanup(self._journal.discard(late.ref), "discarding a variant that came after its lease")
+                made.pop(name, None)
                 if raises:
                     raise
                 errors[name] = error

@@ -38,11 +38,10 @@ from typing import IO, Any
 from granite_storage._tasks import shielded_cleanup, wait_uncancelled
 from granite_storage._threads import ThreadPool
 from granite_storage.derived import _worker
-from granite_storage.derived.base import Derivation, DerivationSource, require_positive
+from granite_storage.derived.base import Derivation, DerivationSource
 from granite_storage.exceptions import DerivationFailedError, DerivationRefusedError, InvalidReferenceError
+from granite_storage.inspection.base import require_positive
 from granite_storage.refs import read_only
-
-__all__ = ["Limits", "WorkerProcesses", "limit_processes", "run_in_process"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -52,18 +52,6 @@ if TYPE_CHECKING:
     from granite_storage._headers import Disposition
     from granite_storage.manager import StorageManager
 
-__all__ = [
-    "Address",
-    "Attachment",
-    "AttachmentVariant",
-    "AttachmentVariants",
-    "LazySerializer",
-    "SyncAttachment",
-    "SyncAttachmentVariant",
-    "core_schema_of",
-    "fields_schema",
-    "shown_fields",
-]
 
 T = TypeVar("T")
 F = TypeVar("F", bound="_StoredFile")

@@ -30,7 +30,6 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.orm.attachment import Attachment
 
-__all__ = ["StorageBinding", "bind_storage"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.orm.variants import Which
 
-__all__ = ["StorageJournal", "SyncJournal"]
 
 T = TypeVar("T")
 Queue = TypeVar("Queue", bound=JobQueue)

@@ -273,11 +273,6 @@ atexit.register(close_all)
 _processes = WorkerProcesses()
 
 
-def list_descriptors() -> set[int]:
-    """Return the descriptors of the sockets to processes, for those who look for leaks."""
-    return {worker.fileno() for processes in _all_processes for worker in list(processes.workers)}
-
-
 def limit_processes(max_processes: int | None = None, *, idle_timeout: float = 60.0) -> None:
     """Set the maximum number of worker processes of this process, before the first derivation.
 

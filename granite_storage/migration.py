@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
-    from granite_storage.orm.unit_of_work import Frame
+    from granite_storage.orm.transactions import Frame
     from granite_storage.readers import StoredObjectReader
 
 __all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]

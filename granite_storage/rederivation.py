@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Seque
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -22,6 +22,7 @@ from granite_storage._jobs import (
     require_mounted,
     retry_unavailable,
 )
+from granite_storage.derived.base import require_choice
 from granite_storage.exceptions import (
     ConfigurationError,
     InfectedObjectError,
@@ -287,8 +288,7 @@ def rederive(
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: a backend is full.
     """
-    if which not in get_args(Which):
-        raise ConfigurationError(f"which must be one of {', '.join(map(repr, get_args(Which)))}, not {which!r}")
+    require_choice("which", which, Which)
     require_in_force(binding)
     types = [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
     known = sorted(f"{item.table.fullname}.{item.column.name}" for item in types)

@@ -13,8 +13,8 @@ from granite_storage.alembic._transactions import run
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.columns import location_of, unnest_variants, value_in, where_json
-from granite_storage.orm.discovery import as_found, find_json_columns, find_with_refs
+from granite_storage.orm.columns import as_found, location_of, unnest_variants, value_in, where_json
+from granite_storage.orm.discovery import find_json_columns, find_with_refs
 from granite_storage.orm.references import as_text, is_text, selected_text, text_encoding
 
 Address = tuple[str, str]

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from PIL import AvifImagePlugin, Image, ImageCms, ImageSequence
 
-from granite_storage.derived._rendering import make_placeholder, plan, recognize
+from granite_storage.derived._rendering import Rendering, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -34,52 +34,36 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def render(
-    file: BinaryIO,
-    *,
-    box: tuple[int, int],
-    crop: bool,
-    image_format: str,
-    quality: int | None,
-    background: str | None,
-    animated: bool,
-    max_pixels: int,
-    placeholder: bool,
-) -> Derivation:
-    """Return an image in another size and format; see `ImageVariant`.
+def render(file: BinaryIO, **arguments: Any) -> Derivation:
+    """Return an image in another size and format, given by the fields of `Rendering`; see `ImageVariant`.
 
     Raises:
         DerivationRefusedError: The image has too many pixels, is damaged, or of a type that is not opened.
     """
-    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]  # Pillow raises beyond twice as many, and warns before
+    wanted = Rendering(**arguments)
+    Image.MAX_IMAGE_PIXELS = wanted.max_pixels / 2  # type: ignore[assignment]  # Pillow raises beyond twice as many, and warns before
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    with _refusing(max_pixels), warnings.catch_warnings(action="ignore"):
-        image = Image.open(file, formats=[recognize(file, max_pixels)])
-        frames = getattr(image, "n_frames", 1) if animated else 1
-        is_animated = frames > 1 and frames * image.width * image.height <= max_pixels
+    with _refusing(wanted.max_pixels), warnings.catch_warnings(action="ignore"):
+        image = Image.open(file, formats=[recognize(file, wanted.max_pixels)])
+        frames = getattr(image, "n_frames", 1) if wanted.animated else 1
+        is_animated = frames > 1 and frames * image.width * image.height <= wanted.max_pixels
         durations: list[int] = []
         images: list[Image.Image] = []
         for frame in ImageSequence.Iterator(image) if is_animated else [image]:
-            images.append(_flatten(_shape(frame, box, crop), image_format, background))
+            images.append(_flatten(_shape(frame, wanted.box, wanted.crop), wanted.image_format, wanted.background))
             durations.append(int(frame.info.get("duration") or 100))
         loop = int(image.info.get("loop", 1 if image.format == "GIF" else 0))  # a GIF that says nothing is shown once
     first = images[0]
-    options = _OPTIONS[image_format] | ({} if quality is None else {"quality": quality})
+    options = _OPTIONS[wanted.image_format] | ({} if wanted.quality is None else {"quality": wanted.quality})
     if is_animated:
         options |= {"save_all": True, "append_images": images[1:], "duration": durations, "loop": loop}
-    content = _save(first, image_format, options)
+    content = _save(first, wanted.image_format, options)
 
     def shrink(size: tuple[int, int], quality: int) -> bytes:
         small = first.resize(size, Image.Resampling.BICUBIC, reducing_gap=_GAP)
         return _save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6})
 
-    content_type = f"image/{image_format}"
-    media: dict[str, Any] = {"type": content_type, "width": first.width, "height": first.height}
-    if is_animated:
-        media["frames"] = frames
-    if placeholder and (url := make_placeholder(first.size, shrink)):
-        media["placeholder"] = url
-    return Derivation(content, content_type, media)
+    return wanted.describe(content, first.size, shrink, frames=frames if is_animated else None)
 
 
 @contextmanager

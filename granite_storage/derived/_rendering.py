@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
+from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 from granite_storage.inspection._image_headers import read_webp
 
@@ -24,6 +26,37 @@ _PLACEHOLDERS = ((32, 30), (32, 5), (24, 5), (16, 5), (8, 5))
 
 _MOST_PLACEHOLDER = 400
 """The longest placeholder, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What an `ImageVariant` asks of an engine, in the words of its digest."""
+
+    box: tuple[int, int]
+    crop: bool
+    image_format: str
+    quality: int | None
+    background: str | None
+    animated: bool
+    max_pixels: int
+    placeholder: bool
+
+    def describe(
+        self,
+        content: bytes,
+        size: tuple[int, int],
+        shrink: Callable[[tuple[int, int], int], bytes],
+        *,
+        frames: int | None = None,
+    ) -> Derivation:
+        """Return an image that was made, with what the receipt says of it; `shrink` is that of `make_placeholder`."""
+        content_type = f"image/{self.image_format}"
+        media: dict[str, Any] = {"type": content_type, "width": size[0], "height": size[1]}
+        if frames is not None:
+            media["frames"] = frames
+        if self.placeholder and (url := make_placeholder(size, shrink)):
+            media["placeholder"] = url
+        return Derivation(content, content_type, media)
 
 
 def recognize(file: BinaryIO, max_pixels: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 os.environ["VIPS_BLOCK_UNTRUSTED"] = "1"
 os.environ["VIPS_CONCURRENCY"] = "1"  # one process, one processor
 
-from granite_storage.derived._rendering import make_placeholder, plan, recognize
+from granite_storage.derived._rendering import Rendering, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -28,24 +28,14 @@ _SAVERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def render(
-    file: BinaryIO,
-    *,
-    box: tuple[int, int],
-    crop: bool,
-    image_format: str,
-    quality: int | None,
-    background: str | None,
-    animated: bool,
-    max_pixels: int,
-    placeholder: bool,
-) -> Derivation:
-    """Return an image in another size and format; see `ImageVariant`.
+def render(file: BinaryIO, **arguments: Any) -> Derivation:
+    """Return an image in another size and format, given by the fields of `Rendering`; see `ImageVariant`.
 
     Raises:
         DerivationRefusedError: The image has too many pixels, is damaged, or of a type that is not opened.
     """
-    loader = _LOADERS.get(recognize(file, max_pixels))
+    wanted = Rendering(**arguments)
+    loader = _LOADERS.get(recognize(file, wanted.max_pixels))
     if loader is None:
         raise DerivationRefusedError("the file is not an image of a supported type: JPEG, PNG, GIF, WebP, AVIF or TIFF")
     pyvips.cache_set_max(0)
@@ -54,33 +44,29 @@ def render(
     with _refusing():
         image = pyvips.Image.new_from_file(file.name, access="sequential")
         width, height = image.width, image.height
-        if width * height > max_pixels:
-            raise DerivationRefusedError(f"the image has more than {max_pixels} pixels")
+        if width * height > wanted.max_pixels:
+            raise DerivationRefusedError(f"the image has more than {wanted.max_pixels} pixels")
         if image.format not in _DEPTHS:
             raise DerivationRefusedError("the image has numbers in place of colours")
         if image.get_typeof("orientation") and image.get("orientation") >= 5:
             width, height = height, width
-        size, _ = plan((width, height), box, crop)
-        how = {"crop": "centre", "size": "down"} if crop else {"size": "force"}
+        size, _ = plan((width, height), wanted.box, wanted.crop)
+        how = {"crop": "centre", "size": "down"} if wanted.crop else {"size": "force"}
         image = pyvips.Image.thumbnail(
             file.name, size[0], height=size[1], output_profile="srgb", fail_on="error", **how
         ).colourspace("srgb")
         image = image.cast("uchar").copy_memory()  # until now, nothing was decoded
-    if image.hasalpha() and (background is not None or image_format == "jpeg"):
-        colour = bytes.fromhex((background or "#ffffff")[1:])
+    if image.hasalpha() and (wanted.background is not None or wanted.image_format == "jpeg"):
+        colour = bytes.fromhex((wanted.background or "#ffffff")[1:])
         image = image.flatten(background=list(colour))
-    saver, options = _SAVERS[image_format]
-    content = getattr(image, saver)(**options | ({} if quality is None else {"Q": quality}), keep="none")
+    saver, options = _SAVERS[wanted.image_format]
+    content = getattr(image, saver)(**options | ({} if wanted.quality is None else {"Q": wanted.quality}), keep="none")
 
     def shrink(size: tuple[int, int], quality: int) -> Any:
         small = image.thumbnail_image(size[0], height=size[1], size="force")
         return small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none")
 
-    content_type = f"image/{image_format}"
-    media: dict[str, Any] = {"type": content_type, "width": image.width, "height": image.height}
-    if placeholder and (url := make_placeholder((image.width, image.height), shrink)):
-        media["placeholder"] = url
-    return Derivation(content, content_type, media)
+    return wanted.describe(content, (image.width, image.height), shrink)
 
 
 @contextmanager

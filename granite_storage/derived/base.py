@@ -14,23 +14,6 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.inspection.base import require_positive
 from granite_storage.refs import StoredObjectRef
 
-__all__ = [
-    "Derivation",
-    "DerivationSource",
-    "Effect",
-    "EffectEvent",
-    "EffectHandler",
-    "Missing",
-    "Recipe",
-    "SupportsAccept",
-    "When",
-    "check_accepted_types",
-    "is_accepted",
-    "make_digest",
-    "require_choice",
-    "require_positive",
-]
-
 _UNKNOWN = "application/octet-stream"
 
 When: TypeAlias = Literal["flush", "later", "request"]

@@ -22,8 +22,6 @@ from granite_storage.derived.base import (
 from granite_storage.derived.processes import MIB, Limits, run_in_process
 from granite_storage.exceptions import ConfigurationError, DerivationFailedError, StorageError
 
-__all__ = ["Derived"]
-
 Function: TypeAlias = (
     Callable[[BinaryIO], bytes | str | Derivation] | Callable[[DerivationSource], Awaitable[bytes | str | Derivation]]
 )

@@ -17,12 +17,10 @@ from granite_storage.derived.base import (
     check_accepted_types,
     make_digest,
     require_choice,
-    require_positive,
 )
 from granite_storage.derived.processes import MIB, Limits, run_in_process
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError
-
-__all__ = ["Engine", "Format", "ImageVariant"]
+from granite_storage.inspection.base import require_positive
 
 Format: TypeAlias = Literal["webp", "jpeg", "png", "avif"]
 """What an image may become."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["ImageCandidate", "Picture", "PictureSource", "picture", "srcset"]
-
 _NEWEST_FIRST = ("image/avif", "image/webp")
 
 

@@ -38,11 +38,10 @@ from typing import IO, Any
 from granite_storage._tasks import shielded_cleanup, wait_uncancelled
 from granite_storage._threads import ThreadPool
 from granite_storage.derived import _worker
-from granite_storage.derived.base import Derivation, DerivationSource, require_positive
+from granite_storage.derived.base import Derivation, DerivationSource
 from granite_storage.exceptions import DerivationFailedError, DerivationRefusedError, InvalidReferenceError
+from granite_storage.inspection.base import require_positive
 from granite_storage.refs import read_only
-
-__all__ = ["Limits", "WorkerProcesses", "limit_processes", "run_in_process"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -272,11 +271,6 @@ os.register_at_fork(after_in_child=_forget_all)
 atexit.register(close_all)
 
 _processes = WorkerProcesses()
-
-
-def list_descriptors() -> set[int]:
-    """Return the descriptors of the sockets to processes, for those who look for leaks."""
-    return {worker.fileno() for processes in _all_processes for worker in list(processes.workers)}
 
 
 def limit_processes(max_processes: int | None = None, *, idle_timeout: float = 60.0) -> None:

@@ -48,10 +48,9 @@ from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches, put_barrier
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, unnest_variants, value_in
 from granite_storage.orm.discovery import (
     FoundColumn,
-    as_found,
     find_tables,
     find_text_columns,
     find_with_refs,
@@ -380,7 +379,7 @@ def _find_column(
         )
 
     def ref_column(schema: str, table: str) -> RefColumn:
-        return RefColumn(as_found(schema, table, column.name, keys=keys), known, base.here, is_declared=True)
+        return RefColumn(as_found(schema, table, column.name, keys=tuple(keys)), known, base.here, is_declared=True)
 
     own = [] if real is None else [ref_column(*real)]
     return own, [ref_column(item.schema, item.table) for item in namesakes]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from granite_storage.derived.base import is_accepted
-from granite_storage.exceptions import UnboundAttachmentError
+from granite_storage.exceptions import StorageError, UnboundAttachmentError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
     from granite_storage._engine import PreparedUpload
-    from granite_storage.derived import Effect, Recipe
-    from granite_storage.exceptions import StorageError
+    from granite_storage.derived import Recipe
     from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
@@ -107,11 +106,6 @@ class ColumnType(Protocol):
     @property
     def variants(self) -> Mapping[str, DeclaredVariant]:
         """The variants that the column declares, by their names."""
-        ...
-
-    @property
-    def effects(self) -> Mapping[str, Effect]:
-        """The effects that the column declares, by their names."""
         ...
 
     @property
@@ -316,17 +310,6 @@ class Journal(Protocol):
 
     def wake_workers(self) -> None:
         """Wake the workers of this process."""
-        ...
-
-    async def make_variant(
-        self,
-        column_type: ColumnType,
-        source: StoredObjectRef,
-        variant: DeclaredVariant,
-        *,
-        which: Literal["missing", "stale", "all"] = "missing",
-    ) -> StoredObjectRef:
-        """Make a variant of the object of a committed row, and return what the row holds then."""
         ...
 
     async def settle(self, ids: Sequence[UUID]) -> None:

@@ -20,8 +20,6 @@ from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, shielded, shielded_cleanup, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["SessionFactory", "ThreadedSession", "Worker", "as_async_engine", "as_async_sessions"]
-
 T = TypeVar("T")
 
 SessionFactory: TypeAlias = Callable[[], AsyncSession | Session]
@@ -226,11 +224,20 @@ class _ThreadedEngine:
         self.dialect = engine.dialect
 
     async def connect(self) -> _ThreadedConnection:
-        worker, opened = Worker(), _Opened(self.sync_engine)
+        worker, opened = Worker(), list[Connection]()
+
+        def connect() -> Connection:
+            opened.append(self.sync_engine.connect())
+            return _require_shared(opened[0])
+
+        def close() -> None:
+            for connection in opened:
+                connection.close()
+
         try:
-            return _ThreadedConnection(worker, await worker.run(opened.connect, is_waited=False))
+            return _ThreadedConnection(worker, await worker.run(connect, is_waited=False))
         except BaseException:
-            worker.submit(opened.close)
+            worker.submit(close)
             worker.close()
             raise
 
@@ -245,22 +252,6 @@ class _ThreadedEngine:
 
     async def dispose(self) -> None:
         await asyncio.to_thread(self.sync_engine.dispose)
-
-
-class _Opened:
-    """A connection that a worker opens, for a caller who may not wait for it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._connection: Connection | None = None
-
-    def connect(self) -> Connection:
-        self._connection = _require_shared(self._engine.connect())
-        return self._connection
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
 
 
 def _require_shared(connection: Connection) -> Connection:

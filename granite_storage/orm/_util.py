@@ -274,6 +274,24 @@ def written_within(statement: Any) -> Iterator[Insert | Update]:
             yield source.element
 
 
+def schema_on(connection: Connection, table: Table) -> str | None:
+    """Return the schema of a model's table on a connection, which may translate the one that the model names."""
+    translated: Mapping[str | None, str | None] = connection.get_execution_options().get(TRANSLATE_MAP) or {}
+    return translated.get(table.schema, table.schema)
+
+
+def quoted_name(connection: Connection, schema: str | None, table: str) -> str:
+    """Return the name of a table as SQL spells it."""
+    quote = connection.dialect.identifier_preparer.quote
+    return ".".join(quote(part) for part in (schema, table) if part)
+
+
+def attached_databases(connection: Connection) -> list[str]:
+    """Return the databases of an SQLite connection in the order in which it resolves tables."""
+    names = [row[1] for row in connection.exec_driver_sql("PRAGMA database_list")]
+    return sorted(names, key=lambda name: name != "temp")
+
+
 def connection_of(session: Session, state: InstanceState[Any]) -> Connection:
     """Return the connection that a session's flush writes an instance on; a sharded session has one for each shard."""
     if session.connection_callable is not None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from granite_storage._documentation import Page
-from granite_storage._engine import upload_names
+from granite_storage._engine import PreparedUpload, upload_names
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import (
     ConsumedSourceError,
@@ -24,7 +24,7 @@ from granite_storage.exceptions import (
     UnknownVariantError,
 )
 from granite_storage.locations import clean_filename
-from granite_storage.orm._interfaces import active_bindings, find_binding
+from granite_storage.orm._interfaces import ColumnType, Intent, active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader, SyncObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (
@@ -49,23 +49,9 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema, SchemaSerializer
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
-    from granite_storage._engine import PreparedUpload
     from granite_storage._headers import Disposition
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import ColumnType, Intent
 
-__all__ = [
-    "Address",
-    "Attachment",
-    "AttachmentVariant",
-    "AttachmentVariants",
-    "LazySerializer",
-    "SyncAttachment",
-    "SyncAttachmentVariant",
-    "core_schema_of",
-    "fields_schema",
-    "shown_fields",
-]
 
 T = TypeVar("T")
 F = TypeVar("F", bound="_StoredFile")
@@ -330,25 +316,24 @@ class AttachmentState:
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where it will be stored, for a column."""
-        prepared = self._prepare(manager, column_type, entity_id)
-        return prepared if column_type.validate is None else prepared.validated_by(column_type.validate)
-
-    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
-        names = _names_of(column_type, entity_id)
-        original = self._origin()
+        engine, original = manager._engine, self._origin()
+        names: dict[str, Any] = {
+            "storage_key": column_type.storage_key,
+            "model_name": column_type.model_name,
+            "entity_id": entity_id,
+            "field_name": column_type.field_name,
+        }
         if not isinstance(original, AttachmentState):
-            given: dict[str, Any] = {
-                "content_type": self.content_type,
-                "original_filename": self.filename,
-                "extra": self.extra,
-            }
+            prepared = engine.prepare(**names, content_type=self.content_type, original_filename=self.filename, extra=self.extra)
         elif original.manager is manager:
-            return manager._engine.prepare_copy(original.require_ref(), **names)
+            prepared = engine.prepare_copy(original.require_ref(), **names)
         else:
             ref = original.require_ref()
-            given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
-            return replace(manager._engine.prepare(**names, **given), media=ref.media, scan=ref.scan)
-        return manager._engine.prepare(**names, **given)
+            prepared = engine.prepare(
+                **names, content_type=ref.content_type, original_filename=ref.original_filename, extra=ref.extra
+            )
+            prepared = replace(prepared, media=ref.media, scan=ref.scan)
+        return prepared if column_type.validate is None else prepared.validated_by(column_type.validate)
 
     def record(self, intent: Intent) -> None:
         """Remember what a journal has recorded about the object that will be stored."""
@@ -360,8 +345,8 @@ class AttachmentState:
         return self.require_ref()
 
     async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
-        engine = manager._engine
-        source = self._take_source()
+        """Store the source; a migration, which has none, replaces this."""
+        engine, source = manager._engine, self._take_source()
         if not isinstance(source, AttachmentState):
             try:
                 self._store(await engine.put(prepared, source), column_type)
@@ -708,8 +693,7 @@ class Attachment(_StoredFile):
             )
         if not isinstance(content, bytes | bytearray | memoryview):
             iter_chunks(content)  # raises where it is no stream; nothing is read
-            if _is_left_empty(content):
-                raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+            _require_chosen(content)
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
@@ -732,8 +716,7 @@ class Attachment(_StoredFile):
         """
         file: Any = upload if is_file(upload) else getattr(upload, "file", upload)
         filename, content_type = upload_names(upload)
-        if _is_left_empty(upload):
-            raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+        _require_chosen(upload)
         return cls(file, filename=filename, content_type=content_type, extra=extra)
 
     @classmethod
@@ -1142,20 +1125,16 @@ class SyncAttachment(_SyncStoredFile["Attachment"]):
         return self._run(self._file.store(column), "store")
 
 
+def _require_chosen(upload: object) -> None:
+    if _is_left_empty(upload):
+        raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+
+
 def _is_left_empty(upload: object) -> bool:
     """Return whether an upload is known to be an empty file input: it has neither a name nor bytes."""
     if not (is_file(upload) and is_form_upload(upload)):
         return False
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
-
-
-def _names_of(column_type: ColumnType, entity_id: str) -> dict[str, Any]:
-    return {
-        "storage_key": column_type.storage_key,
-        "model_name": column_type.model_name,
-        "entity_id": entity_id,
-        "field_name": column_type.field_name,
-    }
 
 
 def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:

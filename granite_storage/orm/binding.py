@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from granite_storage._documentation import Page
@@ -18,9 +18,9 @@ from granite_storage.exceptions import ConfigurationError, DerivationRefusedErro
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import events
-from granite_storage.orm._interfaces import add_binding, are_triggers_declared, remove_binding
+from granite_storage.orm._interfaces import ColumnType, add_binding, are_triggers_declared, remove_binding
 from granite_storage.orm._threaded import SessionFactory, as_async_sessions
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
+from granite_storage.orm.columns import AttachmentType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.locking import refers
 from granite_storage.orm.uploads import Upload, store
@@ -28,12 +28,8 @@ from granite_storage.orm.variants import Which, drop_without_journal, make_witho
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import async_sessionmaker
-
-    from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.attachment import Attachment
 
-__all__ = ["StorageBinding", "bind_storage"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -86,7 +82,12 @@ def bind_storage(
             see=Page.JOURNAL,
         )
     session_factory = sessions if session_factory is None else session_factory
-    _require_session_factory(session_factory)
+    if session_factory is not None and (not callable(session_factory) or isinstance(session_factory, Session | AsyncSession)):
+        raise ConfigurationError(
+            "bind_storage(session_factory=...) takes a factory of sessions, such as async_sessionmaker(engine) or "
+            f"sessionmaker(engine), not {session_factory!r}",
+            see=Page.BINDING,
+        )
     binding = StorageBinding(
         base, metadata, manager, None if session_factory is None else as_async_sessions(session_factory), journal
     )
@@ -105,16 +106,6 @@ def bind_storage(
         binding.unbind()
         raise
     return binding
-
-
-def _require_session_factory(session_factory: object) -> None:
-    """Refuse what makes no sessions, before the collector or a migration finds out."""
-    if session_factory is not None and (not callable(session_factory) or isinstance(session_factory, Session | AsyncSession)):
-        raise ConfigurationError(
-            "bind_storage(session_factory=...) takes a factory of sessions, such as async_sessionmaker(engine) or "
-            f"sessionmaker(engine), not {session_factory!r}",
-            see=Page.BINDING,
-        )
 
 
 class StorageBinding:
@@ -149,8 +140,7 @@ class StorageBinding:
 
     def ref_columns(self) -> list[Column[Any]]:
         """Return every column of the metadata that contains refs, managed and plain."""
-        kinds = (AttachmentType, StoredObjectRefType)
-        return [column for table in self.metadata.sorted_tables for column in table.columns if isinstance(column.type, kinds)]
+        return list(attachment_tables(self.metadata).refs())
 
     def column_type(self, table: str, column: str) -> AttachmentType | None:
         """Return the type of an attachment column by its names, or None if there is no such column."""

@@ -14,13 +14,11 @@ from sqlalchemy.sql.elements import BindParameter
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, transactions
-from granite_storage.orm._interfaces import active_bindings
-from granite_storage.orm._util import executed_statement, written_within
+from granite_storage.orm._interfaces import active_bindings, find_binding
+from granite_storage.orm._util import TRANSLATE_MAP, executed_statement, written_within
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
-
-__all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "guards", "on_execute", "unlisten_all"]
 
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
@@ -40,8 +38,8 @@ def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
 
 
 def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
-    tables = next(_known(statement.table), None)
-    if tables is None or not tables.concerns(table := _table(statement.table)):
+    tables, table = _tables_of(statement.table), _table(statement.table)
+    if tables is None or not tables.concerns(table):
         return None
     parameters = _parameter_sets(state)
     columns = tables.attachments(table)
@@ -149,12 +147,11 @@ def _parameter_sets(state: ORMExecuteState) -> list[Any]:
     return list(given) if isinstance(given, Sequence) and given else [given or None]
 
 
-def _known(target: Any) -> Iterator[Tables]:
-    return (
-        tables
-        for binding in active_bindings()
-        if (tables := attachment_tables(binding.metadata)).find(_table(target)) is not None
-    )
+def _tables_of(target: Any) -> Tables | None:
+    """Return the tables of the base that the table of a statement belongs to, if the base is bound."""
+    table = _table(target)
+    binding = find_binding(table.metadata) if isinstance(table, Table) else None
+    return None if binding is None else attachment_tables(binding.metadata)
 
 
 def _source(statement: Update | Delete, table: Table) -> FromClause:
@@ -182,13 +179,12 @@ def _written(state: ORMExecuteState, statement: Insert | Update) -> Iterator[Col
     """Yield the attachment columns that a statement writes, by column or attribute names."""
     names = {name for name, _ in _values(statement, state.parameters)}
     names |= {getattr(name, "key", name) for name in getattr(statement, "_select_names", None) or ()}
-    if not names:
+    tables, mapper = _tables_of(statement.table), state.bind_mapper
+    if not names or tables is None:
         return
-    mapper = state.bind_mapper
-    for tables in _known(statement.table):
-        written: dict[Any, None] = dict.fromkeys([_table(statement.table), *(mapper.tables if mapper is not None else ())])
-        for table in written:
-            yield from (column for column in tables.attachments(table) if names & _names(mapper, column))
+    written: dict[Any, None] = dict.fromkeys([_table(statement.table), *(mapper.tables if mapper is not None else ())])
+    for table in written:
+        yield from (column for column in tables.attachments(table) if names & _names(mapper, column))
 
 
 def _names(mapper: Mapper[Any] | None, column: Column[Any]) -> set[str]:
@@ -305,26 +301,17 @@ class _Guard:
         if not isinstance(statement, Update):
             return
         written = {name for parameters in [*(several or ()), one or {}] for name in parameters}
-        for binding in active_bindings():
-            tables = attachment_tables(binding.metadata)
-            table = tables.find(statement.table)
-            columns = () if table is None else tables.attachments(table)
-            for column in columns:
-                if column.key in written:
-                    raise _refusal(f"{column.table.name}.{column.name}")
-
-
-def _refusal(label: str) -> InvalidReferenceError:
-    return InvalidReferenceError(
-        f"a legacy bulk operation must not write the attachment {label}, because nothing would delete the object that its row"
-        " holds: leave the attribute out, assign to an instance and flush it, or set None by session.execute() and an update()"
-    )
+        tables = _tables_of(statement.table)
+        for column in () if tables is None else tables.attachments(_table(statement.table)):
+            if column.key in written:
+                raise InvalidReferenceError(
+                    f"a legacy bulk operation must not write the attachment {column.table.name}.{column.name}, because nothing"
+                    " would delete the object that its row holds: leave the attribute out, assign to an instance and flush it,"
+                    " or set None by session.execute() and an update()"
+                )
 
 
 # Bulk statements with a `schema_translate_map` of their own: their rows are in other schemas than the session's.
-
-
-_MAP = "schema_translate_map"
 
 
 def on_execute(state: ORMExecuteState) -> Result[Any] | None:
@@ -340,7 +327,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
         # This calls the remaining listeners, and then this one, with the state of the resulting statement.
         state._events_todo.append(on_execute)
         return state.invoke_statement()
-    if _MAP not in state.execution_options or not isinstance(statement, Update | Delete) or not _is_known(statement):
+    if TRANSLATE_MAP not in state.execution_options or not isinstance(statement, Update | Delete) or not _is_known(statement):
         return execute_bulk(state)
     if getattr(state.session, "connection_callable", None) is not None:
         raise ConfigurationError(
@@ -351,7 +338,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
         # The statement autoflushes, and the flush needs the map of the session.
         state.session._autoflush()
     connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
-    with _translating(connection, state.execution_options[_MAP]):
+    with _translating(connection, state.execution_options[TRANSLATE_MAP]):
         return execute_bulk(state)
 
 
@@ -362,7 +349,7 @@ def _is_known(statement: Update | Delete) -> bool:
 
 @contextmanager
 def _translating(connection: Connection, mapping: Any) -> Iterator[None]:
-    usual = connection.get_execution_options().get(_MAP)
+    usual = connection.get_execution_options().get(TRANSLATE_MAP)
     connection.execution_options(schema_translate_map=mapping)
     try:
         yield

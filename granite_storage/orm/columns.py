@@ -8,9 +8,10 @@ import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -42,7 +43,7 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage._documentation import Page
 from granite_storage.derived import Effect, Missing, Recipe, SupportsAccept, When
-from granite_storage.derived.base import check_accepted_types
+from granite_storage.derived.base import check_accepted_types, require_choice
 from granite_storage.exceptions import (
     ConfigurationError,
     ContentTooLargeError,
@@ -52,39 +53,13 @@ from granite_storage.exceptions import (
     UnsupportedContentError,
 )
 from granite_storage.inspection.base import Validator
-from granite_storage.orm._interfaces import DeclaredVariant, binding_for, find_binding, unbound_message
+from granite_storage.orm._interfaces import Binding, DeclaredVariant, binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
 from granite_storage.policies import require_validator
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding
-
-__all__ = [
-    "LOCATION_COLUMN_PREFIX",
-    "LOCATION_INDEX_PREFIX",
-    "AttachmentType",
-    "Slot",
-    "StoredObjectRefType",
-    "Tables",
-    "attachment",
-    "attachment_tables",
-    "fitting_name",
-    "keys_of",
-    "location_column_name",
-    "location_index_name",
-    "location_of",
-    "portable_storage_ref_type",
-    "primary_key_of",
-    "require_usable",
-    "slots_of",
-    "unnest_variants",
-    "value_in",
-    "variant_locations",
-    "variants_in",
-    "where_json",
-]
 
 
 # The column types: a ref as JSON, and an attachment, which is the same in the database.
@@ -124,11 +99,13 @@ class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
     def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
         if op is operators.ne and _is_pending(other[0]):
             return self.expr.is_not(None)  # as with any other file: a row without one is neither equal nor unequal
-        if op in _EQUALITIES and _is_ref(other[0]):
-            return _EQUALITIES[op](self._leads_to(other[0]))
-        if op in _MEMBERSHIPS and isinstance(other[0], list | tuple | set | frozenset) and all(map(_is_ref, other[0])):
-            return _MEMBERSHIPS[op](or_(false(), *map(self._leads_to, other[0])))
-        return super().operate(op, *other, **kwargs)
+        if op in (operators.eq, operators.ne) and _is_ref(other[0]):
+            is_same = self._leads_to(other[0])
+        elif op in (operators.in_op, operators.not_in_op) and _are_refs(other[0]):
+            is_same = or_(false(), *map(self._leads_to, other[0]))
+        else:
+            return super().operate(op, *other, **kwargs)
+        return not_(is_same) if op in (operators.ne, operators.not_in_op) else is_same
 
     def _leads_to(self, value: StoredObjectRef | Attachment) -> ColumnElement[bool]:
         if _is_pending(value):
@@ -141,19 +118,12 @@ def _is_ref(value: object) -> bool:
     return isinstance(value, StoredObjectRef | Attachment)
 
 
+def _are_refs(values: object) -> bool:
+    return isinstance(values, list | tuple | set | frozenset) and all(map(_is_ref, values))
+
+
 def _is_pending(value: object) -> bool:
     return isinstance(value, Attachment) and value.is_pending
-
-
-def _as_is(criterion: ColumnElement[bool]) -> ColumnElement[bool]:
-    return criterion
-
-
-_EQUALITIES: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {operators.eq: _as_is, operators.ne: not_}
-_MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {
-    operators.in_op: _as_is,
-    operators.not_in_op: not_,
-}
 
 
 class _RefJSON(TypeDecorator[T]):
@@ -321,7 +291,7 @@ class AttachmentType(_RefJSON[Attachment]):
     @property
     def label(self) -> str:
         """The name of the column in messages."""
-        return f"{self.model_name}.{self.field_name}"
+        return "an attachment column" if self._column is None else f"{self.model_name}.{self.field_name}"
 
     def binding(self) -> Binding:
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
@@ -344,24 +314,26 @@ class AttachmentType(_RefJSON[Attachment]):
                 f"the attachment column {self.label} names the policy {self.storage_key!r}, which its manager does not have"
                 f" (there are: {known})"
             )
-        if binding.journal is None and policy.retention:
+        if binding.journal is not None:
+            return binding.manager
+        if policy.retention:
             raise ConfigurationError(
                 f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and policy.scanner is not None and policy.may_hold:
+        if policy.scanner is not None and policy.may_hold:
             raise ConfigurationError(
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
                 " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and (late := [name for name, item in self._variants.items() if item.recipe.when == "later"]):
+        if late := [name for name, item in self._variants.items() if item.recipe.when == "later"]:
             raise ConfigurationError(
                 f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
                 " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and self._effects:
+        if self._effects:
             raise ConfigurationError(
                 f"the attachment column {self.label} has effects ({', '.join(self._effects)}), which need a journal, whose worker"
                 " calls them after the commit: bind_storage(..., journal=...)",
@@ -398,15 +370,14 @@ class AttachmentType(_RefJSON[Attachment]):
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
         if value is None:
             return None
-        label = "an attachment column" if self._column is None else self.label
         if not isinstance(value, Attachment):
-            raise RefusedReferenceError(f"{label} takes an Attachment or None, not {type(value).__name__}")
+            raise RefusedReferenceError(f"{self.label} takes an Attachment or None, not {type(value).__name__}")
         if self._column is not None and find_binding(self.table.metadata) is None:
-            raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {label}"))
+            raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {self.label}"))
         if not value._state.is_claimed:
             raise RefusedReferenceError(
-                f"a statement may not write an Attachment to {label}: add or change an instance, and let the session flush it;"
-                " bulk and Core statements would write a ref whose object belongs to no row"
+                f"a statement may not write an Attachment to {self.label}: add or change an instance, and let the session flush"
+                " it; bulk and Core statements would write a ref whose object belongs to no row"
             )
         value._state.mark_written()
         return value.ref.to_dict()
@@ -457,24 +428,16 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
         ConfigurationError: A name cannot be one of a variant, or a recipe is none.
     """
     column = f"the attachment column of the policy {storage_key!r}"
-    if not isinstance(recipes, Mapping):
-        raise ConfigurationError(f"variants of {column} must map names to recipes, not be a {type(recipes).__name__}")
+    _require_names(column, recipes, "variants", "a variant", "recipes")
     declared: dict[str, DeclaredVariant] = {}
     for name, recipe in recipes.items():
-        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
-            raise ConfigurationError(
-                f"a variant of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
-                " and underscores of ASCII, and begins with a letter or a digit"
-            )
         if isinstance(recipe, type) or not isinstance(recipe, Recipe):
             raise ConfigurationError(
                 f"the variant {name!r} of {column} is a {type(recipe).__name__}, not a recipe, which has when, missing, digest()"
                 " and make(), such as Derived or ImageVariant"
             )
-        for argument, choices in (("when", get_args(When)), ("missing", get_args(Missing))):
-            if (value := getattr(recipe, argument)) not in choices:
-                known = ", ".join(map(repr, choices))
-                raise ConfigurationError(f"{argument} of the variant {name!r} of {column} must be one of {known}, not {value!r}")
+        require_choice(f"when of the variant {name!r} of {column}", recipe.when, When)
+        require_choice(f"missing of the variant {name!r} of {column}", recipe.missing, Missing)
         digest = recipe.digest(name)
         if not isinstance(digest, str) or not digest:
             raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a string, not {digest!r}")
@@ -490,19 +453,25 @@ def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> dict[s
         ConfigurationError: A name cannot be one of an effect, or an effect is none.
     """
     column = f"the attachment column of the policy {storage_key!r}"
-    if not isinstance(effects, Mapping):
-        raise ConfigurationError(f"effects of {column} must map names to effects, not be a {type(effects).__name__}")
+    _require_names(column, effects, "effects", "an effect", "effects")
     for name, effect in effects.items():
-        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
-            raise ConfigurationError(
-                f"an effect of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
-                " and underscores of ASCII, and begins with a letter or a digit"
-            )
         if not isinstance(effect, Effect):
             raise ConfigurationError(
                 f"the effect {name!r} of {column} is a {type(effect).__name__}: write Effect(put=..., remove=...)"
             )
     return dict(effects)
+
+
+def _require_names(column: str, declared: object, several: str, one: str, values: str) -> None:
+    """Refuse what does not map names, such as those of variants, to what they stand for."""
+    if not isinstance(declared, Mapping):
+        raise ConfigurationError(f"{several} of {column} must map names to {values}, not be a {type(declared).__name__}")
+    for name in declared:
+        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
+            raise ConfigurationError(
+                f"{one} of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
+                " and underscores of ASCII, and begins with a letter or a digit"
+            )
 
 
 _LONGEST_VARIANT_NAME = 40
@@ -677,13 +646,6 @@ class Tables:
         self._refs: list[Column[Any]] = []
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
-    def find(self, table: Any) -> Table | None:
-        """Return the metadata's table for the annotated form in a statement."""
-        if getattr(table, "metadata", None) is not self._metadata:
-            return None
-        found: Table | None = self._metadata.tables.get(getattr(table, "fullname", ""))
-        return found
-
     def attachments(self, table: Table) -> tuple[Column[Any], ...]:
         """Return the attachment columns of a table."""
         self._refresh()
@@ -720,8 +682,7 @@ class Tables:
 
     def all_attachments(self) -> list[Column[Any]]:
         """Return every attachment column."""
-        self._refresh()
-        return [column for columns in self._attachments.values() for column in columns]
+        return [column for column in self.refs() if isinstance(column.type, AttachmentType)]
 
     def _refresh(self) -> None:
         tables = self._metadata.tables
@@ -732,10 +693,10 @@ class Tables:
         self._by_mapper.clear()
         self._refs = []
         for name, table in tables.items():
-            columns = tuple(column for column in table.columns if isinstance(column.type, AttachmentType))
-            if columns:
+            refs = [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
+            self._refs += refs
+            if columns := tuple(column for column in refs if isinstance(column.type, AttachmentType)):
                 self._attachments[name] = columns
-            self._refs += [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
                     self._cascades.setdefault(_referred_name(constraint), []).append(constraint)
@@ -766,6 +727,22 @@ def attachment_tables(metadata: MetaData) -> Tables:
 
 def _referred_name(constraint: ForeignKeyConstraint) -> str:
     return constraint.elements[0].target_fullname.rpartition(".")[0]
+
+
+@lru_cache(maxsize=1024)  # statements of the same table are compiled once
+def as_found(schema: str, table: str, name: str, *, keys: tuple[Column[Any], ...] = ()) -> Column[Any]:
+    """Return a column of refs in a table with its actual name, for statements without schema translation.
+
+    Args:
+        schema: The schema.
+        table: The table.
+        name: The column.
+        keys: The columns of the table's primary key.
+    """
+    column: Column[Any] = Column(name, StoredObjectRefType())
+    primary_key = [Column(key.name, key.type, primary_key=True) for key in keys if key.name != name]
+    Table(table, MetaData(), *primary_key, column, schema=schema)
+    return column
 
 
 # The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB.

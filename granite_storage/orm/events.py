@@ -18,10 +18,9 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import bulk, collections, flush, transactions
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm._util import executed_statement, written_within
+from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
-from granite_storage.orm.unit_of_work import Change
-
-__all__ = ["guard_base", "listen", "release", "require_single", "unlisten"]
+from granite_storage.orm.transactions import Change
 
 
 def listen() -> None:
@@ -284,9 +283,8 @@ def require_single(base: Any) -> None:
     """
     for mapper in _mapped_below(base):
         for key, column in mapper.columns.items():  # its attributes would configure it
-            refusal = _refusal(mapper, key) if isinstance(column.type, AttachmentType) else None
-            if refusal is not None:
-                raise ConfigurationError(refusal, see=Page.COLLECTIONS)
+            if isinstance(column.type, AttachmentType):
+                _require_one(mapper, key)
 
 
 def guard_base(base: Any) -> None:
@@ -324,26 +322,24 @@ def _guard(mapper: Mapper[Any], _: Any = None) -> None:
     try:
         for slot in slots_of(mapper):
             require_usable(slot.column)
-            refusal = _refusal(mapper, slot.key)
-            if refusal is not None:
-                raise ConfigurationError(refusal, see=Page.COLLECTIONS)
+            _require_one(mapper, slot.key)
     except ConfigurationError as error:
         _refused[mapper] = str(error)
         raise
 
 
-def _refusal(mapper: Mapper[Any], key: str) -> str | None:
-    """Return the error of an attribute that is annotated as several attachments, or None."""
+def _require_one(mapper: Mapper[Any], key: str) -> None:
+    """Raise if an attribute is annotated as several attachments."""
     for kind in mapper.class_.__mro__:
         annotation = vars(kind).get("__annotations__", {}).get(key)
         if annotation is not None:
             if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
-                return (
+                raise ConfigurationError(
                     f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: declare it as"
-                    " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own"
+                    " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own",
+                    see=Page.COLLECTIONS,
                 )
-            return None
-    return None
+            return
 
 
 def _text_of(annotation: Any) -> str:
@@ -356,10 +352,11 @@ def _is_bound(mapper: Mapper[Any]) -> bool:
 
 def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
     require_sound(state.mapper)
-    given = flush.require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
-    if given is not None:
-        given._state.note_assignment(state, initiator.key)
-    return given
+    if isinstance(value, Attachment):
+        value._state.note_assignment(state, initiator.key)
+    elif value is not None:
+        raise flush.refused_value(value, f"{state.class_.__name__}.{initiator.key}")
+    return value
 
 
 # The listeners.

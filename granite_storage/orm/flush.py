@@ -1,14 +1,17 @@
-"""What a flush does with objects: read the session's state, let `unit_of_work` decide, and upload, move, copy and displace."""
+"""What a flush does with objects: read the session's state, decide, and upload, move, copy and displace.
+
+`plan_uploads` and `plan_flush` decide, without I/O.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Connection, Engine, Table, text
@@ -19,48 +22,173 @@ from granite_storage._documentation import Page
 from granite_storage._telemetry import traced
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, binding_for, find_binding
-from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, in_greenlet, require_wait, root_engine, wait
+from granite_storage.orm._interfaces import Intent, Journal, ObjectKey, StoredObject, binding_for, find_binding
+from granite_storage.orm._util import (
+    UNTRANSLATED,
+    attached_databases,
+    connection_of,
+    in_greenlet,
+    quoted_name,
+    require_wait,
+    root_engine,
+    schema_on,
+    wait,
+)
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows, refers
-from granite_storage.orm.transactions import require_transactions, watch
-from granite_storage.orm.unit_of_work import (
+from granite_storage.orm.transactions import (
     UNKNOWN,
-    Assigned,
     Change,
     Displacement,
-    FlushPlan,
     FlushState,
     Frame,
     LogEntry,
     UnitOfWork,
-    plan_flush,
-    plan_uploads,
     put_value,
+    require_transactions,
+    watch,
 )
-from granite_storage.orm.uploads import Upload, store, stored_object
+from granite_storage.orm.uploads import Upload, ids_by_journal, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
 
-if TYPE_CHECKING:
-    from granite_storage.orm._interfaces import Journal
+# What a flush is to do with the objects of the values that it writes.
+#
+# `plan_uploads` decides before a connection is held: which values are uploaded, and which objects other rows certainly keep, so
+# that copies are made. `plan_flush` decides once the rows are locked and the objects that they lose are known: which of those
+# move to another row, and which are copied after all.
 
-__all__ = [
-    "changes_of",
-    "clear_unset_attachments",
-    "concerned_tables",
-    "current_transaction",
-    "displace",
-    "end",
-    "recheck_cascades",
-    "recheck_moves",
-    "require_attachment",
-    "restore_deleted",
-    "save",
-    "write_displaced",
-    "write_entries",
-    "write_left",
-]
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned(Generic[C]):
+    """A value that a flush writes into a row, and what is known of its object.
+
+    Attributes:
+        change: The change that writes it.
+        value: Identifies the value: one may be assigned to several rows.
+        object: Identifies its object; None while it is pending.
+        is_unowned: Whether the object was stored before the transaction, and no row has taken it.
+        is_restored: Whether it cancels the pending delete of its object.
+        is_of_another_manager: Whether the column's manager is another one than that of the object.
+        is_replaced: Whether the flush replaces or clears it in another row, as far as the session knows.
+    """
+
+    change: C
+    value: Hashable
+    object: Hashable | None
+    is_unowned: bool = False
+    is_restored: bool = False
+    is_of_another_manager: bool = False
+    is_replaced: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is still to be uploaded."""
+        return self.object is None
+
+
+@dataclass(slots=True)
+class UploadPlan(Generic[C]):
+    """What a flush does before it holds a connection.
+
+    Attributes:
+        put: The changes whose pending values are uploaded.
+        copy: The changes that get a copy, because another row certainly keeps the object.
+        undecided: The changes that wait until the rows are locked.
+    """
+
+    put: list[C] = field(default_factory=list)
+    copy: list[C] = field(default_factory=list)
+    undecided: list[C] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FlushPlan(Generic[C]):
+    """What a flush does once the rows are locked.
+
+    Attributes:
+        take: The changes that assign an object which no row has had.
+        move: The changes whose objects are moved here from another row.
+        restore: The changes that cancel a pending delete.
+        copy: The changes that get a copy.
+        stale: The changes whose objects were to move, but whose rows no longer refer to them.
+    """
+
+    take: list[C] = field(default_factory=list)
+    move: list[C] = field(default_factory=list)
+    restore: list[C] = field(default_factory=list)
+    copy: list[C] = field(default_factory=list)
+    stale: list[C] = field(default_factory=list)
+
+
+def plan_uploads(assigned: Iterable[Assigned[C]], *, history: Mapping[Any, bool], knows_all_rows: bool) -> UploadPlan[C]:
+    """Decide what is uploaded and copied before a connection is held.
+
+    Args:
+        assigned: The values, in the order of the changes.
+        history: The objects of the transaction: True if a row refers to it, False if it was displaced.
+        knows_all_rows: Whether the session knows which object each row loses; otherwise nothing is copied yet.
+    """
+    plan: UploadPlan[C] = UploadPlan()
+    uploaded: set[Hashable] = set()
+    for item in assigned:
+        if item.is_pending and item.value not in uploaded:
+            uploaded.add(item.value)
+            plan.put.append(item.change)
+        elif knows_all_rows and (item.is_pending or not _may_move(item, history)):
+            plan.copy.append(item.change)
+        else:
+            plan.undecided.append(item.change)
+    return plan
+
+
+def plan_flush(assigned: Iterable[Assigned[C]], *, displaced: Collection[Hashable], history: Mapping[Any, bool]) -> FlushPlan[C]:
+    """Decide for each stored value whether its object is taken, moved, restored or copied, once the rows are locked.
+
+    An object belongs to at most one row: the first change gets it, the others get copies.
+
+    Args:
+        assigned: The values, none of them pending, in the order of the changes.
+        displaced: The objects that the locked rows lose.
+        history: The objects of the transaction before this flush, as for `plan_uploads`.
+    """
+    plan: FlushPlan[C] = FlushPlan()
+    is_held = {**history, **dict.fromkeys(displaced, False)}
+    used: set[Hashable] = set()
+    restored: set[Hashable] = set()
+    for item in assigned:
+        is_first = item.value not in used
+        if not _may_move(item, is_held, is_first=is_first):
+            plan.copy.append(item.change)
+            continue
+        used.add(item.value)
+        if is_first and item.is_unowned:
+            plan.take.append(item.change)
+        elif is_held.get(item.object) is False:
+            plan.move.append(item.change)
+        elif is_first and item.is_restored and item.object not in restored:
+            restored.add(item.object)  # the journal knows whether it waits; another row of this flush gets a copy
+            plan.restore.append(item.change)
+        elif item.object in is_held:
+            plan.copy.append(item.change)
+            continue
+        else:
+            plan.stale.append(item.change)
+            continue
+        is_held[item.object] = True
+    return plan
+
+
+def _may_move(item: Assigned[C], is_held: Mapping[Any, bool], *, is_first: bool = True) -> bool:
+    """Return whether a row may take an object: no row refers to it, or its row loses it in this transaction."""
+    if item.is_restored and is_first:
+        return True
+    if item.is_of_another_manager:
+        return False
+    return (item.is_unowned and is_first) or item.is_replaced or is_held.get(item.object) is False
 
 
 # What a flush writes into the journal, in the transaction of its rows.
@@ -73,22 +201,19 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     the next flush that writes the ref consumes them again.
     """
     flush = unit.flush
-    taken: dict[Journal, list[UUID]] = {}
+    taken: list[Intent] = []
     displaced: list[StoredObject] = []
     moved: list[StoredObjectRef] = []
     put = {stored.key for stored, _ in flush.puts}
     for stored, held in flush.net:
         if held:
             intents = (unit.displacement(stored) or stored).intents
-            for intent in intents:
-                taken.setdefault(intent.journal, []).append(intent.id)
+            taken += intents
             if not intents and stored.key not in flush.restored_by:
                 moved.append(stored.ref)
         elif stored.key not in put:
             displaced.append(stored)
-    for intent in flush.restored:
-        taken.setdefault(intent.journal, []).append(intent.id)
-    for journal, ids in taken.items():
+    for journal, ids in ids_by_journal([*taken, *flush.restored]).items():
         journal.intents.consume(flush.connections[journal], ids)
         journal.intents.require_unfenced(intent for intent in flush.restored if intent.journal is journal)
     # Whether they have lost them or not, which the worker sees.
@@ -180,7 +305,9 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         old = history.deleted[0] if history.deleted else UNKNOWN
     else:
         return None
-    return Change(state, slot, require_attachment(value, slot.column_type.label), old, slot.column_type.binding())
+    if not isinstance(value, Attachment | None):
+        raise refused_value(value, slot.column_type.label)
+    return Change(state, slot, value, old, slot.column_type.binding())
 
 
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
@@ -206,15 +333,9 @@ class _NoContext:
         )
 
 
-def require_attachment(value: Any, label: str) -> Attachment | None:
-    """Return a value that may be assigned: only the manager makes refs, and a managed column takes attachments only.
-
-    Raises:
-        InvalidReferenceError: It is neither an attachment nor None.
-    """
-    if value is None or isinstance(value, Attachment):
-        return value
-    raise InvalidReferenceError(
+def refused_value(value: object, label: str) -> InvalidReferenceError:
+    """Return the error for a value that is neither an attachment nor None: only the manager makes refs."""
+    return InvalidReferenceError(
         f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}: write"
         " Attachment(content, filename=...), or Attachment.from_upload(upload)"
     )
@@ -317,18 +438,15 @@ def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
 def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
     """Return whether a flush will still remove a ref from its row, according to the instance."""
     state = displaced.state
-    if state is None or state not in context.states or not _is_of_row(state, displaced.held):
+    if state is None or state not in context.states or state.key is None:
+        return False
+    if primary_key_of(state, displaced.held.table) != displaced.held.primary_key:  # a listener has changed its key
         return False
     is_deleted, is_listed_only = context.states[state]
     if is_deleted:
         return not is_listed_only
     keys = [slot.key for slot in slots_of(state.mapper) if slot.column is displaced.held.column]
     return any(_has_left(state, key, displaced.held.ref) for key in keys)
-
-
-def _is_of_row(state: InstanceState[Any], held: RowRef) -> bool:
-    """Return whether an instance still represents the row that held a ref; a listener may have changed its key."""
-    return state.key is not None and primary_key_of(state, held.table) == held.primary_key
 
 
 def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool:
@@ -663,7 +781,11 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
     log: list[LogEntry] = []
     for key, stored in {stored.key: stored for stored in planned}.items():
         if holders[key] > 1 and key in taken:
-            raise _still_holds(stored.ref)
+            raise StaleAttachmentError(
+                f"the object at {stored.ref.location!r} was to move to another row, but its own row still refers to it after the"
+                " flush: a listener or a trigger has restored that row; flush the two changes one after the other, and the"
+                " second row gets a copy"
+            )
         if holders[key] or key in certain:
             claimed = taken.get(key) or unit.displacement(stored)
             log += [] if claimed is None else [(claimed, True)]
@@ -759,26 +881,12 @@ class _RowsToRead:
         columns.add(column)
 
     def count(self) -> Counter[ObjectKey]:
-        return Counter(_key_of(column, ref) for column, ref in self._held())
-
-    def _held(self) -> Iterator[tuple[Column[Any], StoredObjectRef]]:
+        counted: Counter[ObjectKey] = Counter()
         for (connection, table), (keys, columns) in self._wanted.items():
-            # A row may have been requested by two spellings of its key.
             found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
-            yield from {(held.primary_key, held.column): (held.column, held.ref) for held in found}.values()
-
-
-def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
-    column_type: AttachmentType = column.type  # type: ignore[assignment]  # only attachment columns are asked for
-    return StoredObject(column_type.binding().manager, ref).key
-
-
-def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:
-    return StaleAttachmentError(
-        f"the object at {ref.location!r} was to move to another row, but its own row still refers to it after the flush:"
-        " a listener or a trigger has restored that row; flush the two changes one after the other, and the second row gets a"
-        " copy"
-    )
+            # A row may have been requested by two spellings of its key.
+            counted.update(_stored(held).key for held in {(held.primary_key, held.column): held for held in found}.values())
+        return counted
 
 
 # Triggers: whether the database may have changed what the flush wrote.
@@ -807,8 +915,7 @@ def has_triggers(connection: Connection, table: Table) -> bool:
 
     MariaDB shows triggers only to roles with the privilege TRIGGER.
     """
-    translated: dict[str | None, str | None] = connection.get_execution_options().get(TRANSLATE_MAP) or {}
-    schema = translated.get(table.schema, table.schema)
+    schema = schema_on(connection, table)
     answers = _answers.setdefault(root_engine(connection.engine), {})
     until, answer = answers.get((schema, table.name), (0.0, False))
     if time.monotonic() >= until:
@@ -821,11 +928,11 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
     quote = connection.dialect.identifier_preparer.quote
     match connection.dialect.name:
         case "postgresql":
-            name = ".".join(quote(part) for part in (schema, table) if part)
+            name = quoted_name(connection, schema, table)
             found: Any = connection.execute(_POSTGRESQL, {"name": name}, execution_options=UNTRANSLATED).scalar()
         case "sqlite":
             # A temporary trigger may belong to a table in another file.
-            schemas = {"temp", *(row[1] for row in connection.exec_driver_sql("PRAGMA database_list"))}
+            schemas = {"temp", *attached_databases(connection)}
             parts = [
                 f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted
                 " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"

@@ -1,18 +1,21 @@
-"""Which objects rows refer to: the refs of locked rows, and other rows that refer to the same objects.
+"""Which objects rows refer to: the refs of locked rows, other rows that refer to the same objects, and where such rows may be.
 
-All of it is read from the database, since the identity map may be out of date.
+All of it is read from the database, since the identity map may be out of date. All functions block.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from sqlalchemy import (
+    ARRAY,
+    JSON,
     Column,
     ColumnElement,
     CompoundSelect,
@@ -24,44 +27,38 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    TextClause,
     and_,
     bindparam,
+    cast,
     event,
+    exists,
     func,
+    literal,
+    literal_column,
     or_,
     select,
+    text,
     union_all,
 )
+from sqlalchemy import column as named_column
+from sqlalchemy import table as named_table
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._telemetry import fields_of
-from granite_storage.orm._interfaces import active_bindings
-from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, batches, codes_of, without_pool
+from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
+from granite_storage.orm._interfaces import StoredObject, active_bindings
+from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, schema_on, without_pool
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.columns import Tables, attachment_tables, location_of, where_json
-from granite_storage.orm.discovery import Place, describe_obstacles, mentions_at, read_catalogue
+from granite_storage.orm.columns import (
+    Tables,
+    as_found,
+    attachment_tables,
+    location_column_name,
+    location_of,
+    where_json,
+)
 from granite_storage.refs import StoredObjectRef
-
-if TYPE_CHECKING:
-    from granite_storage.orm._interfaces import StoredObject
-
-__all__ = [
-    "CountedDeletes",
-    "RowRef",
-    "among",
-    "are_there",
-    "cascaded",
-    "find_referenced",
-    "find_shared",
-    "find_shared_afresh",
-    "lock_rows",
-    "lock_statement",
-    "read_refs",
-    "read_rows",
-    "refers",
-    "still_referenced",
-    "take_write_lock",
-]
 
 _AT_A_TIME = 200
 
@@ -446,6 +443,7 @@ def find_referenced(
     wanted = list(dict.fromkeys(locations))
     if not columns or not wanted:
         return set()
+    look = partial(_places_again, connection, columns, required)
     try:
         with _savepoint(connection):
             places = _places(connection, columns, required)
@@ -454,14 +452,12 @@ def find_referenced(
         if _ends_transaction(connection, error):
             raise
         # One of them was dropped since the catalogue was read, or has a row whose JSON is damaged.
-        look = partial(_places_again, connection, columns, required)
         places = look()
         found = set()
         for place in places:
             ask = partial(_answers, connection, (place,), wanted, is_guarded=True)
             found |= _tolerantly(connection, place, ask, look)
     if found and connection.dialect.name in ("mysql", "mariadb"):
-        look = partial(_places_again, connection, columns, required)
         confirmed: set[str] = set()
         for place, key in places.items():
             confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, found), look)
@@ -483,10 +479,9 @@ def _places(
 ) -> dict[Place, Sequence[Column[Any]]]:
     """Return where the columns are, in every schema, each with the primary key that its table has by the models."""
     catalogue = read_catalogue(connection, columns)
-    translated = connection.get_execution_options().get(TRANSLATE_MAP) or {}
     places: dict[Place, Sequence[Column[Any]]] = {}
     for column in columns:
-        schema = translated.get(column.table.schema, column.table.schema)
+        schema = schema_on(connection, column.table)
         place = catalogue.place(schema, column)
         if place is not None:
             places.setdefault(place, list(column.table.primary_key))
@@ -562,7 +557,7 @@ def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Colum
     """
     if place.is_text:
         return _answers(connection, (place,), sorted(locations))
-    column = place.keyed(primary_key)
+    column = as_found(str(place.schema), place.table, place.name, keys=tuple(primary_key))
     table, keys = column.table, list(column.table.primary_key)
     _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)
     is_wanted = location.in_(sorted(locations))
@@ -621,3 +616,326 @@ def _savepoint(connection: Connection) -> Iterator[None]:
                     connection.exec_driver_sql("SET SESSION lock_wait_timeout = @granite_storage_wait")
         case _:
             yield
+
+
+# Where the columns of refs are in a database: those of the models, and those of the same names in every other schema.
+#
+# A table may have been cloned into another schema, with rows that refer to the same objects: of a tenant, of an archive, of a
+# copy for tests. No model declares such a table and no session need have used it, so each check asks the catalogue of the
+# database.
+
+
+_CANNOT_SHOW = (1142, 1146, 1356)
+"""No privilege, no such table, a broken view: https://mariadb.com/kb/en/mariadb-error-codes/"""
+
+Form = Literal["json", "text"]
+Obstacle = Literal["privileges", "row security", "temporary table"]
+
+_POSTGRESQL_NAMED = text("""
+    SELECT n.nspname, c.relname, a.attname, pg_table_is_visible(c.oid),
+        CASE
+            WHEN NOT COALESCE(has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), true)
+                THEN 'privileges'
+            WHEN row_security_active(c.oid) THEN 'row security'
+        END,
+        CASE
+            WHEN c.relkind NOT IN ('r', 'p', 'f', 'm') OR c.relispartition OR NOT c.relispopulated THEN NULL
+            WHEN b.oid IN ('jsonb'::regtype, 'json'::regtype) THEN 'json'
+            WHEN t.typlen = -1 AND t.typcategory NOT IN ('N', 'V', 'I') OR t.typlen >= :shortest THEN CASE
+                WHEN b.oid IN ('varchar'::regtype, 'bpchar'::regtype) AND a.atttypmod BETWEEN 4 AND 3 + :shortest THEN NULL
+                ELSE 'text'
+            END
+        END
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    LEFT JOIN pg_attribute AS a
+        ON a.attrelid = c.oid AND a.attname = ANY (:columns) AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_type AS t ON t.oid = a.atttypid
+    LEFT JOIN LATERAL (
+        SELECT CASE WHEN t.typtype <> 'd' THEN t.oid ELSE (
+            WITH RECURSIVE types(oid, base) AS (
+                SELECT t.oid, t.typbasetype
+                UNION ALL SELECT u.oid, u.typbasetype FROM pg_type AS u JOIN types ON u.oid = types.base
+            )
+            SELECT types.oid FROM types WHERE types.base = 0
+        ) END AS oid
+    ) AS b ON true
+    WHERE c.relname = ANY (:tables) AND c.relkind IN ('r', 'p', 'f', 'm', 'v')
+        AND n.nspname <> 'information_schema' AND (left(n.nspname, 3) <> 'pg_' OR n.oid = pg_my_temp_schema())
+    ORDER BY 1, 2, 3
+""").bindparams(bindparam("tables", type_=ARRAY(Text())), bindparam("columns", type_=ARRAY(Text())))
+_MARIADB_NAMED = text("""
+    SELECT table_schema, table_name, column_name, table_schema = DATABASE(),
+        CASE WHEN privileges NOT LIKE '%select%' THEN 'privileges' END,
+        CASE
+            WHEN data_type = 'json' OR data_type = 'longtext' AND collation_name = 'utf8mb4_bin' THEN 'json'
+            WHEN character_maximum_length >= :shortest THEN 'text'
+        END
+    FROM information_schema.columns
+    WHERE table_name IN :tables AND (column_name IN :columns OR ordinal_position = 1)
+        AND table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
+    ORDER BY 1, 2, 3
+""").bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
+_MARIADB_TEMPORARY = "SHOW SESSION STATUS LIKE 'Com_create_temporary_table'"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedColumn:
+    """A column with the name of a model's column, or a table with the name of a model's table.
+
+    Attributes:
+        schema: The schema, as the database calls it.
+        table: The table or view.
+        name: The column; None, or any other, if the table has none of the requested ones.
+        is_default: Whether the name of the table without a schema resolves to this table.
+        obstacle: What may hide rows from a SELECT of this connection, or None.
+        form: How it may contain refs, in a table with rows of its own: as JSON that SQL queries by key, or anywhere in its text;
+            None if it cannot contain any.
+    """
+
+    schema: str
+    table: str
+    name: str | None
+    is_default: bool
+    obstacle: Obstacle | None
+    form: Form | None
+
+
+def find_named_columns(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[NamedColumn]:
+    """Return the columns of given names in tables of given names, in every schema that is visible to this role.
+
+    It is one question, of the catalogue alone, on all databases but SQLite, and one more on MariaDB, whose catalogue does not
+    show temporary tables: transactions ask it before they commit.
+    """
+    names = {"tables": list(tables), "columns": list(columns)}
+    match connection.dialect.name:
+        case "postgresql":
+            rows: Iterable[Any] = connection.execute(
+                _POSTGRESQL_NAMED, {**names, "shortest": GENERATED_ID_LENGTH}, execution_options=UNTRANSLATED
+            )
+        case "sqlite":
+            rows = _sqlite_named(connection, tables, columns)
+        case _:
+            rows = _mariadb_named(connection, names)
+    return [
+        NamedColumn(schema, table, name, bool(is_default), obstacle, form)
+        for schema, table, name, is_default, obstacle, form in rows
+    ]
+
+
+def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    schemas = attached_databases(connection)
+    quote = connection.dialect.identifier_preparer.quote
+    statement = _sqlite_question(tuple(map(quote, schemas)))
+    values = {f"schema_{number}": schema for number, schema in enumerate(schemas)}
+    default: dict[str, int] = {}
+    return [
+        (schemas[number], table, name, default.setdefault(table.lower(), number) == number, None, "json" if is_table else None)
+        for number, table, name, is_table in connection.execute(statement, {"tables": tables, "columns": columns, **values})
+    ]
+
+
+def _mariadb_named(connection: Connection, names: dict[str, list[str]]) -> list[tuple[Any, ...]]:
+    rows = [
+        tuple(row)
+        for row in connection.execute(_MARIADB_NAMED, {**names, "shortest": GENERATED_ID_LENGTH}, execution_options=UNTRANSLATED)
+    ]
+    if not _has_some(connection):
+        return rows
+    shadowed = {place for place in {row[:2] for row in rows} if _is_temporary(connection, *place)}
+    return [(*row[:4], "temporary table" if row[:2] in shadowed else row[4], row[5]) for row in rows]
+
+
+def _has_some(connection: Connection) -> bool:
+    """Return whether a session of MariaDB may have temporary tables, by its counter of those that it created."""
+    row = connection.exec_driver_sql(_MARIADB_TEMPORARY).first()
+    return row is None or str(row[1]) != "0"
+
+
+def _is_temporary(connection: Connection, schema: str, table: str) -> bool:
+    """Return whether a name resolves to a temporary table, which shadows the one in the catalogue even with its schema."""
+    quote = connection.dialect.identifier_preparer.quote
+    try:
+        row: Any = connection.exec_driver_sql(f"SHOW CREATE TABLE {quote(schema)}.{quote(table)}").first()
+    except DBAPIError as error:
+        if codes_of(error).isdisjoint(_CANNOT_SHOW):
+            raise
+        return False
+    return row is not None and str(row[1]).startswith("CREATE TEMPORARY TABLE")
+
+
+@lru_cache(maxsize=64)
+def _sqlite_question(schemas: tuple[str, ...]) -> TextClause:
+    parts = [
+        f"SELECT {number}, m.name, c.name, m.type = 'table' FROM {schema}.sqlite_master AS m"  # noqa: S608  # quoted
+        f" LEFT JOIN pragma_table_info(m.name, :schema_{number}) AS c ON c.name COLLATE NOCASE IN :columns"
+        " WHERE m.type IN ('table', 'view') AND m.name COLLATE NOCASE IN :tables"
+        for number, schema in enumerate(schemas)
+    ]
+    statement = text(f"{' UNION ALL '.join(parts)} ORDER BY 1, 2, 3")
+    return statement.bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
+
+
+_OBSTACLES: dict[Obstacle, tuple[str, str]] = {
+    "privileges": ("{role} may not read {tables}", "grant it SELECT"),
+    "row security": (
+        "row-level security may hide rows of {tables} from {role}",
+        "bind a StorageJournal whose engine has a role that sees all rows, or leave the objects to a garbage collector that does",
+    ),
+    "temporary table": (
+        "a temporary table of the same name hides the rows of {tables}",
+        "drop it before the transaction deletes or replaces files",
+    ),
+}
+_UNESCAPED = re.compile("[0-9A-Za-z._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A column in the database.
+
+    Attributes:
+        schema: The schema; None for a table that is looked for where its name leads.
+        table: The table.
+        name: The column.
+        is_generated: Whether a generated column beside it has the locations; see `granite_storage.orm.references`.
+        obstacle: What may hide its rows from this connection; None where nothing does.
+        is_text: Whether refs may be anywhere in its text, rather than JSON into which SQL looks by key.
+    """
+
+    schema: str | None
+    table: str
+    name: str
+    is_generated: bool = False
+    obstacle: Obstacle | None = None
+    is_text: bool = False
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The key to sort by."""
+        return self.schema or "", self.table, self.name
+
+    @property
+    def label(self) -> str:
+        """The name of the table in messages."""
+        return f"{self.schema}.{self.table}" if self.schema else self.table
+
+    @property
+    def column(self) -> Column[Any]:
+        """The column for statements without schema translation; they are compiled once, because its table is given by name."""
+        found = named_table(self.table, named_column(self.name, JSON()), schema=self.schema)
+        named: Column[Any] = found.c[self.name]  # type: ignore[assignment]  # the columns of a `TableClause` are of this class
+        return named
+
+
+class Catalogue:
+    """The columns of given names in a database at one moment.
+
+    Args:
+        connection: A connection, whose dialect tells which names are the same.
+        columns: The columns.
+        found: What it has.
+    """
+
+    def __init__(self, connection: Connection, columns: Iterable[Column[Any]], found: Iterable[NamedColumn]) -> None:
+        self._preparer = connection.dialect.identifier_preparer
+        self._is_postgresql = connection.dialect.name == "postgresql"
+        self._columns = list(columns)
+        self._tables: dict[tuple[str, str], dict[str, NamedColumn]] = {}
+        self._default: dict[str, str] = {}
+        for item in found:
+            schema, name = self._known(item.schema), self._known(item.table)
+            named = self._tables.setdefault((schema, name), {})
+            if item.name is not None:
+                named[self._known(item.name)] = item
+            if item.is_default:
+                self._default[name] = schema
+
+    def has_table(self, schema: str | None, name: str) -> bool:
+        """Return whether there is a table with the name and schema of a model, or with a translated schema."""
+        return self._find(schema, name) is not None
+
+    def place(self, schema: str | None, wanted: Column[Any]) -> Place | None:
+        """Return the place of a model's column, in its schema or in a translated one; None if there is none."""
+        named = self._find(schema, wanted.table.name)
+        return None if named is None else self._place(named, wanted)
+
+    def namesakes(self) -> dict[Place, Column[Any]]:
+        """Return all columns with the names of a model's column and table that may contain refs, in all schemas."""
+        places: dict[Place, Column[Any]] = {}
+        by_table: dict[str, list[Column[Any]]] = {}
+        for item in self._columns:
+            by_table.setdefault(self._folded(item.table.name), []).append(item)
+        for (_, name), named in self._tables.items():
+            for wanted in by_table.get(name, ()):
+                found = named.get(self._folded(wanted.name))
+                if found is not None and found.form is not None and (place := self._place(named, wanted)) is not None:
+                    places.setdefault(place, wanted)
+        return places
+
+    def _find(self, schema: str | None, name: str) -> dict[str, NamedColumn] | None:
+        table_name = self._folded(name)
+        schema_name = self._default.get(table_name) if schema is None else self._folded(schema)
+        return None if schema_name is None else self._tables.get((schema_name, table_name))
+
+    def _place(self, named: Mapping[str, NamedColumn], wanted: Column[Any]) -> Place | None:
+        found = named.get(self._folded(wanted.name))
+        if found is None or found.name is None:
+            return None
+        is_generated = self._known(location_column_name(wanted.name)) in named
+        return Place(found.schema, found.table, found.name, is_generated, found.obstacle, found.form == "text")
+
+    def _known(self, name: str) -> str:
+        """Return a name of the database in a form that can be compared."""
+        return name if self._is_postgresql else name.lower()
+
+    def _folded(self, name: str) -> str:
+        """Return a name of a model as the database has it: PostgreSQL folds one that is not quoted."""
+        if self._is_postgresql and self._preparer.quote(name) != name:
+            return str(name)
+        return name.lower()
+
+
+def describe_obstacles(places: Iterable[Place], role: str = "this role") -> list[tuple[str, str]]:
+    """Return what hides, or may hide, rows of some places from a role, each with its remedy."""
+    labels: dict[Obstacle, set[str]] = {}
+    for place in places:
+        if place.obstacle is not None:
+            labels.setdefault(place.obstacle, set()).add(place.label)
+    return [
+        (problem.format(role=role, tables=", ".join(sorted(labels[kind]))), remedy)
+        for kind, (problem, remedy) in _OBSTACLES.items()
+        if kind in labels
+    ]
+
+
+def mentions_at(place: Place, dialect: str, locations: Iterable[str]) -> Iterator[tuple[ColumnElement[str], ColumnElement[bool]]]:
+    """Yield each of the locations with whether a value at a place mentions it.
+
+    What counts is the generated id, which no encoder of text escapes, or else as much of the location as none escapes. Bytes
+    within an array or a row of PostgreSQL are hex digits in its text.
+    """
+    stored = place.column
+    for location in locations:
+        sought = generated_id(location) or max(_UNESCAPED.findall(location), key=len, default="")
+        if dialect == "postgresql":
+            value = cast(stored, Text())
+            is_mentioned = or_(func.strpos(value, sought) > 0, func.strpos(value, sought.encode().hex()) > 0)
+        else:
+            is_mentioned = func.locate(sought, stored) > 0
+        yield literal(location, Text()), exists(select(literal_column("1")).select_from(stored.table).where(is_mentioned))
+
+
+def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Catalogue:
+    """Read from the catalogue all columns with the names of some, and the tables that lack them; blocking."""
+    tables = sorted({_spelled(connection, item.table.name) for item in columns})
+    names = {_spelled(connection, item.name) for item in columns}
+    if connection.dialect.name in ("mysql", "mariadb"):
+        names |= {location_column_name(item.name) for item in columns}
+    return Catalogue(connection, columns, find_named_columns(connection, tables, sorted(names)) if tables else [])
+
+
+def _spelled(connection: Connection, name: str) -> str:
+    """Return a name as the catalogue of the database spells it, which only PostgreSQL folds."""
+    if connection.dialect.name == "postgresql" and connection.dialect.identifier_preparer.quote(name) == name:
+        return name.lower()
+    return str(name)

@@ -14,8 +14,6 @@ from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike, ByteSource
 
-__all__ = ["StoredContentMixin"]
-
 
 class StoredContentMixin:
     """Gives a model methods for the file in one of its attachment columns.

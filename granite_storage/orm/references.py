@@ -16,6 +16,7 @@ from uuid import UUID
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Connection,
     Dialect,
     LargeBinary,
     Select,
@@ -57,34 +58,10 @@ from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
     from granite_storage.orm._interfaces import Binding, JournalTables
 
-__all__ = [
-    "UTF_8",
-    "RowValue",
-    "RowValues",
-    "Scan",
-    "as_stored",
-    "as_text",
-    "asked_to_the_end",
-    "find_location_columns",
-    "find_references",
-    "following",
-    "is_text",
-    "iter_model_storage_refs",
-    "keeping_other_columns",
-    "most_at_once",
-    "named_in",
-    "references_among",
-    "selected_extra",
-    "selected_extra_of_variants",
-    "selected_text",
-    "text_encoding",
-    "with_location_column",
-]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -151,26 +128,21 @@ _GENERATED = text(
 
 async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
     """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
-    return await connection.run_sync(find_location_columns, columns) if _may_have_some(connection.dialect, columns) else set()
+    is_mariadb = connection.dialect.name in ("mysql", "mariadb")
+    return await connection.run_sync(find_location_columns, columns) if is_mariadb else set()
 
 
 def find_location_columns(connection: Connection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
     """Return which columns of refs have a generated column with their locations, as `with_location_column` does."""
-    if not _may_have_some(connection.dialect, columns):
+    if connection.dialect.name not in ("mysql", "mariadb") or not columns:
         return set()
     names = [location_column_name(column.name) for column in columns]
     tables = sorted({column.table.name for column in columns})
     rows = connection.execute(_GENERATED, {"tables": tables, "names": names}, execution_options=UNTRANSLATED)
-    found = {place for schema, table, name, is_default in rows for place in _places(schema, table, name, is_default)}
+    found: set[tuple[str | None, str, str]] = set()
+    for schema, table, name, is_default in rows:
+        found.update([(schema, table, name), (None if is_default else schema, table, name)])
     return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
-
-
-def _may_have_some(dialect: Dialect, columns: Collection[Column[Any]]) -> bool:
-    return dialect.name in ("mysql", "mariadb") and bool(columns)
-
-
-def _places(schema: str, table: str, name: str, is_default: bool) -> list[tuple[str | None, str, str]]:
-    return [(schema, table, name), *([(None, table, name)] if is_default else [])]
 
 
 # Every ref of a base, as the database has it: in the order of primary keys, a page at a time.
@@ -255,14 +227,13 @@ class Scan:
         table, primary_key = (None, None) if after is None else self._place(after)
         for found in self._columns:
             if table is None or found.fullname > table.fullname:
-                pages = self._pages(found, None)
+                rows = self._rows_of(found, None)
             elif found is table:
-                pages = self._pages(found, primary_key)
+                rows = self._rows_of(found, primary_key)
             else:
                 continue
-            async for page in pages:
-                for row in page:
-                    yield row
+            async for row in rows:
+                yield row
 
     @asked_to_the_end
     async def count(self) -> int:
@@ -306,13 +277,13 @@ class Scan:
                 location = where_json(column, location)
                 return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
 
-    async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RowValues]]:
+    async def _rows_of(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:
         while True:
-            page, last = await self._page(table, after)
-            yield page
-            if last is None:
+            page, after = await self._page(table, after)
+            for row in page:
+                yield row
+            if after is None:
                 return
-            after = last
 
     @asked_to_the_end
     async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
@@ -407,19 +378,13 @@ def _value(
 
 
 def _text_of(table: Table, primary_key: tuple[Any, ...]) -> str:
-    return json.dumps([table.fullname, *map(_plain, primary_key)], ensure_ascii=False)
+    return json.dumps([table.fullname, *primary_key], ensure_ascii=False, default=_plain)
 
 
-def _plain(value: Any) -> Any:
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case bytes():
-            return value.hex()
-        case datetime() | date() | time():
-            return value.isoformat()
-        case _:
-            return str(value)
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if isinstance(value, date | time) else str(value)  # a datetime is a date
 
 
 def _revived(column: Column[Any], value: Any) -> Any:
@@ -486,7 +451,8 @@ async def find_references(
     generated = await with_location_column(connection, columns)
     parts = [_referring(column, dialect, locations, ids, is_generated=column in generated) for column in columns]
     parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]
-    parts += [_noted(table, dialect, locations, ids) for journal in journals for table in (journal.intent, journal.reclaim)]
+    noted = [table.c for journal in journals for table in (journal.intent, journal.reclaim)]
+    parts += [_among(entry.backend, entry.location, dialect, locations, ids) for entry in noted]
     if extra:
         parts += [selected_extra(column, dialect.name) for column in columns]
     if not parts:
@@ -527,26 +493,30 @@ def named_in(extra: Any) -> Iterator[str]:
 def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select backend, NULL, and `extra` as JSON text, of the refs whose `extra` may name an object."""
     text, names_one = _extra_of(column, dialect)
-    backend, _ = location_of(column, dialect)
-    found: Select[*tuple[Any, ...]] = select(
-        selected_text(backend, dialect).label("backend"),
-        cast(null(), LargeBinary if dialect == "sqlite" else Text()).label("location"),
-        text.label("extra"),
-    )
-    return found.where(names_one)
+    return _selected_ref(dialect, location_of(column, dialect)[0], extra=text).where(names_one)
 
 
 def selected_extra_of_variants(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select what `selected_extra` does, of the variants in the refs."""
     variants, variant = unnest_variants(column, dialect)
     text, names_one = _extra_of(variant, dialect)
-    backend = value_in(variant, "backend", dialect)
-    found: Select[*tuple[Any, ...]] = select(
-        selected_text(backend, dialect).label("backend"),
-        cast(null(), LargeBinary if dialect == "sqlite" else Text()).label("location"),
-        text.label("extra"),
-    )
+    found = _selected_ref(dialect, value_in(variant, "backend", dialect), extra=text)
     return found.select_from(column.table.join(variants, true())).where(names_one)
+
+
+def _selected_ref(
+    dialect: str,
+    backend: ColumnElement[str],
+    location: ColumnElement[str] | None = None,
+    extra: ColumnElement[Any] | None = None,
+) -> Select[*tuple[Any, ...]]:
+    """Select the backend, the location and `extra` of refs; what is not given is NULL."""
+    nowhere = cast(null(), LargeBinary if dialect == "sqlite" else Text())
+    return select(
+        selected_text(backend, dialect).label("backend"),
+        (nowhere if location is None else selected_text(location, dialect)).label("location"),
+        (cast(null(), Text()) if extra is None else extra).label("extra"),
+    )
 
 
 def as_text(value: str | bytes | None, encoding: str) -> str:
@@ -592,28 +562,15 @@ def _nesting(
     if extra:
         text, names_one = _extra_of(found, dialect.name)
         wanted, names = or_(wanted, names_one), case((names_one, text))
-    nested: Select[*tuple[Any, ...]] = select(
-        selected_text(backend, dialect.name).label("backend"),
-        selected_text(location, dialect.name).label("location"),
-        cast(names, Text()).label("extra"),
-    )
+    nested = _selected_ref(dialect.name, backend, location, cast(names, Text()))
     return nested.select_from(column.table.join(variants, true())).where(wanted)
-
-
-def _noted(table: Table, dialect: Dialect, locations: Sequence[str], ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
-    return _among(table.c.backend, table.c.location, dialect, locations, ids)
 
 
 def _among(
     backend: ColumnElement[str], location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
 ) -> Select[*tuple[Any, ...]]:
     """Select backend, location and NULL, of refs with one of the locations or one of the generated ids."""
-    found: Select[*tuple[Any, ...]] = select(
-        selected_text(backend, dialect.name).label("backend"),
-        selected_text(location, dialect.name).label("location"),
-        cast(null(), Text()).label("extra"),
-    )
-    return found.where(_is_among(location, dialect, locations, ids))
+    return _selected_ref(dialect.name, backend, location).where(_is_among(location, dialect, locations, ids))
 
 
 def _is_among(

@@ -1,7 +1,15 @@
-"""How a transaction of the database really ended; a session alone does not know.
+"""What a session's transaction does to objects, and what follows from how the transaction of the database really ended.
 
-Three things are seen only on the connection: that a COMMIT was on its way when the error or the cancellation came, that the
-server refused it, and the end of an outer transaction that the session was joined to.
+Each savepoint has a frame, which logs what happened in it. The log of a released savepoint is added to its parent's; of one
+that is rolled back only the stored objects remain, which then have no row. The end of the outermost transaction decides which
+objects are deleted:
+
+- committed: displaced objects, objects that were stored for a row that was not written, and those of rolled-back savepoints;
+- rolled back: all that were stored;
+- unknown (the connection was lost during the COMMIT): none, because a row may refer to any of them.
+
+A session alone does not know the end. Three things are seen only on the connection: that a COMMIT was on its way when the error
+or the cancellation came, that the server refused it, and the end of an outer transaction that the session was joined to.
 """
 
 from __future__ import annotations
@@ -11,44 +19,331 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from greenlet import getcurrent
 from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
-from granite_storage.orm._interfaces import StoredObject, active_bindings, are_triggers_declared
+from granite_storage.orm._interfaces import (
+    Binding,
+    Intent,
+    Journal,
+    ObjectKey,
+    StoredObject,
+    active_bindings,
+    are_triggers_declared,
+)
 from granite_storage.orm._util import TRANSLATE_MAP, codes_of, deferred_cancellation, in_greenlet, is_async, root_engine
-from granite_storage.orm.locking import find_shared, find_shared_afresh
-from granite_storage.orm.unit_of_work import Frame, Outcome, UnitOfWork
+from granite_storage.orm.locking import CountedDeletes, RowRef, find_shared, find_shared_afresh
 from granite_storage.orm.uploads import remove_now
 
-__all__ = [
-    "ConnectionWatch",
-    "SavepointSpan",
-    "begin",
-    "conclude",
-    "expect_end",
-    "known_unit",
-    "listen_to",
-    "refused_ref",
-    "require_transactions",
-    "unit_of",
-    "unlisten_all",
-    "watch",
-]
+if TYPE_CHECKING:
+    from sqlalchemy.orm.unitofwork import UOWTransaction
+
+    from granite_storage.orm.attachment import Attachment
+    from granite_storage.orm.columns import Slot
+
+
+LogEntry: TypeAlias = "tuple[StoredObject, bool]"
+
+
+class Outcome(Enum):
+    """How a transaction ended."""
+
+    COMMITTED = auto()
+    ROLLED_BACK = auto()
+    UNKNOWN = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Change:
+    """An attachment attribute whose value a flush will write.
+
+    Attributes:
+        state: The instance.
+        slot: The attribute.
+        value: The new value.
+        old: The previous value as far as the session knows: None, an attachment, or `UNKNOWN`.
+        binding: The binding of its column, which each step of the flush needs.
+    """
+
+    state: InstanceState[Any]
+    slot: Slot
+    value: Attachment | None
+    old: Any
+    binding: Binding
+
+    @property
+    def marker(self) -> tuple[int, str]:
+        """Identifies the change when it is seen a second time in one flush."""
+        return id(self.state), self.slot.key
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the instance still holds the value; a listener may have replaced it."""
+        return self.state.obj() is not None and self.state.dict.get(self.slot.key) is self.value
+
+    @property
+    def attachment(self) -> Attachment:
+        """The value, if it is not None."""
+        return cast("Attachment", self.value)
+
+    def replace(self, value: Attachment) -> None:
+        """Replace the assigned value."""
+        put_value(self.state, self.slot.key, value)
+        self.value = value
+
+
+UNKNOWN = object()
+"""An old value that the session has not loaded."""
+
+
+def put_value(state: InstanceState[Any], key: str, value: Any) -> None:
+    """Set an attribute to a value that the flush writes and the application did not assign.
+
+    The attribute's history contains it. Validators and listeners are not called: they have seen the value that it replaces, and
+    could refuse this one.
+    """
+    # This is an assignment without its events; the public functions lose the history or call the listeners.
+    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, LoaderCallableStatus.NO_VALUE))
+    state.dict[key] = value
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """The log of one transaction or savepoint."""
+
+    # True: a row refers to the object now. False: no row of this transaction refers to it any more.
+    log: list[LogEntry] = field(default_factory=list)
+    puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
+    committed: bool = False
+    # Whose workers have something to do once it is committed.
+    wakes: set[Journal] = field(default_factory=set)
+
+    def merge(self, inner: Frame) -> None:
+        """Add the log of a released savepoint."""
+        self.log += inner.log
+        self.puts += inner.puts
+        self.wakes |= inner.wakes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Displacement:
+    """A ref that a flush will remove from its row, as it was read under the row's lock.
+
+    Attributes:
+        connection: The connection that it was read on.
+        held: The ref and its row.
+        state: The instance that is changed or deleted; None if it is unknown which one has the row.
+        deletes: Whether the row is to be deleted.
+    """
+
+    connection: Connection
+    held: RowRef
+    state: InstanceState[Any] | None
+    deletes: bool
+
+
+@dataclass(slots=True, eq=False)
+class FlushState:
+    """What one flush plans to do; after its statements the rows are read to find what it did."""
+
+    # SQLAlchemy's context of the flush, which refers to its session.
+    context: weakref.ref[UOWTransaction] | None = None
+    log: list[LogEntry] = field(default_factory=list)
+    puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
+    claims: list[Attachment] = field(default_factory=list)
+    # Values that rows are to hold after the flush, and refs that they are to lose.
+    taken: list[Change] = field(default_factory=list)
+    displaced: list[Displacement] = field(default_factory=list)
+    # Changes that move an object here from another row of the same flush.
+    moved: list[Change] = field(default_factory=list)
+    # What has been processed: changed attributes, and deleted rows.
+    handled: dict[tuple[int, str], Attachment | None] = field(default_factory=dict)
+    deletions: dict[int, InstanceState[Any]] = field(default_factory=dict)
+    # Refs of rows that the database may delete by a cascade, and the connection to read them on.
+    vanishing: list[tuple[Connection, list[RowRef]]] = field(default_factory=list)
+    # Functions that find such refs, and whether the flush has written rows since, which the cascade may reach too.
+    cascading: list[tuple[Connection, Callable[[], list[RowRef]]]] = field(default_factory=list)
+    has_written: bool = False
+    # Whether new instances replace deleted ones with the same key; SQLAlchemy permits several for one row.
+    has_successors: bool = False
+    # Rows that were not there to be locked: whether any of them was to be updated, and how many of the others are deleted
+    # nevertheless, because another transaction has inserted them again.
+    has_missed_rows: bool = False
+    counted: list[CountedDeletes] = field(default_factory=list)
+    # Intents of pending deletes that the transaction cancels, and the connection on which each journal's tables are written.
+    restored: list[Intent] = field(default_factory=list)
+    restored_by: dict[ObjectKey, list[Intent]] = field(default_factory=dict)
+    connections: dict[Journal, Connection] = field(default_factory=dict)
+
+    def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:
+        """Return whether the flush has processed this change."""
+        return marker in self.handled and self.handled[marker] is value
+
+    @property
+    def net(self) -> list[LogEntry]:
+        """The result of the flush: for each object whether a row refers to it at the end."""
+        return list(_latest(self.log).values())
+
+
+class UnitOfWork:
+    """The frames of one session's transaction, from the outermost to the innermost, and the connections that it goes through."""
+
+    def __init__(self) -> None:
+        # Weak, because a transaction refers to its session, and one that is dropped without being closed must be collectable.
+        self.frames: weakref.WeakKeyDictionary[SessionTransaction, Frame] = weakref.WeakKeyDictionary()
+        self.to_delete: list[StoredObject] = []
+        self.flush: FlushState = FlushState()
+        # Locations of displaced objects that other rows refer to, as the database said before the COMMIT.
+        self.shared: set[str] = set()
+        # The savepoints of each connection that it has worked in.
+        self.spans: dict[ConnectionWatch, SavepointSpan] = {}
+        # Looks after the transaction once it has committed, until it is concluded.
+        self.watchdog: asyncio.Handle | None = None
+
+    def frame(self, transaction: SessionTransaction) -> Frame:
+        """Return the frame of a transaction or savepoint; created on first use, with the enclosing ones."""
+        found = self.frames.get(transaction)
+        if found is None:
+            around = _enclosing(transaction)
+            if around is not None:
+                self.frame(around)
+            found = self.frames[transaction] = Frame()
+        return found
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether its outermost transaction has committed, or has nothing to commit."""
+        outermost = next(iter(self.frames.values()), None)
+        return outermost is None or outermost.committed
+
+    @property
+    def history(self) -> dict[ObjectKey, bool]:
+        """The objects that this transaction stored, moved or displaced: True if a row refers to it now."""
+        return {stored.key: is_held for stored, is_held in self.log}
+
+    @property
+    def log(self) -> list[LogEntry]:
+        """What this transaction has done to objects, in order."""
+        return [*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log]
+
+    def displacement(self, stored: StoredObject) -> StoredObject | None:
+        """Return an object as an earlier flush of this transaction displaced it; None if a row refers to it again."""
+        earlier = _latest([entry for frame in self.frames.values() for entry in frame.log]).get(stored.key)
+        return earlier[0] if earlier is not None and not earlier[1] else None
+
+    def origin(self, stored: StoredObject) -> StoredObject:
+        """Return an object with its intent if the transaction has stored or displaced it and no row refers to it."""
+        put = next((put for put, _ in self.flush.puts if put.key == stored.key), None)
+        return put or self.displacement(stored) or stored
+
+    def end_flush(self, frame: Frame) -> None:
+        """Add the log of a flush whose statements have run; no later statement may bind its refs."""
+        frame.log += self.flush.log
+        self._forget_flush()
+
+    def abandon_flush(self) -> None:
+        """Discard the plan of a failed flush; the objects that it stored belong to no row, and any row may take them."""
+        puts = self.flush.puts
+        self._forget_flush()
+        for _, attachment in puts:
+            attachment._state.release()
+
+    def end_savepoint(self, transaction: SessionTransaction) -> None:
+        """Close the frame of a savepoint, and keep its log only if it was released."""
+        frame = self.frames.pop(transaction)
+        outer = _enclosing(transaction)
+        if frame.committed and outer is not None:
+            self.frame(outer).merge(frame)
+        else:
+            self._undo(frame)
+
+    def close(self, transaction: SessionTransaction) -> Frame:
+        """Return the frame of the outermost transaction; savepoints that are still open are rolled back with it."""
+        frame = self.frames.pop(transaction, None) or Frame()
+        for inner in self.frames.values():
+            self._undo(inner)
+        self.frames.clear()
+        return frame
+
+    def _undo(self, frame: Frame) -> None:
+        """Note that what a savepoint has stored is rolled back."""
+        self.to_delete += [stored for stored, _ in frame.puts]
+        for _, attachment in frame.puts:
+            attachment._state.undo()
+
+    def displaced(self, frame: Frame | None = None) -> list[StoredObject]:
+        """Return the objects without an intent that a commit would delete now.
+
+        Args:
+            frame: The frame of the outermost transaction, where it is closed already.
+        """
+        frames = [frame] if frame is not None else list(self.frames.values())
+        return [stored for stored in self._without_row(frames) if stored.intent is None]
+
+    def _without_row(self, frames: Sequence[Frame]) -> list[StoredObject]:
+        """Return the objects that no row refers to once these frames are committed."""
+        latest = _latest([entry for one in frames for entry in one.log])
+        dropped = [stored for stored, held in latest.values() if not held]
+        never_taken = [stored for one in frames for stored, _ in one.puts if stored.key not in latest]
+        return [*dropped, *never_taken, *self.to_delete]
+
+    def end(self, frame: Frame, outcome: Outcome) -> list[StoredObject]:
+        """Return the objects that are to be deleted now that the outermost transaction has ended."""
+        latest = _latest(frame.log)
+        for stored, attachment in frame.puts:
+            # Whatever the outcome of an interrupted COMMIT, a retry with the same attachment stores its bytes again.
+            is_taken = not attachment._state.is_repeatable if outcome is Outcome.UNKNOWN else stored.key in latest
+            if outcome is Outcome.ROLLED_BACK or not is_taken:
+                attachment._state.undo()
+            else:
+                attachment._state.settle()
+        match outcome:
+            case Outcome.COMMITTED:
+                lost = self._without_row([frame])
+                return [stored for stored in lost if stored.intent or stored.ref.location not in self.shared]
+            case Outcome.ROLLED_BACK:
+                return [*(stored for stored, _ in frame.puts), *self.to_delete]
+            case Outcome.UNKNOWN:
+                return []
+
+    def _forget_flush(self) -> None:
+        for counted in self.flush.counted:
+            counted.close()
+        for attachment in self.flush.claims:
+            attachment._state.end_claim()
+        self.flush = FlushState()
+
+
+def _latest(log: list[LogEntry]) -> dict[ObjectKey, LogEntry]:
+    return {stored.key: (stored, held) for stored, held in log}
+
+
+def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:
+    """Return the enclosing savepoint or transaction, skipping the subtransactions of the session itself."""
+    outer = transaction.parent
+    while outer is not None and outer.parent is not None and not outer.nested:
+        outer = outer.parent
+    return outer
+
+
+# How a transaction of the database really ended.
+
 
 _INFO_KEY = "granite_storage.watch"
 _PAUSE = 0.05
 """Seconds until a commit is looked at again that listeners of the application's hold up."""
 
-_units: weakref.WeakKeyDictionary[Session, SessionWork] = weakref.WeakKeyDictionary()
+_units: weakref.WeakKeyDictionary[Session, UnitOfWork] = weakref.WeakKeyDictionary()
 _watches: weakref.WeakKeyDictionary[Connection, ConnectionWatch] = weakref.WeakKeyDictionary()
 _begun: weakref.WeakKeyDictionary[SessionTransaction, weakref.ref[Transaction]] = weakref.WeakKeyDictionary()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -61,20 +356,6 @@ class SavepointSpan:
 
     first: int
     last: int
-
-
-class SessionWork(UnitOfWork):
-    """The unit of work of one session, and the connections that it goes through.
-
-    Attributes:
-        spans: The savepoints of each connection that it has worked in.
-        watchdog: Looks after the transaction once it has committed, until it is concluded.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spans: dict[ConnectionWatch, SavepointSpan] = {}
-        self.watchdog: asyncio.Handle | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -170,13 +451,7 @@ class ConnectionWatch:
         SQLAlchemy: by a COMMIT in SQL or of the driver, such as that of SQLite's `executescript`; by a driver in autocommit mode;
         by MariaDB and MySQL before a DDL statement and in tables that know no transactions.
         """
-        match outcome:
-            case Outcome.COMMITTED:
-                return self.has_snapshot
-            case Outcome.ROLLED_BACK:
-                return True
-            case Outcome.UNKNOWN:
-                return False
+        return outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and self.has_snapshot)
 
     def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
         """Act on the end of the outer transaction, which may still be in progress."""
@@ -198,15 +473,15 @@ class ConnectionWatch:
         remove_now(stored, is_async=self.is_async)
 
 
-def unit_of(session: Session) -> SessionWork:
+def unit_of(session: Session) -> UnitOfWork:
     """Return the unit of work of a session's transaction; made when it first has to do with attachments."""
     unit = _units.get(session)
     if unit is None:
-        unit = _units[session] = SessionWork()
+        unit = _units[session] = UnitOfWork()
     return unit
 
 
-def known_unit(session: Session) -> SessionWork | None:
+def known_unit(session: Session) -> UnitOfWork | None:
     """Return the unit of work of a session's transaction if it has one."""
     return _units.get(session)
 
@@ -270,7 +545,7 @@ def expect_end(session: Session, transaction: SessionTransaction) -> None:
 
 
 def _look_after(
-    loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: SessionWork, committing: Any
+    loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: UnitOfWork, committing: Any
 ) -> None:
     """Conclude a transaction whose commit is over, as its greenlet tells; check again later where it is not."""
     unit.watchdog = None
@@ -298,8 +573,11 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
     for item in spans:
         item.sessions.discard(session)
     outer = next((item for item in spans if item.is_open), None)
+    if outer is not None and (frame.committed or _goes_on(transaction)):
+        outer.joined.append(_Joined(unit, frame, spans[outer]))
+        return
     if outer is not None:
-        _join(outer, unit, frame, spans[outer], survives=frame.committed or _goes_on(transaction))
+        outer.to_delete += unit.end(frame, Outcome.ROLLED_BACK)
         return
     if frame.committed:
         outcome = Outcome.COMMITTED
@@ -362,13 +640,6 @@ def _goes_on(transaction: SessionTransaction) -> bool:
     reference = _begun.get(transaction)
     joined = None if reference is None else reference()
     return joined is not None and joined.is_active
-
-
-def _join(outer: ConnectionWatch, unit: UnitOfWork, frame: Frame, span: SavepointSpan, *, survives: bool) -> None:
-    if survives:
-        outer.joined.append(_Joined(unit, frame, span))
-    else:
-        outer.to_delete += unit.end(frame, Outcome.ROLLED_BACK)
 
 
 def _savepoints_made(connection: Connection) -> int:

@@ -14,23 +14,18 @@ from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._tasks import run_bounded, shielded, shielded_cleanup, task_group
 from granite_storage._telemetry import fields_of, traced
-from granite_storage.derived import DerivationSource
+from granite_storage.derived import DerivationSource, Recipe
 from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
-from granite_storage.orm._interfaces import Intent, StoredObject
+from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Intent, Journal, StoredObject, UploadLease
 from granite_storage.orm._util import can_wait, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
-from granite_storage.refs import is_held, iter_refs
+from granite_storage.refs import StoredObjectRef, is_held, iter_refs
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from granite_storage._engine import PreparedUpload
-    from granite_storage.derived import Recipe
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Journal, UploadLease
-    from granite_storage.refs import StoredObjectRef
-
-__all__ = ["Upload", "discard", "make_variant", "prepare_variant", "remove", "remove_now", "store", "stored_object"]
 
 
 # Deletion after a transaction: a failure is logged and never raised.
@@ -104,13 +99,19 @@ async def _remove_others(
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
     """Delete objects and their variants concurrently, and those of intents by their journals; failures are logged only."""
-    by_journal: dict[Journal, list[UUID]] = {}
-    for intent in intents:
-        by_journal.setdefault(intent.journal, []).append(intent.id)
     objects = [(item.manager, ref) for item in stored for ref in iter_refs(item.ref)]
     await asyncio.gather(
-        run_bounded(objects, _delete, _CONCURRENCY), *(_settle(journal, ids) for journal, ids in by_journal.items())
+        run_bounded(objects, _delete, _CONCURRENCY),
+        *(_settle(journal, ids) for journal, ids in ids_by_journal(intents).items()),
     )
+
+
+def ids_by_journal(intents: Iterable[Intent]) -> dict[Journal, list[UUID]]:
+    """Return the ids of intents by their journals."""
+    found: dict[Journal, list[UUID]] = {}
+    for intent in intents:
+        found.setdefault(intent.journal, []).append(intent.id)
+    return found
 
 
 async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:
@@ -280,15 +281,12 @@ async def _put_all(items: Sequence[_Item], leases: Mapping[Journal | None, Uploa
     leased = [(item, leases.get(item.upload.binding.journal)) for item in items]
     puts = [partial(_put, item, lease) for item, lease in leased]
     variants = [partial(_put_variant, item, name, lease) for item, lease in leased for name in item.variants]
-    if len(puts) == 1 and not variants and not leases:
-        await puts[0]()
-        return
     async with _held(list(leases.values())):
         if len(puts) == 1 and not variants:
             await puts[0]()
             return
-        await run_bounded(puts, _call, _CONCURRENCY)
-        await run_bounded(variants, _call, _DERIVATIONS)
+        await run_bounded(puts, lambda put: put(), _CONCURRENCY)
+        await run_bounded(variants, lambda make: make(), _DERIVATIONS)
 
 
 @asynccontextmanager
@@ -314,27 +312,23 @@ async def _held(leases: Sequence[UploadLease]) -> AsyncIterator[None]:
                 task.cancel()
 
 
-async def _call(work: Callable[[], Awaitable[None]]) -> None:
-    await work()
-
-
 def _begun(lease: UploadLease | None, intent: Intent | None) -> AbstractContextManager[None]:
     return nullcontext() if lease is None or intent is None else lease.begin(intent.id)
 
 
 async def _put(item: _Item, lease: UploadLease | None) -> None:
-    state = item.upload.attachment._state
+    upload, state = item.upload, item.upload.attachment._state
     with _begun(lease, state.intent):
-        await _put_verified(item.upload, item.prepared)
-    await _require_lease(lease, state.intent, state.require_ref())
+        ref = await state.put(upload.binding.manager, upload.column_type, item.prepared)
+        if upload.verify is not None:
+            state.correct(await upload.verify(ref))
+    await require_lease(lease, state.intent, state.require_ref())
 
 
 async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> None:
     upload, intent = item.upload, item.intents.get(name)
     source = upload.attachment.ref
-    if is_held(source):
-        return
-    if not item.is_for(name):
+    if is_held(source) or not item.is_for(name):
         return
 
     def keep(ref: StoredObjectRef) -> None:
@@ -355,11 +349,15 @@ async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> Non
             extra=fields_of(source),
         )
     if name in item.made:
-        await _require_lease(lease, intent, item.made[name])
+        await require_lease(lease, intent, item.made[name])
 
 
-async def _require_lease(lease: UploadLease | None, intent: Intent | None, ref: StoredObjectRef) -> None:
-    """Delete an object that was stored after its lease: a worker may have looked for it for the last time before it existed."""
+async def require_lease(lease: UploadLease | None, intent: Intent | None, ref: StoredObjectRef) -> None:
+    """Delete an object that was stored after its lease: a worker may have looked for it for the last time before it existed.
+
+    Raises:
+        StaleAttachmentError: It was.
+    """
     if lease is None or intent is None:
         return
     try:
@@ -367,13 +365,6 @@ async def _require_lease(lease: UploadLease | None, intent: Intent | None, ref: 
     except StaleAttachmentError:
         await shielded_cleanup(intent.journal.discard(ref), "discarding an upload that ended after its lease")
         raise
-
-
-async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
-    state = upload.attachment._state
-    ref = await state.put(upload.binding.manager, upload.column_type, prepared)
-    if upload.verify is not None:
-        state.correct(await upload.verify(ref))
 
 
 async def _undo(attachments: Sequence[Attachment], cancelled: bool, items: Sequence[_Item] = ()) -> None:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from granite_storage.manager import StorageManager
 
-__all__ = ["WithURL", "sign_urls", "sign_urls_sync"]
-
 
 async def sign_urls(
     files: Iterable[Attachment | AttachmentVariant | None],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
@@ -24,8 +24,8 @@ from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import matches_generated_name, uuid7_hex
-from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm.columns import location_of, portable_storage_ref_type, where_json
+from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, StoredObject
+from granite_storage.orm.columns import AttachmentType, location_of, portable_storage_ref_type, where_json
 from granite_storage.orm.locking import among, refers, take_write_lock
 from granite_storage.orm.references import as_stored, find_location_columns, keeping_other_columns
 from granite_storage.orm.uploads import make_variant, prepare_variant, remove
@@ -35,29 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
-    from granite_storage.orm.columns import AttachmentType
 
-__all__ = [
-    "LONGEST_WAIT",
-    "Holding",
-    "MadeVariant",
-    "Which",
-    "choose_rows",
-    "drop_without_journal",
-    "entity_of",
-    "is_held_at",
-    "is_kept",
-    "lock_holdings",
-    "make_without_journal",
-    "not_committed",
-    "read_holdings",
-    "share",
-    "undeclared_in",
-    "value_of",
-    "write_value",
-    "write_variants",
-]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -280,12 +258,12 @@ class _Shared:
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]] = WeakKeyDictionary()
 
 
-async def share(key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
+async def share(key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Return the result of some work, which all callers with the same key share; it is cancelled with the last of them."""
     in_progress = _shared.setdefault(asyncio.get_running_loop(), {})
     entry = in_progress.get(key)
     if entry is None:
-        entry = in_progress[key] = _Shared(asyncio.create_task(_run(work)))
+        entry = in_progress[key] = _Shared(asyncio.create_task(work()))
         entry.task.add_done_callback(lambda _: _forget(in_progress, key, entry))
     entry.waiting += 1
     try:
@@ -299,10 +277,6 @@ async def share(key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
     finally:
         entry.waiting -= 1
     return result
-
-
-async def _run(work: Callable[[], Awaitable[T]]) -> T:
-    return await work()
 
 
 def _forget(in_progress: dict[Hashable, _Shared], key: Hashable, entry: _Shared) -> None:
@@ -339,7 +313,7 @@ async def make_without_journal(
         StorageError: It could not be stored.
     """
     setting = _Setting(_require_sessions(binding), column_type, source, declared.name)
-    holdings = await setting.read()
+    holdings = await shielded(setting.read())
     if not holdings:
         raise not_committed(source)
     held = holdings[0].ref
@@ -419,9 +393,6 @@ class _Setting:
 
     async def read(self) -> list[Holding]:
         """Return the rows that hold the original."""
-        return await shielded(self._read())
-
-    async def _read(self) -> list[Holding]:
         async with self._sessions() as session:
             connection = await session.connection(bind_arguments={"clause": self._column_type.table})
             return await connection.run_sync(_find, read_holdings, self._column_type.column, self._source)

@@ -97,8 +97,8 @@ MUTANTS = [
         name="deriver-job-dropped-when-taken",
         rule="A job stays until it is done, so that another worker does what one that died has left.",
         path=_QUEUE,
-        old='                await connection.execute(statement, [{"mine": row.id} for row in rows])\n',
-        new="                await connection.execute(job.delete().where(job.c.id.in_([row.id for row in rows])))\n",
+        old='            await connection.execute(statement, [{"mine": row.id} for row in rows])\n',
+        new="            await connection.execute(table.delete().where(table.c.id.in_([row.id for row in rows])))\n",
         tests=(f"{_DERIVER}::TestFailures::test_a_worker_that_dies[asyncpg]",),
     ),
     Mutant(
@@ -153,8 +153,8 @@ MUTANTS = [
         name="deriver-from-what-is-held",
         rule="Nothing is derived from an original that a scanner has not judged.",
         path=_UPLOADS,
-        old="    if is_held(source):\n        return\n",
-        new="",
+        old="    if is_held(source) or not item.is_for(name):\n",
+        new="    if not item.is_for(name):\n",
         tests=("tests/orm/journal/test_derived_flush.py::test_an_original_that_is_held[asyncpg]",),
     ),
     Mutant(
@@ -169,8 +169,8 @@ MUTANTS = [
         name="deriver-of-any-type",
         rule="A recipe is not called for originals of media types that it is not for.",
         path=_UPLOADS,
-        old="    if not item.is_for(name):\n        return\n",
-        new="",
+        old="    if is_held(source) or not item.is_for(name):\n",
+        new="    if is_held(source):\n",
         tests=("tests/orm/test_derived_types.py::test_another_type[sqlite-begin-flush]",),
     ),
     Mutant(
@@ -249,8 +249,8 @@ MUTANTS = [
         name="deriver-later-without-journal",
         rule="Variants that are made after the commit need a journal.",
         path="granite_storage/orm/columns.py",
-        old='if item.recipe.when == "later"]):',
-        new='if item.recipe.when == "never"]):',
+        old='if item.recipe.when == "later"]:',
+        new='if item.recipe.when == "never"]:',
         tests=("tests/orm/test_derived_declarations.py::test_later_needs_a_journal",),
     ),
 ]

@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         name="sessions-unknown-commit-deletes",
         rule="A COMMIT whose outcome is unknown deletes nothing.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="case Outcome.UNKNOWN:\n                return []",
         new="case Outcome.UNKNOWN:\n                return [stored for stored, _ in frame.puts]",
         tests=(
@@ -36,9 +36,9 @@ MUTANTS = [
     Mutant(
         name="sessions-released-savepoint-forgotten",
         rule="The log of a released savepoint is added to its parent's.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="            self.frame(outer).merge(frame)\n",
-        new="",
+        new="            pass\n",
         tests=(
             "tests/orm/test_scenarios.py::TestSavepoints"
             "::test_one_inside_another_transaction[sqlite-begin-insert-release-rollback]",
@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant(
         name="sessions-rolled-back-savepoint-merged",
         rule="What happened in a savepoint that is rolled back leaves nothing but the objects it put.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="if frame.committed and outer is not None:",
         new="if outer is not None:",
         tests=(
@@ -58,17 +58,17 @@ MUTANTS = [
     Mutant(
         name="sessions-savepoint-puts-leak",
         rule="Objects that a rolled-back savepoint put go with the commit of the transaction around it.",
-        path="granite_storage/orm/unit_of_work.py",
-        old="for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent or",
-        new="for stored in (*dropped, *never_taken) if stored.intent or",
+        path="granite_storage/orm/transactions.py",
+        old="return [*dropped, *never_taken, *self.to_delete]",
+        new="return [*dropped, *never_taken]",
         tests=("tests/orm/test_scenarios.py::TestSavepoints::test_integrity_error_caught[sqlite-begin]",),
     ),
     Mutant(
         name="sessions-moved-object-deleted",
         rule="An object is displaced only if no row holds it at the end of the transaction.",
-        path="granite_storage/orm/unit_of_work.py",
-        old="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in latest.values() if not held]",
-        new="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in frame.log if not held]",
+        path="granite_storage/orm/transactions.py",
+        old="dropped = [stored for stored, held in latest.values() if not held]",
+        new="dropped = [stored for one in frames for stored, held in one.log if not held]",
         tests=("tests/orm/test_scenarios.py::TestValues::test_move_in_two_flushes[sqlite-begin]",),
     ),
     Mutant(
@@ -258,16 +258,16 @@ MUTANTS = [
         name="sessions-rollback-believed",
         rule="A rollback deletes no object of a row that was committed before it.",
         path="granite_storage/orm/transactions.py",
-        old="                return True\n",
-        new="                return False\n",
+        old="return outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and self.has_snapshot)",
+        new="return outcome is Outcome.COMMITTED and self.has_snapshot",
         tests=("tests/orm/test_shared_objects.py::TestSnapshots::test_commit_that_sqlalchemy_does_not_see[sqlite-driver]",),
     ),
     Mutant(
         name="sessions-undone-objects-not-asked",
         rule="Objects of a savepoint that was rolled back stay where another row refers to them.",
-        path="granite_storage/orm/unit_of_work.py",
-        old="(*dropped, *never_taken, *self.to_delete) if stored.intent is None]",
-        new="(*dropped, *never_taken) if stored.intent is None]",
+        path="granite_storage/orm/transactions.py",
+        old="for stored in self._without_row(frames) if stored.intent is None]",
+        new="for stored in self._without_row(frames) if stored.intent is None and stored not in self.to_delete]",
         tests=("tests/orm/test_shared_objects.py::TestSnapshots::test_ref_of_a_savepoint_that_was_rolled_back[sqlite-False]",),
     ),
     Mutant(
@@ -289,7 +289,7 @@ MUTANTS = [
     Mutant(
         name="sessions-claim-outlives-its-flush",
         rule="A claim ends with its flush: no later statement may bind the ref.",
-        path="granite_storage/orm/unit_of_work.py",
+        path="granite_storage/orm/transactions.py",
         old="            attachment._state.end_claim()\n",
         new="            pass\n",
         tests=("tests/orm/test_bulk.py::TestRefusals::test_what_a_flush_of_the_same_transaction_has_stored[sqlite-begin]",),
@@ -404,7 +404,7 @@ MUTANTS = [
     Mutant(
         name="sessions-row-security-unseen",
         rule="An object stays where row-level security may hide a row that refers to it.",
-        path="granite_storage/orm/discovery.py",
+        path="granite_storage/orm/locking.py",
         old="            WHEN row_security_active(c.oid) THEN 'row security'\n",
         new="",
         tests=("tests/orm/test_shared_objects.py::TestRowSecurity::test_hidden_row[delete_one-asyncpg]",),
@@ -412,7 +412,7 @@ MUTANTS = [
     Mutant(
         name="sessions-clones-of-text-unseen",
         rule="An object stays while a column of the same name mentions it, whatever its type.",
-        path="granite_storage/orm/discovery.py",
+        path="granite_storage/orm/locking.py",
         old="                ELSE 'text'\n",
         new="                ELSE NULL\n",
         tests=("tests/orm/test_shared_objects.py::TestOtherTypes::test_clone_keeps_the_object[delete_one-asyncpg bytea]",),
@@ -420,7 +420,7 @@ MUTANTS = [
     Mutant(
         name="sessions-temporary-table-unseen",
         rule="An object stays while a temporary table hides the table whose rows may refer to it.",
-        path="granite_storage/orm/discovery.py",
+        path="granite_storage/orm/locking.py",
         old='return row is not None and str(row[1]).startswith("CREATE TEMPORARY TABLE")',
         new="return False",
         tests=("tests/orm/test_shared_objects.py::test_temporary_table[False-delete_one-mariadb]",),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from granite_storage.orm.unit_of_work import Assigned, FlushPlan, UploadPlan, plan_flush, plan_uploads
+from granite_storage.orm.flush import Assigned, FlushPlan, UploadPlan, plan_flush, plan_uploads
 
 
 def pending(row: str, value: str) -> Assigned[str]:

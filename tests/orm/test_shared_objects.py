@@ -21,7 +21,7 @@ from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, locking, uploads
 from granite_storage.orm.columns import attachment_tables
-from granite_storage.orm.discovery import read_catalogue
+from granite_storage.orm.locking import read_catalogue
 from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,12 +11,12 @@ from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table
 from sqlalchemy.orm import SessionTransaction
 
 from granite_storage import StorageManager
-from granite_storage.orm import Attachment, AttachmentType
-from granite_storage.orm._interfaces import StoredObject
+from granite_storage.orm import Attachment, AttachmentType, bulk
+from granite_storage.orm._interfaces import Binding, StoredObject, add_binding, remove_binding
 from granite_storage.orm._util import deferred_cancellation
 from granite_storage.orm.attachment import Owner
-from granite_storage.orm.columns import Tables
-from granite_storage.orm.unit_of_work import Outcome, UnitOfWork
+from granite_storage.orm.columns import Tables, attachment_tables
+from granite_storage.orm.transactions import Outcome, UnitOfWork
 from granite_storage.refs import StoredObjectRef
 
 
@@ -166,9 +167,14 @@ class TestTables:
         assert tables.concerns(metadata.tables["other"])
 
     def test_table_of_the_same_name_in_another_metadata(self) -> None:
-        _, tables = self.make()
-        other, _ = self.make()
-        assert tables.find(other.tables["leaf"]) is None
+        (ours, _), (other, _) = self.make(), self.make()
+        binding = cast(Binding, SimpleNamespace(metadata=ours))
+        add_binding(binding)
+        try:
+            assert bulk._tables_of(ours.tables["leaf"]) is attachment_tables(ours)
+            assert bulk._tables_of(other.tables["leaf"]) is None
+        finally:
+            remove_binding(binding)
 
 
 async def test_a_deferred_cancellation_comes_at_the_next_await() -> None:

@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, Row, Table, bindparam, event, insert, select, text
+from sqlalchemy import Column, Connection, Engine, Row, Select, Table, bindparam, event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -41,25 +41,8 @@ from granite_storage.orm.journal.tables import (
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy import Column, Connection, Select
-
     from granite_storage.policies import StoragePolicy
 
-__all__ = [
-    "JournalPool",
-    "KnownSchemas",
-    "Translation",
-    "accept_gap",
-    "beat",
-    "check_database",
-    "effective",
-    "find_gap",
-    "find_sidecar",
-    "has_beat",
-    "insert_if_absent",
-    "note_retentions",
-    "read_translations",
-]
 
 _ISOLATION: Final = "READ COMMITTED"
 
@@ -242,17 +225,14 @@ class JournalPool:
                 await _check_mariadb(connection, names)
 
     def _describe_timeout(self) -> str:
+        pool = self._engine.sync_engine.pool
+        pool_timeout = pool._timeout if isinstance(pool, QueuePool) else 0.0
         return (
-            f"the journal had no answer from the database within {self._timeout or self._pool_timeout:g} s, so that nothing"
+            f"the journal had no answer from the database within {self._timeout or pool_timeout:g} s, so that nothing"
             " is stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
             " pool_size connections, in the database and in a connection pooler before it. Behind a pooler, pass"
             " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
         )
-
-    @property
-    def _pool_timeout(self) -> float:
-        pool = self._engine.sync_engine.pool
-        return pool._timeout if isinstance(pool, QueuePool) else 0.0
 
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
@@ -429,8 +409,7 @@ async def beat(pool: JournalPool, tables: JournalTables, *, within: timedelta) -
 
 async def find_gap(connection: AsyncConnection, tables: JournalTables) -> timedelta | None:
     """Return for how long no worker was at work, where that is noted or going on; None where all is well or none ever was."""
-    meta = tables.meta
-    noted = (await connection.execute(select(meta.c.value).where(meta.c.name == _GAP))).scalar_one_or_none()
+    noted = await _read(connection, tables, _GAP)
     if noted is not None:
         return timedelta(seconds=float(noted))
     last = await _last_beat(connection, tables)
@@ -466,13 +445,18 @@ async def note_retentions(pool: JournalPool, tables: JournalTables, policies: It
 
 async def find_sidecar(connection: AsyncConnection, tables: JournalTables) -> str | None:
     """Return the name of the sidecar that a database on SQLite names; see `granite_storage.orm.journal.sqlite`."""
-    meta = tables.meta
-    return (await connection.execute(select(meta.c.value).where(meta.c.name == SIDECAR_NAME))).scalar_one_or_none()
+    return await _read(connection, tables, SIDECAR_NAME)
 
 
 async def has_beat(connection: AsyncConnection, tables: JournalTables) -> bool:
     """Return whether a worker was ever at work."""
     return await _last_beat(connection, tables) is not None
+
+
+async def _read(connection: AsyncConnection, tables: JournalTables, name: str) -> str | None:
+    """Return a value of `granite_storage_meta`."""
+    meta = tables.meta
+    return (await connection.execute(select(meta.c.value).where(meta.c.name == name))).scalar_one_or_none()
 
 
 async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, values: dict[str, Any]) -> None:
@@ -666,9 +650,8 @@ async def _check_version(pool: JournalPool, tables: JournalTables, *, has_jobs: 
 
 
 async def _read_version(pool: JournalPool, tables: JournalTables) -> str | None:
-    meta = tables.meta
     async with pool.reading() as connection:
-        return (await connection.execute(select(meta.c.value).where(meta.c.name == VERSION_NAME))).scalar_one_or_none()
+        return await _read(connection, tables, VERSION_NAME)
 
 
 async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | None, str]]) -> None:

@@ -25,8 +25,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage.orm._util import batches, try_briefly, upsert_rows
 from granite_storage.orm.journal.tables import DELETE, clock
 
-__all__ = ["PendingDelete", "delete_id", "derived_id", "has_own_id", "nominate", "renumber"]
-
 _AT_A_TIME = 500
 _ID_BYTES = 16
 _DELAY = "delay"

@@ -37,8 +37,6 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Claim", "Finished", "Staging"]
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _CLAIM_SECONDS = 60.0
@@ -120,9 +118,9 @@ class Staging:
         """
         return await shielded(Claim(self, staging_id, seen.note).begin(), undo=_release)
 
-    async def publish(self, staging_id: UUID, seen: Finished, intent_id: UUID, ref: StoredObjectRef) -> bool:
+    async def publish(self, staging_id: UUID, seen: str, intent_id: UUID, ref: StoredObjectRef) -> bool:
         """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
-        return await self.write(staging_id, seen.note, json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
+        return await self.write(staging_id, seen, json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
 
     async def write(self, staging_id: UUID, seen: str | None, note: str | None) -> bool:
         """Commit, durably, what is said of a staging object, if it is what the caller has seen; return whether it is."""
@@ -179,7 +177,7 @@ class Claim:
         await self._stop_renewing()
         if self._note is None:
             return False
-        published = await self._staging.publish(self._staging_id, Finished(None, self._note), intent_id, ref)
+        published = await self._staging.publish(self._staging_id, self._note, intent_id, ref)
         self._note = None
         return published
 

@@ -57,14 +57,12 @@ from granite_storage.orm.journal.jobs import (
 )
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
 from granite_storage.orm.references import as_stored
-from granite_storage.orm.variants import value_of
+from granite_storage.orm.variants import Which, value_of
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType
-    from granite_storage.orm.variants import Which
 
-__all__ = ["EffectJobs", "effects_of", "enqueue_effects"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -22,37 +22,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Connection, Table, any_, bindparam, delete, select, text, update
+from sqlalchemy import ARRAY, Column, Connection, Table, any_, bindparam, delete, select, text, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
+from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
-from granite_storage.orm._util import batches, codes_of, insert_rows, wait
+from granite_storage.orm._interfaces import Intent, JournalTables, are_triggers_declared
+from granite_storage.orm._util import batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
-from granite_storage.refs import iter_refs
-
-if TYPE_CHECKING:
-    from sqlalchemy import Column
-
-    from granite_storage.orm._interfaces import Intent
-    from granite_storage.refs import StoredObjectRef
-
-__all__ = ["GroupCommit", "Intents", "Lease", "new_id"]
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 UploadPlace: TypeAlias = tuple[str, str, str | None]
 """The backend and the location of an upload, and the location of its original if it is a variant."""
@@ -121,29 +113,21 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
     queue.ended = ended = asyncio.Event()
     writing = asyncio.ensure_future(insert([intent for entry in batch for intent in entry.intents]))
     try:
-        await _outcome(writing)
+        await asyncio.wait([writing])
+    except asyncio.CancelledError:
+        await wait_or_cancel(writing, CLEANUP_TIMEOUT)
+        raise
     finally:
-        error = _over() if writing.cancelled() else writing.exception()
+        error: BaseException | None = StaleAttachmentError(
+            "it is unknown whether the journal has committed: try the transaction again"
+        )
+        if not writing.cancelled():
+            error = writing.exception()
         for entry in batch:
             entry.written, entry.error = error is None, error
         queue.entries = [entry for entry in queue.entries if entry not in batch]
         queue.ended = None
         ended.set()
-
-
-async def _outcome(writing: asyncio.Future[None]) -> None:
-    """Wait until a write has ended; a cancelled caller waits too, for a limited time."""
-    try:
-        await asyncio.wait([writing])
-    except asyncio.CancelledError:
-        if not await wait_uncancelled(writing, CLEANUP_TIMEOUT):
-            writing.cancel()
-            await wait_uncancelled(writing)
-        raise
-
-
-def _over() -> StaleAttachmentError:
-    return StaleAttachmentError("it is unknown whether the journal has committed: try the transaction again")
 
 
 class Intents:
@@ -194,7 +178,7 @@ class Intents:
         """Renew the leases of uploads; return whether all of their intents still exist."""
         intent = self._upload_intent
         async with self._uploads.writing() as connection:
-            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=_after(lease)))
+            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=clock(lease.total_seconds())))
         return result.rowcount == len(ids)
 
     async def expire(self, ids: Sequence[UUID]) -> None:
@@ -423,9 +407,9 @@ class Intents:
 
     def _place(self, connection: Connection) -> tuple[Any, ...]:
         """Return the table and database of the intents on a connection to PostgreSQL, whatever its snapshot."""
-        intent, quote = self._tables.intent, connection.dialect.identifier_preparer.quote
-        names = effective(intent.schema, self._pool.translate_map), intent.name
-        return tuple(connection.execute(_PLACE, {"name": ".".join(quote(name) for name in names if name)}).one())
+        intent = self._tables.intent
+        name = quoted_name(connection, effective(intent.schema, self._pool.translate_map), intent.name)
+        return tuple(connection.execute(_PLACE, {"name": name}).one())
 
     async def _own_place(self) -> tuple[Any, ...]:
         async with self._pool.reading() as connection:
@@ -467,10 +451,6 @@ def _consumption(dialect: str, intent: Table) -> ReturningDelete[tuple[UUID]]:
     else:
         are_wanted = own.in_(bindparam(_IDS, expanding=True))
     return delete(intent).where(are_wanted).returning(own)
-
-
-def _after(delay: timedelta) -> clock:
-    return clock(delay.total_seconds())
 
 
 # Leases of uploads in progress: renewed in time, and released by the uploader before a worker may take them over.

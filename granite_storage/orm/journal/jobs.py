@@ -27,7 +27,8 @@ from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bi
 from granite_storage._tasks import shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
-from granite_storage.orm._interfaces import JournalTables
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._interfaces import DeclaredVariant, Journal, JournalTables
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
@@ -41,37 +42,9 @@ if TYPE_CHECKING:
 
     from granite_storage.derived.base import Effect
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import DeclaredVariant, Journal
-    from granite_storage.orm.discovery import Place
+    from granite_storage.orm.locking import Place
     from granite_storage.orm.variants import Holding
 
-__all__ = [
-    "AT_A_TIME",
-    "CONCURRENCY",
-    "EFFECT",
-    "FIRST_RETRY",
-    "LONGEST_RETRY",
-    "PAUSE_FOR_OTHERS",
-    "RENEWALS",
-    "SCAN",
-    "TRIES",
-    "Address",
-    "JobQueue",
-    "LeasedJob",
-    "NewJob",
-    "StillHeldError",
-    "effect_key",
-    "effects_in",
-    "enqueue_jobs",
-    "has_variants",
-    "job_id",
-    "job_options",
-    "job_place",
-    "job_rows",
-    "jobs_of",
-    "variant_key",
-    "variants_of",
-]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -94,10 +67,12 @@ PAUSE_FOR_OTHERS: Final = 300.0
 """Seconds until a job is due again that waits for something else: another process that can do it, or a scan."""
 RENEWALS: Final = 3
 """How often a lease is renewed before it would be over."""
-_LEFT_IN_COMPANY = 2
+LEFT_IN_COMPANY: Final = 2
+"""How many workers may leave a row before it is taken over alone."""
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
-_MOST_REPORTED = 1000
+MOST_REPORTED: Final = 1000
+UNTRIED: Final = {"attempts": 0, "takeovers": 0}
 
 
 # What a transaction records.
@@ -126,11 +101,6 @@ def effect_key(name: str) -> str:
 def effects_in(column: Column[Any]) -> Mapping[str, Effect]:
     """Return the effects that a column declares, by their names."""
     return column.type.effects if isinstance(column.type, AttachmentType) else {}
-
-
-def job_place(ref: StoredObjectRef) -> tuple[str, str]:
-    """Return the backend and the location of an object."""
-    return ref.backend, ref.location
 
 
 def job_id(backend: str, location: str, key: str) -> UUID:
@@ -210,7 +180,7 @@ def enqueue_jobs(
 
 @lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
 def _upsert(dialect: str, job: Table, renew: Callable[[Table, Any], dict[str, Any]]) -> Insert:
-    common = {"due": clock(), "dead": False, **_UNTRIED}
+    common = {"due": clock(), "dead": False, **UNTRIED}
     return upsert_rows(dialect, job, common, lambda new: renew(job, new))
 
 
@@ -258,6 +228,45 @@ class LeasedJob:
         if self.key == SCAN:
             return f"scanning the object {self.location!r}, which is held,"
         return f"{_describe(self.key)} of the object {self.location!r}"
+
+
+async def take_over(
+    pool: JournalPool,
+    table: Table,
+    backend: str,
+    limit: int,
+    seconds: float,
+    *conditions: ColumnElement[bool],
+    suspected: bool,
+) -> list[Row[Any]]:
+    """Take over jobs or reclaims that are due; those that another worker takes over at this moment are skipped.
+
+    Args:
+        pool: The journal's own connections.
+        table: Their table.
+        backend: The backend's key.
+        limit: The most rows.
+        seconds: How long they are this worker's own.
+        *conditions: Which of them are meant.
+        suspected: Whether to take those over that workers have left repeatedly, or all others.
+
+    Returns:
+        The rows as they were before.
+    """
+    was_left = table.c.takeovers >= LEFT_IN_COMPANY
+    due = (table.c.backend == backend) & (table.c.due <= clock()) & table.c.dead.is_(False)
+    found = select(table).where(due, was_left if suspected else ~was_left, *conditions).order_by(table.c.due).limit(limit)
+    found = found.with_for_update(skip_locked=True)
+    if not await pool.may_find(found):
+        return []
+    async with pool.writing() as connection:
+        rows = list(await connection.execute(found))
+        if rows:
+            taken = {"due": clock(seconds), "takeovers": table.c.takeovers + 1}
+            statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
+            # One by one: on MariaDB a list may lock other rows on the way.
+            await connection.execute(statement, [{"mine": row.id} for row in rows])
+    return rows
 
 
 class StillHeldError(Exception):
@@ -313,7 +322,7 @@ class JobQueue:
             report.held = found.pop(SCAN, 0)
             report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
             report.underived = sum(found.values()) - report.pending_effects
-            dead = select(job).where(job.c.dead).order_by(job.c.due).limit(_MOST_REPORTED)
+            dead = select(job).where(job.c.dead).order_by(job.c.due).limit(MOST_REPORTED)
             report.failed += [
                 FailedReclaim(row.backend, row.location, f"{_describe(row.key)}: {row.error}", row.attempts, None)
                 for row in await connection.execute(dead)
@@ -323,7 +332,7 @@ class JobQueue:
         """Make dead jobs due again; return how many there were."""
         job = self._job
         async with self._pool.writing() as connection:
-            result = await connection.execute(update(job).where(job.c.dead).values(**_UNTRIED, dead=False, due=clock()))
+            result = await connection.execute(update(job).where(job.c.dead).values(**UNTRIED, dead=False, due=clock()))
         return result.rowcount
 
     @again_after_deadlock
@@ -336,29 +345,12 @@ class JobQueue:
             own: Which jobs are meant.
             suspected: Whether to take those over that workers have left repeatedly, or all others.
         """
-        job = self._job
-        was_left = job.c.takeovers >= _LEFT_IN_COMPANY
-        due = (
-            (job.c.backend == backend)
-            & (job.c.due <= clock())
-            & job.c.dead.is_(False)
-            & own
-            & (was_left if suspected else ~was_left)
-        )
-        found = select(job).where(due).order_by(job.c.due).limit(limit).with_for_update(skip_locked=True)
-        if not await self._pool.may_find(found):
-            return []
-        async with self._pool.writing() as connection:
-            rows = list(await connection.execute(found))
-            if rows:
-                taken = {"due": clock(self._lease), "takeovers": job.c.takeovers + 1}
-                statement = update(job).where(job.c.id == bindparam("mine", type_=job.c.id.type)).values(taken)
-                await connection.execute(statement, [{"mine": row.id} for row in rows])
+        rows = await take_over(self._pool, self._job, backend, limit, self._lease, own, suspected=suspected)
         return [LeasedJob.from_row(row, row.takeovers + 1) for row in rows]
 
     async def _is_deadly(self, job: LeasedJob) -> bool:
         """Make a job dead that has killed too many workers, and return whether it was."""
-        if job.takeovers <= _LEFT_IN_COMPANY + self._max_attempts:
+        if job.takeovers <= LEFT_IN_COMPANY + self._max_attempts:
             return False
         await self._note(job, f"{job.takeovers - 1} workers have taken it over, and none has come to an end", is_dead=True)
         return True
@@ -382,6 +374,11 @@ class JobQueue:
             said = {} if error is None else {"error": describe_error(error)}
             await self._update_own(job, due=clock(seconds), takeovers=0, **said)
 
+    async def _leave_to_others(self, job: LeasedJob, error: ConfigurationError) -> None:
+        """Let a job be due later that perhaps another process can do, so the pauses do not grow."""
+        await self._postpone([job], PAUSE_FOR_OTHERS, error)
+        logger.warning("%s cannot be done by this process: %s", job.what, error, extra=fields_of(job))
+
     async def _renew(self, job: LeasedJob) -> None:
         """Renew the lease of a job until cancelled."""
         while True:
@@ -404,9 +401,6 @@ class JobQueue:
         is_own = (table.c.id == job.id) & (table.c.attempts == job.attempts) & (table.c.takeovers == job.takeovers)
         async with self._pool.writing() as connection:
             await connection.execute(update(table).where(is_own).values(values))
-
-
-_UNTRIED = {"attempts": 0, "takeovers": 0}
 
 
 def _describe(key: str) -> str:

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
-from sqlalchemy import delete
+from sqlalchemy import Column, Connection, Engine, delete
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
@@ -20,7 +21,15 @@ from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
-from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings, are_triggers_declared
+from granite_storage.orm._interfaces import (
+    Binding,
+    ColumnType,
+    DeclaredVariant,
+    Intent,
+    JournalTables,
+    active_bindings,
+    are_triggers_declared,
+)
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
@@ -38,16 +47,12 @@ from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Connection, Engine, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
     from granite_storage.orm.variants import Which
-    from granite_storage.refs import StoredObjectRef
 
-__all__ = ["StorageJournal", "SyncJournal"]
 
 T = TypeVar("T")
 Queue = TypeVar("Queue", bound=JobQueue)
@@ -286,9 +291,9 @@ class StorageJournal:
 
         async def do_jobs(backend: str) -> RecoveryReport:
             # One after the other: on MariaDB a claim skips what another one is just looking at.
-            done = await self._jobs(ScanJobs).scan(backend)
-            done.add(await self._jobs(VariantJobs).derive(backend))
-            done.add(await self._jobs(EffectJobs).call_effects(backend))
+            done = RecoveryReport()
+            for work in self._job_passes.values():
+                done.add(await work(backend))
             return done
 
         async with asyncio.TaskGroup() as group:
@@ -351,25 +356,25 @@ class StorageJournal:
                 await self._recover(backend)
             await self._beat(interval)
 
-        async def scan(backend: str) -> None:
+        async def do_jobs(what: str, backend: str) -> None:
             if backend in self.manager.backends:
-                await self._jobs(ScanJobs).scan(backend)
+                await self._job_passes[what](backend)
 
-        async def derive(backend: str) -> None:
-            if backend in self.manager.backends:
-                await self._jobs(VariantJobs).derive(backend)
-
-        async def call_effects(backend: str) -> None:
-            if backend in self.manager.backends:
-                await self._jobs(EffectJobs).call_effects(backend)
-
-        async with (
-            at_work(self.manager.backends, recover, interval, self._alarm),
-            at_work(self.manager.backends, scan, interval, self._alarm, what="scanning the held objects"),
-            at_work(self.manager.backends, derive, interval, self._alarm, what="making the variants of the objects"),
-            at_work(self.manager.backends, call_effects, interval, self._alarm, what="calling the effects of the objects"),
-        ):
+        loops: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
+        loops |= {what: partial(do_jobs, what) for what in self._job_passes}
+        async with AsyncExitStack() as stack:
+            for what, work in loops.items():
+                await stack.enter_async_context(at_work(self.manager.backends, work, interval, self._alarm, what=what))
             yield
+
+    @property
+    def _job_passes(self) -> dict[str, Callable[[str], Coroutine[Any, Any, RecoveryReport]]]:
+        """What does the jobs of each kind on a backend, by the words for it."""
+        return {
+            "scanning the held objects": self._jobs(ScanJobs).scan,
+            "making the variants of the objects": self._jobs(VariantJobs).derive,
+            "calling the effects of the objects": self._jobs(EffectJobs).call_effects,
+        }
 
     async def retry_dead_letters(self) -> int:
         """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
@@ -534,7 +539,12 @@ class StorageJournal:
         Raises:
             ConfigurationError: They do not, or the tables are not declared.
         """
-        tables = _tables_for(binding.metadata)
+        tables = tables_of(binding.metadata)
+        if tables is None:
+            raise ConfigurationError(
+                "the journal's tables are not declared: call journal_tables(Base.metadata) beside the models, and create them"
+                " with the models' own tables"
+            )
         if self._bindings and (self.manager is not binding.manager or self.tables is not tables):
             raise ConfigurationError("a journal serves one manager and one set of tables: create another one for another base")
         effects_of([*self._columns(), *binding.ref_columns()])
@@ -585,22 +595,22 @@ class StorageJournal:
     def _recoveries(self, pool: JournalPool | None = None) -> list[Recovery]:
         """Return what takes over intents; on SQLite those of uploads are in another file than those of deletes."""
         pool = self._pool if pool is None else pool
-        own = self._new_recovery(pool, self.tables, self._references_by(pool))
-        if pool.uploads is pool:
-            return [own]
-        uploads = self._references_by(pool, SidecarReferences)
-        return [self._new_recovery(pool.uploads, pool.upload_tables(self.tables), uploads), own]
-
-    def _new_recovery(self, pool: JournalPool, tables: JournalTables, references: References) -> Recovery:
-        return Recovery(
-            pool,
-            tables,
-            self.manager,
-            references,
-            lease=self._lease,
-            max_attempts=self._max_attempts,
-            timeout=_OPERATION_TIMEOUT,
-        )
+        files = [(pool, self.tables, self._references_by(pool))]
+        if pool.uploads is not pool:
+            uploads = self._references_by(pool, SidecarReferences)
+            files.insert(0, (pool.uploads, pool.upload_tables(self.tables), uploads))
+        return [
+            Recovery(
+                of_file,
+                tables,
+                self.manager,
+                references,
+                lease=self._lease,
+                max_attempts=self._max_attempts,
+                timeout=_OPERATION_TIMEOUT,
+            )
+            for of_file, tables, references in files
+        ]
 
 
 def _open_pool(
@@ -659,13 +669,3 @@ class SyncJournal:
 
     def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
         return run_blocking(work, f"journal.sync.{name}", f"'await journal.{name}(...)'")
-
-
-def _tables_for(metadata: MetaData) -> JournalTables:
-    tables = tables_of(metadata)
-    if tables is None:
-        raise ConfigurationError(
-            "the journal's tables are not declared: call journal_tables(Base.metadata) beside the models, and create them with"
-            " the models' own tables"
-        )
-    return tables

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -40,25 +40,19 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
+from granite_storage.orm.journal.jobs import FIRST_RETRY, LEFT_IN_COMPANY, LONGEST_RETRY, MOST_REPORTED, UNTRIED, take_over
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock, describe_error
 
 if TYPE_CHECKING:
-    from sqlalchemy import Table
-
     from granite_storage.manager import StorageManager
 
-__all__ = ["Recovery"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _BATCH = 100
 _LARGE_BATCH = 1000  # as many as one request to S3 deletes
 _DELETES_AT_A_TIME = 8
-_LEFT_IN_COMPANY = 2
-_FIRST_RETRY = 5.0
-_LONGEST_RETRY = 3600.0
-_MOST_REPORTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +106,11 @@ class Recovery:
 
     async def run(self, backend: str) -> RecoveryReport:
         """Process everything that is due on one backend, given by its key."""
-        report = RecoveryReport()
+        report, intent = RecoveryReport(), self._tables.intent
+        is_due = (intent.c.backend == backend) & (intent.c.due <= clock())
         limit = self._pool.batch_size or (_LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH)
         while True:
-            claimed, renumbered = await self._fence(self._is_due(backend), limit)
+            claimed, renumbered = await self._fence(is_due, limit)
             if len(claimed) < limit:
                 claimed += await self._resume(backend, limit - len(claimed))
             if claimed:
@@ -160,7 +155,7 @@ class Recovery:
                     report.leased += count
                 else:
                     report.waiting += count
-            troubled = select(reclaim).where(reclaim.c.error.is_not(None)).order_by(reclaim.c.due).limit(_MOST_REPORTED)
+            troubled = select(reclaim).where(reclaim.c.error.is_not(None)).order_by(reclaim.c.due).limit(MOST_REPORTED)
             report.failed += [_failure(row) for row in await connection.execute(troubled)]
         report.unknown_backends |= await self.unknown_backends()
 
@@ -174,12 +169,8 @@ class Recovery:
         """Make dead letters due again; return how many there were."""
         reclaim = self._tables.reclaim
         async with self._pool.durable() as connection:
-            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**_UNTRIED, dead=False, due=clock()))
+            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**UNTRIED, dead=False, due=clock()))
         return result.rowcount
-
-    def _is_due(self, backend: str) -> ColumnElement[bool]:
-        intent = self._tables.intent
-        return (intent.c.backend == backend) & (intent.c.due <= clock())
 
     @again_after_deadlock
     async def _fence(self, condition: ColumnElement[bool], limit: int = _BATCH) -> tuple[list[_Reclaim], bool]:
@@ -203,21 +194,7 @@ class Recovery:
             if not rows:
                 return [], renumbered
             claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False) for row in rows]
-            new = [
-                {
-                    "id": item.id,
-                    "kind": item.kind,
-                    "backend": item.backend,
-                    "location": item.location,
-                    "upload_id": item.upload_id,
-                    "source": item.source,
-                    "attempts": 0,
-                    "takeovers": 1,
-                    "emptied": False,
-                    "dead": False,
-                }
-                for item in claimed
-            ]
+            new = [{name: getattr(item, name) for name in _COLUMNS} | {"dead": False} for item in claimed]
             await connection.execute(insert(reclaim).values(due=clock(self._hold)), new)
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
@@ -241,8 +218,7 @@ class Recovery:
             return rows
         earlier = await connection.execute(select(decision.c.id).where(decision.c.id.in_(uploads), decision.c.outcome == COMMIT))
         taken = set(earlier.scalars())
-        await self._drop(connection, self._tables.intent, taken)
-        await self._drop(connection, decision, taken)
+        await self._forget(connection, self._tables.intent, taken)
         ours = await self._decide_against(connection, [item for item in uploads if item not in taken])
         return [row for row in rows if row.kind != UPLOAD or row.id in ours]
 
@@ -270,27 +246,11 @@ class Recovery:
             limit: The most rows.
             suspected: Whether to take those over that have been left repeatedly, or all others.
         """
-        reclaim = self._tables.reclaim
-        left = reclaim.c.takeovers >= _LEFT_IN_COMPANY
-        due = (
-            (reclaim.c.backend == backend)
-            & (reclaim.c.due <= clock())
-            & reclaim.c.dead.is_(False)
-            & (left if suspected else ~left)
-        )
-        found = select(reclaim).where(due).order_by(reclaim.c.due).limit(limit).with_for_update(skip_locked=True)
-        if not await self._pool.may_find(found):
-            return []
-        async with self._pool.writing() as connection:
-            rows = list(await connection.execute(found))
-            if rows:
-                mine = reclaim.c.id.in_([row.id for row in rows])
-                taken = {"due": clock(self._hold), "takeovers": reclaim.c.takeovers + 1}
-                await connection.execute(update(reclaim).where(mine).values(taken))
+        rows = await take_over(self._pool, self._tables.reclaim, backend, limit, self._hold, suspected=suspected)
         return [_reclaim(row, attempts=row.attempts, takeovers=row.takeovers + 1, emptied=row.emptied) for row in rows]
 
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
-        deadly = [item for item in claimed if item.takeovers > _LEFT_IN_COMPANY + self._max_attempts]
+        deadly = [item for item in claimed if item.takeovers > LEFT_IN_COMPANY + self._max_attempts]
         claimed = [item for item in claimed if item not in deadly]
         report = RecoveryReport(claimed=len(claimed), failed=[await self._bury(item) for item in deadly])
         try:
@@ -369,11 +329,11 @@ class Recovery:
             locked = await self._drop_newer(connection, [item.location for item in removed])
             finished = [item for item in removed if item.location not in locked]
             waiting = [item.id for item in finished if item.kind != DELETE and not item.emptied]
-            await self._forget(connection, [item.id for item in finished if item.id not in waiting])
+            await self._forget(connection, reclaim, [item.id for item in finished if item.id not in waiting])
             if waiting:
-                later = {**_UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
+                later = {**UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
                 await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
-            again = {"due": clock(_FIRST_RETRY), "takeovers": reclaim.c.takeovers - 1}
+            again = {"due": clock(FIRST_RETRY), "takeovers": reclaim.c.takeovers - 1}
             await self._update_own(connection, [item for item in removed if item.location in locked], **again)
 
     async def _drop_newer(self, connection: AsyncConnection, locations: Sequence[str]) -> set[str]:
@@ -388,13 +348,12 @@ class Recovery:
         for item in sorted(pending):  # one by one: a list may lock other rows on MariaDB
             lock = select(intent.c.id).where(intent.c.id == item).with_for_update(skip_locked=True)
             free.update((await connection.execute(lock)).scalars())
-        await self._drop(connection, intent, free)
-        if self._pool.is_postgresql:
-            await self._drop(connection, self._tables.decision, free)
+        await self._forget(connection, intent, free)
         return {location for item, location in pending.items() if item not in free}
 
-    async def _forget(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
-        await self._drop(connection, self._tables.reclaim, ids)
+    async def _forget(self, connection: AsyncConnection, table: Table, ids: Collection[UUID]) -> None:
+        """Delete intents or their reclaims, and what was decided on them."""
+        await self._drop(connection, table, ids)
         if self._pool.is_postgresql:
             await self._drop(connection, self._tables.decision, ids)
 
@@ -436,7 +395,7 @@ class Recovery:
 
     async def _note(self, item: _Reclaim, problem: str, *, attempts: int, dead: bool) -> FailedReclaim:
         """Save the error of a row, and when it is retried."""
-        delay = min(_FIRST_RETRY * 2 ** max(attempts - 1, 0), _LONGEST_RETRY)
+        delay = min(FIRST_RETRY * 2 ** max(attempts - 1, 0), LONGEST_RETRY)
         async with self._pool.writing() as connection:
             noted = {"error": problem, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
             await self._update_own(connection, [item], **noted)
@@ -458,7 +417,7 @@ class Recovery:
             )
 
 
-_UNTRIED = {"attempts": 0, "takeovers": 0}
+_COLUMNS = [field.name for field in fields(_Reclaim)]
 
 
 def _reclaim(row: Row[Any], *, attempts: int, takeovers: int, emptied: bool) -> _Reclaim:

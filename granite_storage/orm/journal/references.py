@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import Column, Select, Table, TableClause, column, literal_column, null, select, table, text, union_all
+from sqlalchemy import Column, Row, Select, column, literal_column, null, select, table, text, union_all
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
 from granite_storage.orm.columns import location_of, variant_locations, variants_in
-from granite_storage.orm.discovery import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.journal.database import JournalPool, effective, read_translations
+from granite_storage.orm.locking import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from granite_storage.orm._interfaces import JournalTables
 
-__all__ = ["References"]
 
 _MOST_PARAMETERS = 20_000
 _TRIES = 3
@@ -64,7 +62,9 @@ class References:
         """
         reclaim = self._tables.reclaim
         seen = (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
-        own = _table(reclaim, *seen, schema=effective(reclaim.schema, self._pool.translate_map))
+        # Given by name, its statements are compiled once; no map translates its schema again.
+        schema = effective(reclaim.schema, self._pool.translate_map)
+        own = table(reclaim.name, *(column(item.name, item.type) for item in seen), schema=schema)
         is_fenced = own.c.id.in_(list(fenced))
         rows = await self._rows([select(*own.c, null().label("variants")).where(is_fenced)], objects, self._pool.deciding)
         return [row for row in rows if row.id is not None], self._locations_in(rows)
@@ -183,11 +183,3 @@ def _require_visible(places: Iterable[Place]) -> None:
             f"{'; '.join(problems)}, where rows may refer to the same objects as those of the models do, so nothing is"
             " deleted: let this role see all of their rows, or give StorageJournal an engine of a role that does"
         )
-
-
-def _table(original: Table, *columns: Column[Any], schema: str | None) -> TableClause:
-    """Return a table as it stands in the database, with some of its columns; no map translates its schema again.
-
-    Its statements are compiled once, because the table is given by name: a `Table` would be a new one each time.
-    """
-    return table(original.name, *(column(item.name, item.type) for item in columns), schema=schema)

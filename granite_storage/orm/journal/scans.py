@@ -32,7 +32,6 @@ from granite_storage.orm._util import again_after_deadlock
 from granite_storage.orm.journal.jobs import (
     CONCURRENCY,
     FIRST_RETRY,
-    PAUSE_FOR_OTHERS,
     SCAN,
     TRIES,
     Address,
@@ -52,7 +51,6 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["ScanJobs"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -103,11 +101,7 @@ class ScanJobs(JobQueue):
                 await self._note(job, describe_error(error), is_dead=True)
             return 0
         except ConfigurationError as error:
-            # Perhaps another process can do it, so the pauses do not grow.
-            await self._update_own(job, error=describe_error(error), due=clock(PAUSE_FOR_OTHERS), takeovers=0)
-            logger.warning(
-                "the object %r, which is held, cannot be scanned by this process: %s", job.location, error, extra=fields_of(job)
-            )
+            await self._leave_to_others(job, error)
             return 0
         except Exception as error:
             await self._note(job, describe_error(error))
@@ -115,7 +109,7 @@ class ScanJobs(JobQueue):
                 raise
             return 0
         if not is_settled:
-            await self._update_own(job, due=clock(FIRST_RETRY), takeovers=0)
+            await self._postpone([job], FIRST_RETRY)
             return 0
         if verdict is not None and verdict["status"] == "infected":
             logger.warning(

@@ -15,25 +15,6 @@ from sqlalchemy.sql.type_api import TypeEngine
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
 
-__all__ = [
-    "ABORT",
-    "COMMIT",
-    "DELETE",
-    "LONGEST_META_NAME",
-    "RETENTION_PREFIX",
-    "SCHEMA_VERSION",
-    "SIDECAR_NAME",
-    "STAGING",
-    "UPLOAD",
-    "VERSION_NAME",
-    "FailedReclaim",
-    "RecoveryReport",
-    "clock",
-    "describe_error",
-    "journal_tables",
-    "tables_of",
-]
-
 SCHEMA_VERSION = 2
 """The version of the tables that this code requires; stored in the table `granite_storage_meta`.
 

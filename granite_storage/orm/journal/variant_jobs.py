@@ -19,7 +19,6 @@ from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._tasks import background, run_bounded, shielded_cleanup
-from granite_storage._telemetry import fields_of
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
     ConfigurationError,
@@ -31,6 +30,7 @@ from granite_storage.exceptions import (
     ScanPendingError,
     StaleAttachmentError,
 )
+from granite_storage.orm._interfaces import Intent
 from granite_storage.orm._util import again_after_deadlock
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.deletes import PendingDelete, nominate
@@ -45,13 +45,12 @@ from granite_storage.orm.journal.jobs import (
     LeasedJob,
     StillHeldError,
     job_id,
-    job_place,
     variant_key,
     variants_of,
 )
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
 from granite_storage.orm.transactions import refused_ref
-from granite_storage.orm.uploads import make_variant, prepare_variant
+from granite_storage.orm.uploads import make_variant, prepare_variant, require_lease
 from granite_storage.orm.variants import (
     LONGEST_WAIT,
     Holding,
@@ -71,7 +70,6 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType, DeclaredVariant
 
-__all__ = ["VariantJobs"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -120,8 +118,7 @@ class VariantJobs(JobQueue):
             StaleAttachmentError: No committed row holds the object, or others have locked it for long.
             StorageError: The variant could not be made, or not be stored.
         """
-        key = variant_key(declared.name)
-        job = LeasedJob(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, declared.digest)
+        job = _asked_for(source, declared.name, declared.digest)
         holdings, held = await self._look(column_type, job)
         if held is None:
             raise not_committed(source)
@@ -147,8 +144,7 @@ class VariantJobs(JobQueue):
 
     @again_after_deadlock
     async def _drop(self, source: StoredObjectRef, name: str) -> bool:
-        key = variant_key(name)
-        job = LeasedJob(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, "")
+        job = _asked_for(source, name)
         async with self._pool.writing() as connection:
             chosen = undeclared_in(await self._holdings(connection, job, lock_holdings), [name])
             displaced = await connection.run_sync(write_variants, chosen, {})
@@ -229,12 +225,9 @@ class VariantJobs(JobQueue):
             try:
                 with lease.begin(ids[name]):
                     await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
-                lease.require()
+                await require_lease(lease, Intent(self._journal, ids[name]), made[name].ref)
             except Exception as error:
-                late = made.pop(name, None)
-                if late is not None and isinstance(error, StaleAttachmentError):
-                    # The process was suspended, and a worker may have checked for the object for the last time before it existed.
-                    await shielded_cleanup(self._journal.discard(late.ref), "discarding a variant that came after its lease")
+                made.pop(name, None)
                 if raises:
                     raise
                 errors[name] = error
@@ -337,9 +330,7 @@ class VariantJobs(JobQueue):
             case StaleAttachmentError():
                 await self._postpone([job], FIRST_RETRY, error)
             case ConfigurationError():
-                # Perhaps another process can do it, so the pauses do not grow.
-                await self._postpone([job], PAUSE_FOR_OTHERS, error)
-                logger.warning("%s cannot be done by this process: %s", job.what, error, extra=fields_of(job))
+                await self._leave_to_others(job, error)
             case ContentError() | ObjectNotFoundError():
                 if await self._publish_patiently([job]) is None:
                     is_refused = isinstance(error, DerivationRefusedError)
@@ -359,6 +350,12 @@ class VariantJobs(JobQueue):
         for item in found:
             if await self._publish_patiently([item]) is None:
                 await self._update_own(item, due=clock(LONGEST_RETRY))
+
+
+def _asked_for(source: StoredObjectRef, name: str, recipe: str = "") -> LeasedJob:
+    """Return what stands for the job to make a variant, where none is recorded."""
+    key, (backend, location) = variant_key(name), (source.backend, source.location)
+    return LeasedJob(job_id(backend, location, key), ("", ""), backend, location, 0, 0, key, recipe)
 
 
 def _lacking(job: LeasedJob, holdings: Iterable[Holding]) -> list[Holding]:

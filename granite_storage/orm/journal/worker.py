@@ -10,8 +10,6 @@ from functools import partial
 
 from granite_storage._tasks import background, repeat
 
-__all__ = ["Alarm", "at_work"]
-
 _JITTER = 0.25
 _PAUSE = 1.0
 

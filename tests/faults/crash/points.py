@@ -27,7 +27,7 @@ from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.jobs import JobQueue
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.variant_jobs import VariantJobs
-from granite_storage.orm.unit_of_work import UnitOfWork
+from granite_storage.orm.transactions import UnitOfWork
 
 __all__ = ["MIDDLE", "POINTS", "RECOVERY", "Point", "Trap", "points_for"]
 

@@ -54,7 +54,7 @@ from granite_storage.orm import Attachment, flush
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
-from granite_storage.orm.unit_of_work import FlushState
+from granite_storage.orm.transactions import FlushState
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,
@@ -309,7 +309,7 @@ def without_net_difference(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_undoing_what_an_earlier_flush_noted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("granite_storage.orm.unit_of_work.UnitOfWork.displacement", lambda *_: None)
+    patch.setattr("granite_storage.orm.transactions.UnitOfWork.displacement", lambda *_: None)
     without_reference_check(patch)
 
 

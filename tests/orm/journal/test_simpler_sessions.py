@@ -15,7 +15,7 @@ from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, StorageJournal, bulk, flush, uploads
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import AttachmentState
-from granite_storage.orm.unit_of_work import UnitOfWork
+from granite_storage.orm.transactions import UnitOfWork
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
+from sqlalchemy.orm.exc import StaleDataError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -217,21 +218,22 @@ def readable() -> Iterator[None]:
         raise
     except StorageError as error:
         raise RefusedError(client_message(error)) from error
+    except StaleDataError as error:
+        raise RefusedError("Another user has deleted this row, or a file of it, meanwhile: open it again.") from error
     except (StatementError, OverflowError, UnicodeEncodeError) as error:
         if (reason := _reason_of(error)) is None:
             raise
         raise RefusedError(f"The database refuses this row: {reason}") from error
 
 
-@contextmanager
-def existing() -> Iterator[None]:
-    """Answer a request for a row by a key that no row can have with 404, as for one that no row has.
+async def existing(finding: Awaitable[T]) -> T:
+    """Return what is found by a key; one that no row can have is answered with 404, as one that no row has.
 
     Raises:
         HTTPException: The key cannot be parsed, or the database or its driver cannot take it.
     """
     try:
-        yield
+        return await finding
     except (TypeError, ValueError, OverflowError, StatementError) as error:
         if isinstance(error, StatementError) and _reason_of(error) is None:
             raise

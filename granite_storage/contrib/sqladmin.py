@@ -117,13 +117,11 @@ class AttachmentAdmin(ModelView):
 
     async def get_object_for_details(self, request: Request) -> Any:
         """Return a row; a key that no row can have is answered with 404."""
-        with _panels.existing():
-            return await super().get_object_for_details(request)
+        return await _panels.existing(super().get_object_for_details(request))
 
     async def get_object_for_edit(self, request: Request) -> Any:
         """Read the files of the form before sqladmin does."""
-        with _panels.existing():
-            row = await super().get_object_for_edit(request)
+        row = await _panels.existing(super().get_object_for_edit(request))
         await self._read_files(request, row)
         return row
 

@@ -154,8 +154,7 @@ class _Known:
 
 
 async def _find(find: Callable[..., Any], request: Request, pk: Any) -> Any:
-    with _panels.existing():
-        row = await find(request, pk)
+    row = await _panels.existing(find(request, pk))
     request.state.granite_storage.rows.append(row)
     return row
 

@@ -143,7 +143,7 @@ class TestCollections:
 
     async def test_too_many(self, panel: Panel) -> None:
         page = await panel.save_photos(*PHOTOS, "d.png", action="create", ok=False)
-        assert "3 files" in page.text
+        assert "3 files" in panel.error_at(page.text, "photos")
         assert await panel.check() == []
         await panel.save_photos(*PHOTOS, action="create")
         page = await panel.save_photos("d.png", ok=False, **{"photos-order": ["3", "2", "1"]})

@@ -75,6 +75,7 @@ _TICKS = 1 << 20
 """In a millisecond: 63 bits are enough until the year 2248."""
 _STEP = 1 << 16
 """Between files that are appended at once: so often can the room between two be halved before neighbours get new keys."""
+_DAY = 86_400_000 * _TICKS  # clocks differ by less: a key that is further ahead is a mistake, and concerns its list only
 _lock = threading.Lock()
 _latest = 0
 
@@ -83,8 +84,9 @@ def _next_position(after: int = 0) -> int:
     """Return a key after all that this process has made, and after another one."""
     global _latest
     with _lock:
-        _latest = max(time.time_ns() // 1_000_000 * _TICKS, _latest + _STEP, after + _STEP)
-        return _latest
+        now = time.time_ns() // 1_000_000 * _TICKS
+        _latest = max(now, _latest + _STEP, min(after, now + _DAY) + _STEP)
+        return max(_latest, after + _STEP)
 
 
 def _arrange(files: Sequence[AttachedFile], placed: Collection[int] = ()) -> None:
@@ -119,7 +121,7 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
         high = _position_of(files[stop]) if stop < len(files) else None
         count = stop - start
         if high is None:
-            return start, stop, [_next_position(low or 0) for _ in range(count)]
+            return start, stop, [low := _next_position(low or 0) for _ in range(count)]
         if low is None:
             return start, stop, range(high - count * _STEP, high, _STEP)
         step = (high - low) // (count + 1)
@@ -130,18 +132,15 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
 
 def _longest_increasing(keys: Mapping[int, int]) -> set[int]:
     """Return the indices of as many files as possible that are in the order of their keys already; equal keys are in none."""
-    tails: list[int] = []  # by length: the smallest key that ends so many files in order, and its index
-    ends: list[int] = []
-    before: dict[int, int | None] = {}
+    tails: list[tuple[int, int, Any]] = []  # by length: the last key of files in order, the smallest, its index, and those before
     for index, key in keys.items():
-        length = bisect_left(tails, key)
-        before[index] = ends[length - 1] if length else None
-        tails[length : length + 1], ends[length : length + 1] = [key], [index]
+        length = bisect_left(tails, (key,))
+        tails[length : length + 1] = [(key, index, tails[length - 1] if length else None)]
     kept: set[int] = set()
-    last = ends[-1] if ends else None
+    last = tails[-1] if tails else None
     while last is not None:
-        kept.add(last)
-        last = before[last]
+        kept.add(last[1])
+        last = last[2]
     return kept
 
 

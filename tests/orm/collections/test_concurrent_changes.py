@@ -187,3 +187,22 @@ async def test_clocks_that_differ(env: OrmEnvironment, monkeypatch: pytest.Monke
         append_files(await session.get_one(Album, 1), Album.photos, [b"d"])
     assert await shown(env) == "abcd"
     monkeypatch.setattr(collections, "_latest", 0)
+
+
+async def test_key_that_is_too_large(env: OrmEnvironment) -> None:
+    """A list that has the largest key takes no more at its end, but all others do."""
+    await env.add(album(1, "ab"), album(2, "c"))
+    async with env.sessions.begin() as session:
+        found = await load(session)
+        found.photos[1].position = 2**63 - 1
+    async with env.sessions() as session:
+        found = await load(session)
+        found.photos.append(b"x")
+        with pytest.raises((DBAPIError, OverflowError)):
+            await session.commit()
+    async with env.sessions.begin() as session:
+        first, second = await load(session), await load(session, key=2)
+        second.photos.append(b"d")
+        first.photos.insert(1, named("m"))
+        first.photos.reverse()
+    assert (await shown(env), await shown(env, key=2)) == ("bma", "cd")

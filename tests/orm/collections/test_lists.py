@@ -193,6 +193,7 @@ class TestOrder:
             photos = found.photos
             for letter in letters:
                 photos.insert(1, named(letter))
+                await session.flush()
         assert await shown(env) == "a" + "".join(reversed(letters)) + "z"
         async with env.sessions() as session:
             positions = list(await session.scalars(select(Photo.position).order_by(Photo.position, Photo.id)))

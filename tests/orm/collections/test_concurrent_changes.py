@@ -190,8 +190,9 @@ async def test_clocks_that_differ(env: OrmEnvironment, monkeypatch: pytest.Monke
     monkeypatch.setattr(collections, "_latest", 0)
 
 
-async def test_largest_keys(env: OrmEnvironment) -> None:
+async def test_largest_keys(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list that has the largest keys is as any other, and no other list gets larger keys by it."""
+    monkeypatch.setattr(collections, "_latest", 0)  # which is as it was after the test
     await env.add(album(1, "abc"), album(2, "d"))
     async with env.sessions.begin() as session:
         found = await load(session)

@@ -323,14 +323,14 @@ class AttachmentList(list[AttachedFile]):
         list.__setitem__(self, slice(None), files)
         _arrange(self)
 
-    def reorder(self, ids: Iterable[int]) -> None:
-        """Order the files by their primary keys in `ids`, as a page sends them after a drag.
+    def reorder(self, ids: Iterable[int | str]) -> None:
+        """Order the files by their primary keys in `ids`, as a page sends them after a drag, as numbers or as texts.
 
         Files that are not named follow in their order, such as those that were added meanwhile. An id that is not in the list,
         such as that of a file that was deleted meanwhile, is ignored.
         """
-        ranks: dict[int | None, int] = {identity: rank for rank, identity in enumerate(ids)}
-        self.sort(key=lambda file: ranks.get(_id_of(file), len(ranks)))
+        ranks = {str(identity): rank for rank, identity in enumerate(ids)}
+        self.sort(key=lambda file: ranks.get(str(_id_of(file)), len(ranks)))
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
+from sqlalchemy.orm.exc import StaleDataError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,6 +34,7 @@ __all__ = [
     "RefusedError",
     "discarded_unless_assigned",
     "existing",
+    "form_of",
     "is_attached",
     "readable",
     "render_files",
@@ -156,26 +158,40 @@ class _Form:
     """What a form asks for: what the classes of one and of several files have in common.
 
     Attributes:
+        attribute: The attribute of the model.
         value: What the row has, or something else than None where there is a row that has a file if it must.
         views: What is shown of it.
         uploads: The new files.
         errors: What is wrong.
     """
 
+    attribute: Any
     value: Any = None
     views: Sequence[FileView] = ()
     uploads: Sequence[UploadFile] = ()
     errors: list[str] = field(default_factory=list)
 
+    @property
+    def is_required(self) -> bool:
+        """Whether the row must have a file."""
+        return declared_collection(self.attribute) is None and not self.attribute.type.column.nullable
+
     def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
         return None
 
-    async def store(self, attribute: Any, stored: list[Attachment]) -> list[Attachment]:
+    def arrange(self, files: Any, new: Sequence[Attachment]) -> list[Any]:
+        """Return the new files, and of a collection those that stay before them.
+
+        Raises:
+            RefusedError: There would be more than the collection takes.
+        """
+        return list(new)
+
+    async def store(self, stored: list[Attachment]) -> list[Attachment]:
         """Store the new files before their transaction, so that the form can be shown again with what a policy refuses.
 
         Args:
-            attribute: The attribute that they are for.
             stored: Where they are noted; see `discarded_unless_assigned`.
 
         Raises:
@@ -185,7 +201,7 @@ class _Form:
         first = len(stored)
         with readable():
             for upload in self.uploads:
-                stored.append(await Attachment.from_upload(upload).store(attribute))
+                stored.append(await Attachment.from_upload(upload).store(self.attribute))
         return stored[first:]
 
 
@@ -202,21 +218,22 @@ def readable() -> Iterator[None]:
         raise
     except StorageError as error:
         raise RefusedError(client_message(error)) from error
+    except StaleDataError as error:
+        raise RefusedError("Another user has deleted this row, or a file of it, meanwhile: open it again.") from error
     except (StatementError, OverflowError, UnicodeEncodeError) as error:
         if (reason := _reason_of(error)) is None:
             raise
         raise RefusedError(f"The database refuses this row: {reason}") from error
 
 
-@contextmanager
-def existing() -> Iterator[None]:
-    """Answer a request for a row by a key that no row can have with 404, as for one that no row has.
+async def existing(finding: Awaitable[T]) -> T:
+    """Return what is found by a key; one that no row can have is answered with 404, as one that no row has.
 
     Raises:
         HTTPException: The key cannot be parsed, or the database or its driver cannot take it.
     """
     try:
-        yield
+        return await finding
     except (TypeError, ValueError, OverflowError, StatementError) as error:
         if isinstance(error, StatementError) and _reason_of(error) is None:
             raise
@@ -266,7 +283,7 @@ class FormFile(_Form):
             return "A file is required."
         return None
 
-    def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
+    def render(self, name: str, *, required: bool, invalid: bool) -> Markup:
         """Return the present file with the choice of what becomes of it, and the input for a new one."""
         change = "let one = document.getElementById('{}-replace'); if (one) one.checked = this.files.length > 0"
         options = Markup(' onchange="{}"{}').format(
@@ -277,7 +294,7 @@ class FormFile(_Form):
             choices = [one for one in FileAction if not (required and one is FileAction.CLEAR)]
             radios = [_RADIO.format(name, one.value, _checked(one is self.action), one.name.title()) for one in choices]
             present += Markup("<div>{}</div>").format(Markup("").join(radios))
-        return _render_field(present + _render_chooser(name, column_type, options), invalid=invalid)
+        return _render_field(present + _render_chooser(name, self.attribute.type, options), invalid=invalid)
 
 
 @dataclass(slots=True)
@@ -297,30 +314,31 @@ class FormFiles(_Form):
         order, removed = (list(map(str, form.getlist(f"{name}-{of}"))) for of in ("order", "removed"))
         return replace(self, uploads=_uploads_of(request, form, name), order=order, removed=removed)
 
-    def arrange(self, attribute: Any, files: Iterable[AttachedFile], new: Sequence[Attachment]) -> list[Any]:
-        """Return the files that stay, in their order, and the new ones.
-
-        Raises:
-            RefusedError: There would be more than the collection takes.
-        """
-        kept = self._sorted([file for file in files if str(file.id) not in self.removed], lambda file: file.id)
+    def arrange(self, files: Iterable[AttachedFile] | None, new: Sequence[Attachment]) -> list[Any]:
+        """Return the files that stay, in their order, and the new ones."""
+        kept = self._sorted([file for file in files or () if str(file.id) not in self.removed], lambda file: file.id)
         refs = [one._state.ref for one in (*(file.file for file in kept), *new)]
         with readable():
-            cast(Any, declared_collection(attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
+            cast(Any, declared_collection(self.attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
         return [*kept, *new]
 
-    def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
+    def render(self, name: str, *, required: bool, invalid: bool) -> Markup:
         """Return the present files, to drag and to remove, and the input for new ones."""
         rows = Markup("").join(
             _ROW.format(name, view.key, render_files([view]), _checked(str(view.key) in self.removed), _UP)
             for view in self._sorted(self.views, lambda view: view.key)
         )
         present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
-        return _render_field(present + _render_chooser(name, column_type, Markup(" multiple")), invalid=invalid)
+        return _render_field(present + _render_chooser(name, self.attribute.type, Markup(" multiple")), invalid=invalid)
 
     def _sorted(self, items: Iterable[T], key_of: Callable[[T], int | None]) -> list[T]:
         ranks = {key: rank for rank, key in enumerate(self.order)}
         return sorted(items, key=lambda item: ranks.get(str(key_of(item)), len(ranks)))
+
+
+def form_of(attribute: Any, value: Any = None, views: Sequence[FileView] = ()) -> FormFile | FormFiles:
+    """Return the form of an attribute of a row that has a value, of which `views` are shown."""
+    return (FormFile if declared_collection(attribute) is None else FormFiles)(attribute, value, views)
 
 
 _RADIO = Markup(

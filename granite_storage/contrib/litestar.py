@@ -118,10 +118,11 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
         app_config.type_encoders = {**_ENCODERS, **(app_config.type_encoders or {})}
         app_config.exception_handlers = {
             StorageError: self._answer,
-            ClientDisconnect: _answer_nobody,
+            ClientDisconnect: lambda *_: Response(b"", status_code=400),
             **app_config.exception_handlers,
         }
-        app_config.dependencies = {self._dependency: Provide(self._provide), **app_config.dependencies}
+        provided = Provide(lambda: self._storage, sync_to_thread=False)
+        app_config.dependencies = {self._dependency: provided, **app_config.dependencies}
         app_config.signature_types = [StorageManager, UploadForm, *app_config.signature_types]
         app_config.lifespan = [self._run, *app_config.lifespan]
         return app_config
@@ -141,18 +142,15 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
 
     def to_openapi_schema(self, field_definition: FieldDefinition, schema_creator: SchemaCreator) -> Schema:
         """Return what a response shows of an attachment; Litestar calls it."""
+
+        def fields(**properties: Schema | Reference) -> Schema:
+            return Schema(type=OpenAPIType.OBJECT, properties=properties, required=list(properties))
+
         text, nothing, whole = (Schema(type=kind) for kind in (OpenAPIType.STRING, OpenAPIType.NULL, OpenAPIType.INTEGER))
-        optional = Schema(one_of=[text, nothing])
-        fields: dict[str, Schema | Reference] = {
-            "size": Schema(type=OpenAPIType.INTEGER, minimum=0),
-            "content_type": optional,
-            "original_filename": optional,
-            "checksum": text,
-        }
-        shown = Schema(type=OpenAPIType.OBJECT, properties=fields, required=list(fields))
+        optional, size = Schema(one_of=[text, nothing]), Schema(type=OpenAPIType.INTEGER, minimum=0)
+        shown = fields(size=size, content_type=optional, original_filename=optional, checksum=text)
         if field_definition.is_subclass_of((AttachedFile, AttachmentList)):
-            fields = {"id": whole, "caption": optional, "file": shown}
-            shown = Schema(type=OpenAPIType.OBJECT, properties=fields, required=list(fields))
+            shown = fields(id=whole, caption=optional, file=shown)
         if field_definition.is_subclass_of(AttachmentList):
             shown = Schema(type=OpenAPIType.ARRAY, items=shown)
         return Schema(one_of=[shown, nothing]) if field_definition.is_optional else shown
@@ -165,17 +163,10 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
                 await stack.enter_async_context(self._journal.worker())
             yield
 
-    async def _provide(self) -> StorageManager:
-        return self._storage
-
     def _answer(self, _: Request[Any, Any, Any], error: StorageError) -> Response[bytes]:
         problem = problem_response(error, retry_after=self._retry_after)
         headers = {name: value for name, value in problem.headers.items() if name not in ("content-length", "content-type")}
         return Response(bytes(problem.body), status_code=problem.status_code, headers=headers, media_type=problem.media_type)
-
-
-def _answer_nobody(_: Request[Any, Any, Any], __: ClientDisconnect) -> Response[bytes]:
-    return Response(b"", status_code=400)
 
 
 def _require_encodable(handler: HTTPRouteHandler) -> None:

@@ -24,7 +24,6 @@ from granite_storage.contrib._panels import FileAction, FormFile, FormFiles
 from granite_storage.exceptions import ContentRejectedError
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.collections import AttachedFile, AttachmentList, declared_collection
-from granite_storage.orm.columns import AttachmentType
 
 __all__ = ["AttachmentAdmin", "AttachmentConverter", "AttachmentField"]
 
@@ -36,18 +35,15 @@ class AttachmentField(FileField):  # type: ignore[misc]  # WTForms has no types
     """The file or the files of an attribute in a form; `AttachmentConverter` makes one for each.
 
     Args:
-        column_type: The type of the column of the files.
-        is_required: Whether the row must have a file.
-        is_collection: Whether it may have several.
+        attribute: The attribute of the model.
         **options: The options of a WTForms field.
     """
 
     data: FormFile | FormFiles | None
     errors: Any
 
-    def __init__(self, *, column_type: AttachmentType, is_required: bool, is_collection: bool, **options: Any) -> None:
-        self._column_type, self._is_required = column_type, is_required
-        self._empty = FormFiles() if is_collection else FormFile()
+    def __init__(self, *, attribute: Any, **options: Any) -> None:
+        self._empty = _panels.form_of(attribute)
         super().__init__(**options)
 
     def process_formdata(self, valuelist: list[Any]) -> None:
@@ -58,13 +54,13 @@ class AttachmentField(FileField):  # type: ignore[misc]  # WTForms has no types
         """Refuse a choice that contradicts itself, and a required file that is missing."""
         asked = self.data or self._empty
         asked.errors = self.errors  # to which `AttachmentAdmin` adds what a policy refuses
-        if problem := asked.problem(required=self._is_required):
+        if problem := asked.problem(required=asked.is_required):
             raise ValidationError(problem)
 
     def __call__(self, **_: Any) -> Markup:
         """Return the HTML."""
         form = self.data or self._empty
-        return form.render(self.name, self._column_type, required=self._is_required, invalid=bool(self.errors))
+        return form.render(self.name, required=form.is_required, invalid=bool(self.errors))
 
 
 class AttachmentConverter(ModelConverter):
@@ -81,9 +77,7 @@ class AttachmentConverter(ModelConverter):
 
 
 def _convert(*, model: type, prop: Any, kwargs: dict[str, Any]) -> AttachmentField:
-    is_collection = declared_collection(prop.class_attribute) is not None
-    is_required = not is_collection and not prop.columns[0].nullable
-    return AttachmentField(column_type=prop.class_attribute.type, is_required=is_required, is_collection=is_collection, **kwargs)
+    return AttachmentField(attribute=prop.class_attribute, **kwargs)
 
 
 class AttachmentAdmin(ModelView):
@@ -121,9 +115,13 @@ class AttachmentAdmin(ModelView):
         await self._read_files(request, None)
         return await super().create_context(request)
 
+    async def get_object_for_details(self, request: Request) -> Any:
+        """Return a row; a key that no row can have is answered with 404."""
+        return await _panels.existing(super().get_object_for_details(request))
+
     async def get_object_for_edit(self, request: Request) -> Any:
         """Read the files of the form before sqladmin does."""
-        row = await super().get_object_for_edit(request)
+        row = await _panels.existing(super().get_object_for_edit(request))
         await self._read_files(request, row)
         return row
 
@@ -156,8 +154,7 @@ class AttachmentAdmin(ModelView):
         """Serve a file of a row to those who may see or edit the row."""
         name = request.path_params["column"]
         shown = {*self._list_prop_names, *self._details_prop_names, *self._form_prop_names}.intersection(self._attached)
-        with _panels.existing():
-            row = await self.get_object_for_details(request) if name in shown else None
+        row = await self.get_object_for_details(request) if name in shown else None
         if row is None:
             raise HTTPException(404)
         if not (await self.check_can_view_details(request, row) or await self.check_can_edit(request, row)):
@@ -176,7 +173,7 @@ class AttachmentAdmin(ModelView):
 
     def _form_of(self, row: Any, name: str) -> FormFile | FormFiles:
         value, views = getattr(row, name, None), self._views(row, name, _editing.get())
-        return FormFiles(value, views) if name in self._collections else FormFile(value, views)
+        return _panels.form_of(getattr(self.model, name), value, views)
 
     def _views(self, row: Any, name: str, request: Request | None) -> list[_panels.FileView]:
         value, url = getattr(row, name, None), ""
@@ -195,12 +192,12 @@ class AttachmentAdmin(ModelView):
         forms = {key: value for key, value in data.items() if isinstance(value, FormFile | FormFiles)}
         async with _panels.discarded_unless_assigned(stored):
             for key, form in forms.items():
-                attribute = getattr(self.model, key)
                 try:
-                    new = await form.store(attribute, stored)
+                    new = await form.store(stored)
                     if isinstance(form, FormFiles):
-                        files = form.arrange(attribute, form.value or (), new)
-                        values[key] = [_copied(file) for file in files] if is_new else (form, new)
+                        files = form.arrange(form.value, new)
+                        copies = (file.copy() if isinstance(file, AttachedFile) else file for file in files)
+                        values[key] = list(copies) if is_new else (form, new)
                     elif is_new or form.action is not FileAction.KEEP:
                         values[key] = next(iter(new), form.value if form.action is FileAction.KEEP else None)
                 except _panels.RefusedError as error:
@@ -219,14 +216,10 @@ class AttachmentAdmin(ModelView):
         await type(self).on_model_change(self, data, model, is_created, request)
 
 
-def _copied(file: Attachment | AttachedFile) -> Attachment | AttachedFile:
-    return file.copy() if isinstance(file, AttachedFile) else file
-
-
 def _assign_at_commit(row: Any, key: str, form: FormFiles, new: list[Attachment]) -> None:
     """Change the files of a row where its session may load them: in the thread of a synchronous one."""
 
     def assign(_: Any) -> None:
-        setattr(row, key, form.arrange(getattr(type(row), key), getattr(row, key), new))
+        setattr(row, key, form.arrange(getattr(row, key), new))
 
     event.listen(object_session(row), "before_commit", assign, once=True)

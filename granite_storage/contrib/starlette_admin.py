@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from anyio.to_thread import run_sync
 from markupsafe import Markup
-from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -29,32 +28,18 @@ from starlette_admin.storage import FileInfo
 from starlette_admin.types import RequestAction
 
 from granite_storage.contrib import _panels
-from granite_storage.contrib._panels import FileAction, FileView, FormFile, FormFiles
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.collections import AttachedFile, AttachmentList, declared_collection
 from granite_storage.orm.columns import AttachmentType
 
 __all__ = ["AttachmentField", "AttachmentPlugin"]
 
-_KNOWN = "granite_storage"
 
-
-@dataclass(frozen=True, eq=False)
 class _File(FileInfo):
     """An attachment as starlette-admin takes a stored file: `to_dict` returns what the attribute of the row is set to."""
 
-    row: Any = None
-    attachment: Any = None
-    shown: Any = None
-
-    @classmethod
-    def of(cls, attachment: Attachment, row: Any = None, file: AttachedFile | None = None) -> Self:
-        name = attachment.original_filename or "file" if attachment._state.error is None else "unreadable"
-        return cls(name, "", 0, "", "", row=row, attachment=attachment, shown=file or attachment)
-
     def to_dict(self) -> Any:
-        return self.attachment
+        return self.extra["attachment"]
 
 
 class _Storage:
@@ -62,6 +47,10 @@ class _Storage:
 
     async def save(self, upload: Any, dest: str) -> Any:
         return upload
+
+
+def _file(attachment: Attachment, view: _panels.FileView | None = None) -> _File:
+    return _File("file", "", 0, "", "", extra={"attachment": attachment, "view": view})
 
 
 @dataclass(init=False)
@@ -81,14 +70,13 @@ class AttachmentField(FileField):
     def __init__(self, attribute: Any, *, preview: str | None = None, **options: Any) -> None:
         if not _panels.is_attached(attribute):
             raise ConfigurationError(f"AttachmentField takes an attribute of attachments such as User.avatar, not {attribute}")
-        self.attribute = attribute
-        self.preview = preview
-        is_collection = declared_collection(attribute) is not None
-        required = not is_collection and not attribute.type.column.nullable
-        page, form = (f"plugins/{AttachmentPlugin.name}/{name}.html" for name in ("file", "form"))
-        templates = {"list_template": page, "detail_template": page, "form_template": form}
-        defaults = {"name": attribute.key, "required": required, "multiple": is_collection, "max_size": None, **templates}
-        super().__init__(**{"help_text": attribute.type.column.comment, **defaults, "storage": _Storage(), **options})
+        self.attribute, self.preview = attribute, preview
+        page, template = (f"plugins/{AttachmentPlugin.name}/{name}.html" for name in ("file", "form"))
+        templates = {"list_template": page, "detail_template": page, "form_template": template}
+        form = _panels.form_of(attribute)
+        kind = {"required": form.is_required, "multiple": isinstance(form, _panels.FormFiles), "max_size": None}
+        named = {"name": attribute.key, "help_text": attribute.type.column.comment, "storage": _Storage()}
+        super().__init__(**{**named, **kind, **templates, **options})
 
     async def parse_form_data(self, request: Request, form_data: FormData) -> Any:
         """Return what the form asks for, and whether the present file goes, as a `FileField` does.
@@ -96,12 +84,15 @@ class AttachmentField(FileField):
         Raises:
             ValueError: It is the form of a row within the form of another one, and takes several files.
         """
-        is_inline, is_edited = self.id != self.name, request.state.action is RequestAction.EDIT
-        if is_inline and self.multiple:
+        known: _Known = request.state.granite_storage
+        if self.id == self.name:
+            value, views = await self.read(request, next(iter(known.rows), None))
+        elif self.multiple:
             raise ValueError("Several files cannot be edited in an inline row: edit the row on its own page.")
-        has_row = form_data.get(f"{self.id.removesuffix(self.name)}pk") if is_inline else is_edited or None
-        form = (FormFiles if self.multiple else FormFile)(has_row or None).read(request, form_data, self.id)
-        return form, isinstance(form, FormFile) and form.action is FileAction.CLEAR
+        else:
+            value, views = form_data.get(f"{self.id.removesuffix(self.name)}pk") or None, []
+        known.forms[self.id] = form = _panels.form_of(self.attribute, value, views).read(request, form_data, self.id)
+        return form, False
 
     async def validate(self, request: Request, value: Any, form_values: dict[str, Any]) -> None:
         """Store the new files, so that what a policy refuses is said at the field; they are deleted unless the row is committed.
@@ -109,88 +100,63 @@ class AttachmentField(FileField):
         Raises:
             ValueError: The form asks for something impossible, or a file is refused.
         """
-        form, cleared = value
+        form: _panels.FormFile | _panels.FormFiles = value[0]
         if problem := form.problem(required=bool(self.required)):
             raise ValueError(problem)
         for upload in form.uploads:
             await self._run_validators(request, self.validators, upload, form_values)
-        new = await form.store(self.attribute, _known(request).stored)
-        if isinstance(form, FormFiles) and form.value is None:
-            form.arrange(self.attribute, (), new)
-        elif isinstance(form, FormFiles):
-            _known(request).changes[id(self)], new = (form, new), []
-        files = [_File.of(one) for one in new]
-        form_values[self.name] = files if self.multiple else next(iter(files), None), cleared
+        new = await form.store(request.state.granite_storage.stored)
+        infos = [_file(one) for one in form.arrange(form.value, new)]
+        cleared = not isinstance(form, _panels.FormFile) or form.action is _panels.FileAction.CLEAR
+        form_values[self.name] = infos if self.multiple else next(iter(infos), None), cleared
 
     async def parse_obj(self, request: Request, obj: Any) -> Any:
-        """Return the attachment of a row with the row; for a collection, its files as the form that is being saved wants them."""
-        value = await _load(request, obj, self.name) if self.multiple else await super().parse_obj(request, obj)
-        if isinstance(value, Attachment):
-            return _File.of(value, obj)
-        if not isinstance(value, AttachmentList):
-            return value
-        form, new = _known(request).changes.get(id(self), (None, ()))
-        if form is None:
-            return [_File.of(one.file, obj, one) for one in value]
-        try:
-            return form.arrange(self.attribute, value, new)
-        except _panels.RefusedError as error:
-            raise FormValidationError({self.name: str(error)}) from error
+        """Return the attachment of a row, or what is shown of the files of a collection."""
+        value, views = await self.read(request, obj)
+        return _file(value, views[0]) if isinstance(value, Attachment) else views if self.multiple else None
+
+    async def read(self, request: Request, row: Any) -> tuple[Any, list[_panels.FileView]]:
+        """Return the value of the attribute of a row, which is loaded where it is not yet, and what is shown of it."""
+        if row is None:
+            return None, []
+        session = request.state.session
+        run = session.run_sync if isinstance(session, AsyncSession) else run_sync
+        value = await run(lambda *_: getattr(row, self.name))
+        url = await request.state.granite_storage.plugin.url(request, row, self.name) if value else ""
+        return value, _panels.views_of(value, url, self.preview)
 
     async def serialize_value(self, request: Request, value: Any) -> Any:
         """Return what pages show of the files, and their names for exports and look-ups."""
-        files: list[_File] = value if isinstance(value, list) else [value]
+        views: list[_panels.FileView] = value if isinstance(value, list) else [value.extra["view"]]
         if request.state.action in (RequestAction.EXPORT, RequestAction.RELATION_LOOKUP):
-            return ", ".join(str(one.attachment) for one in files)
-        urls = [await _known(request).plugin.url(request, one.row, self.name) for one in files]
-        views = [FileView.of(one.shown, url, self.preview) for one, url in zip(files, urls, strict=True)]
-        _known(request).views |= dict.fromkeys(urls, views)
+            return ", ".join(view.name for view in views)
         return [asdict(view) for view in views]  # which may become JSON
 
     def render_files(self, data: list[dict[str, Any]]) -> Markup:
         """Return the HTML of a list or of details."""
-        return _panels.render_files(FileView(**view) for view in data)
+        return _panels.render_files(_panels.FileView(**view) for view in data)
 
     def render_form(self, request: Request, data: Any, error: Any) -> Markup:
         """Return the HTML of the form; one that is shown again shows the present file, and the choice that was made."""
-        asked = data[0] if isinstance(data, tuple) else None
-        form = asked if isinstance(asked, FormFile | FormFiles) else (FormFiles if self.multiple else FormFile)()
-        key, pk = request.path_params["key"], request.query_params.get("pk")
-        shown = _known(request).views.get(_url(request, key, self.name, pk), ())
-        form.views = [FileView(**view) for view in data] if isinstance(data, list) else shown
-        chooser = form.render(self.id, self.attribute.type, required=bool(self.required), invalid=error is not None)
-        problem = Markup('<div class="invalid-feedback" id="{}-error">{}</div>').format(self.id, error) if error else ""
-        return chooser + problem + Markup('<small class="form-hint">{}</small>').format(self.help_text or "")
+        asked = request.state.granite_storage.forms.get(self.id)
+        form = asked or _panels.form_of(self.attribute, views=[_panels.FileView(**view) for view in data or ()])
+        return form.render(self.id, required=bool(self.required), invalid=error is not None)
 
 
 @dataclass
 class _Known:
-    """What a request has stored, what it shows by the address of the files, and what becomes of collections by their fields."""
+    """What is known of a request: the rows that it has found, first that of its page, what it has stored, and its forms."""
 
     plugin: AttachmentPlugin
+    rows: list[Any] = field(default_factory=list)
     stored: list[Attachment] = field(default_factory=list)
-    views: dict[str, list[FileView]] = field(default_factory=dict)
-    changes: dict[int, tuple[FormFiles, list[Attachment]]] = field(default_factory=dict)
+    forms: dict[str, _panels.FormFile | _panels.FormFiles] = field(default_factory=dict)
 
 
-def _known(request: Request) -> _Known:
-    known: _Known = request.scope["state"][_KNOWN]
-    return known
-
-
-def _url(request: Request, key: Any, name: str, pk: Any) -> str:
-    route = f"{request.app.state.ROUTE_NAME}:plugin:{AttachmentPlugin.name}:file"
-    return str(request.url_for(route, key=key, field=name).include_query_params(pk=pk))
-
-
-async def _load(request: Request, row: Any, name: str) -> Any:
-    """Return a collection, which a session loads where it is not loaded yet."""
-    session = request.state.session
-    if name in inspect(row).dict:
-        return getattr(row, name)
-    if isinstance(session, AsyncSession):
-        return await session.run_sync(lambda _: getattr(row, name))
-    return await run_sync(getattr, row, name)
+async def _find(find: Callable[..., Any], request: Request, pk: Any) -> Any:
+    row = await _panels.existing(find(request, pk))
+    request.state.granite_storage.rows.append(row)
+    return row
 
 
 async def _handle_exception(view: ModelView, handle: Callable[..., Any], request: Request, error: Exception) -> None:
@@ -220,16 +186,17 @@ class AttachmentPlugin(BasePlugin):
         register_converter(AttachmentType)(lambda *, name, column, **_: AttachmentField(column, name=name))
 
     def on_mount(self, admin: BaseAdmin) -> None:
-        """Let the forms of views with attachments say what the storage or the database refuses."""
+        """Let the forms of views with attachments say what the storage or the database refuses, and no key be an error."""
         for view in admin._model_views:
             for one in (view, *view._inline_instances):
                 if isinstance(one, ModelView) and any(isinstance(field, AttachmentField) for field in one._all_fields):
-                    # On the instance, which the application's class may have a hook of its own for.
+                    # On the instance, which the application's class may have hooks of its own for.
+                    vars(one)["find_by_pk"] = partial(_find, one.find_by_pk)
                     vars(one)["handle_exception"] = partial(_handle_exception, one, one.handle_exception)
 
     def middlewares(self) -> Sequence[Middleware]:
         """Return what deletes the files of forms that were refused."""
-        return [Middleware(_Discarding, plugin=self)]
+        return [Middleware(_discarding, plugin=self)]
 
     def routes(self) -> Sequence[Route | Mount]:
         """Return the route of the files."""
@@ -238,30 +205,29 @@ class AttachmentPlugin(BasePlugin):
     async def url(self, request: Request, row: Any, name: str) -> str:
         """Return where a file of a row is served; an empty string where no view of the row's model is registered."""
         view = next((one for one in self._admin._model_views if getattr(one, "model", None) is type(row)), None)
-        return "" if view is None else _url(request, view.key, name, await view.get_pk_value(request, row))
+        if view is None:
+            return ""
+        pk, route = await view.get_pk_value(request, row), f"{request.app.state.ROUTE_NAME}:plugin:{self.name}:file"
+        return str(request.url_for(route, key=view.key, field=name).include_query_params(pk=pk))
 
     async def _serve(self, request: Request) -> Response:
         request.state.action = RequestAction.DETAIL  # what `find_by_pk` and the fields look at
         view = self._admin._find_view_by_key(request.path_params["key"])
-        allowed = {RequestAction.DETAIL: view.can_view_detail, RequestAction.EDIT: view.can_edit}
-        actions = [action for action, may in allowed.items() if may(request)] if view.is_accessible(request) else []
-        if not actions:
+        checks = ((RequestAction.DETAIL, view.can_view_detail), (RequestAction.EDIT, view.can_edit))
+        fields = [one for action, may in checks if may(request) for one in view.get_fields_list(request, action=action)]
+        if not fields or not view.is_accessible(request):
             raise HTTPException(403)
-        name, pk = request.path_params["field"], request.query_params.get("pk")
-        fields = [one for action in actions for one in view.get_fields_list(request, action=action)]
-        is_shown = any(isinstance(one, AttachmentField) and one.name == name for one in fields)
-        with _panels.existing():
-            row = await view.find_by_pk(request, pk) if is_shown else None
-        return _panels.serve(await _load(request, row, name) if row is not None else None, request)
+        named = (one for one in fields if isinstance(one, AttachmentField) and one.name == request.path_params["field"])
+        if (found := next(named, None)) is None:
+            raise HTTPException(404)
+        row = await view.find_by_pk(request, request.query_params.get("pk"))
+        return _panels.serve((await found.read(request, row))[0], request)
 
 
-class _Discarding:
-    """Deletes what a request has stored and no row refers to at its end."""
-
-    def __init__(self, app: ASGIApp, plugin: AttachmentPlugin) -> None:
-        self._app, self._plugin = app, plugin
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = scope.setdefault("state", {})[_KNOWN] = _Known(self._plugin)
+def _discarding(app: ASGIApp, plugin: AttachmentPlugin) -> ASGIApp:
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        known = scope.setdefault("state", {})["granite_storage"] = _Known(plugin)
         async with _panels.discarded_unless_assigned(known.stored):
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
+
+    return call

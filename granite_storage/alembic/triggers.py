@@ -19,6 +19,7 @@ from granite_storage.orm.journal.triggers import (
     find_sources,
     has_current_triggers,
     has_some_triggers,
+    require_rolled_out,
 )
 
 if TYPE_CHECKING:
@@ -49,15 +50,17 @@ def create_storage_triggers(
         journal_schema: The schema of the journal's tables, as passed to `journal_tables`.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, a table has no primary key, or the migration is rendered as SQL.
+        ConfigurationError: The database is not PostgreSQL, a table has no primary key, a worker of an older version was at work
+            lately, or the migration is rendered as SQL.
     """
     connection = require_online(op, "creating triggers")
     metadata = MetaData()
     columns = _declare(connection, metadata, tables)
     others = _declare(connection, metadata, plain or {})
-    create_triggers(
-        connection, find_sources(connection, columns, [*columns, *others], journal_tables(metadata, schema=journal_schema))
-    )
+    journal = journal_tables(metadata, schema=journal_schema)
+    sources = find_sources(connection, columns, [*columns, *others], journal)
+    require_rolled_out(connection, sources, journal)
+    create_triggers(connection, sources)
 
 
 def drop_storage_triggers(op: Op, tables: Iterable[str]) -> None:

@@ -21,8 +21,16 @@ from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings, are_triggers_declared
-from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
-from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
+from granite_storage.orm.journal.database import (
+    JournalPool,
+    KnownSchemas,
+    accept_gap,
+    beat,
+    check_database,
+    find_older_worker,
+    note_retentions,
+)
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
@@ -200,18 +208,21 @@ class StorageJournal:
     async def find_trigger_problems(self) -> list[str]:
         """Return what is wrong with the triggers that `storage_triggers` declares, in words, table by table; `check` logs it.
 
-        A trigger may be missing, from a partition that was made since, disabled, or of another version of the library.
+        A trigger may be missing, from a partition that was made since, disabled, or of another version of the library. A worker
+        of an older version beside them is a problem as well.
         """
         declared = [item.metadata for item in self._bindings if are_triggers_declared(item.metadata)]
         if not declared:
             return []
 
         def find(connection: Connection) -> list[str]:
-            return [
+            older = find_older_worker(connection, self.tables)
+            found = [
                 problem
                 for item in dict.fromkeys(declared)
                 for problem in find_trigger_problems(connection, sources_of(connection, item))
             ]
+            return list(dict.fromkeys(([] if older is None else [older]) + found))
 
         async with self._bounded.reading() as connection:
             return await connection.run_sync(find)
@@ -229,6 +240,7 @@ class StorageJournal:
         Raises:
             InvalidReferenceError: One of them is not a `StoredObjectRef`.
             ObjectNotFoundError: An object does not exist; load none of the rows.
+            StaleAttachmentError: A worker is deleting an object; load none of the rows.
             ConfigurationError: As `check`.
         """
         await self._ensure_checked()
@@ -244,9 +256,8 @@ class StorageJournal:
         await self._require_objects(adopted)
         seconds = self._lease.total_seconds()
         pending = [PendingDelete(*place, seconds, source) for place, (_, source) in objects.items()]
-        async with self._bounded.durable() as connection:
-            await connection.run_sync(nominate, self.tables.intent, pending, self.execution_options)
-        # A worker may have deleted one in between: its intent must not be evidence for a row.
+        await self.intents.adopt(pending, self._lease)
+        # A worker may have deleted one before that: its intent must not be evidence for a row.
         await self._require_objects(adopted, withdraw=True)
 
     async def _require_objects(self, refs: Iterable[StoredObjectRef], *, withdraw: bool = False) -> None:
@@ -279,7 +290,7 @@ class StorageJournal:
         are retried by later passes, at growing intervals.
 
         Raises:
-            ConfigurationError: As `check`.
+            ConfigurationError: As `check`, or a table of the models cannot be found; nothing of a backend was deleted then.
         """
         await self._ensure_fit_for_workers()
         report = RecoveryReport()
@@ -291,11 +302,10 @@ class StorageJournal:
             done.add(await self._jobs(EffectJobs).call_effects(backend))
             return done
 
-        async with asyncio.TaskGroup() as group:
-            works = (work(backend) for work in (self._recover, do_jobs) for backend in self.manager.backends)
-            passes = [group.create_task(work) for work in works]
+        works = (work(backend) for work in (self._recover, do_jobs) for backend in self.manager.backends)
+        passes = await _run_together(works)
         for done in passes:
-            report.add(done.result())
+            report.add(done)
         report.failed.clear()  # they are counted with what failed before
         for recovery in self._recoveries():
             await recovery.count_waiting(report)
@@ -518,7 +528,7 @@ class StorageJournal:
         try:
             for recovery in self._recoveries(self._hurried):
                 await recovery.settle(ids)
-        except (BackendUnavailableError, DBAPIError):
+        except (BackendUnavailableError, ConfigurationError, DBAPIError):
             with suppress(BackendUnavailableError, DBAPIError):  # the lease ends by itself then
                 await self.intents.expire(ids)
                 self._alarm.ring()
@@ -659,6 +669,21 @@ class SyncJournal:
 
     def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
         return run_blocking(work, f"journal.sync.{name}", f"'await journal.{name}(...)'")
+
+
+async def _run_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines at the same time; a `ConfigurationError` of one is raised as it is, which says all that there is to do."""
+    refusal: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except* ConfigurationError as errors:
+        refusal = errors
+        while isinstance(refusal, BaseExceptionGroup):
+            refusal = refusal.exceptions[0]
+    if refusal is not None:
+        raise refusal
+    return [task.result() for task in tasks]
 
 
 def _tables_for(metadata: MetaData) -> JournalTables:

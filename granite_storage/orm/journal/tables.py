@@ -26,6 +26,7 @@ __all__ = [
     "STAGING",
     "UPLOAD",
     "VERSION_NAME",
+    "WORKER_VERSION",
     "FailedReclaim",
     "RecoveryReport",
     "clock",
@@ -38,6 +39,12 @@ SCHEMA_VERSION = 2
 """The version of the tables that this code requires; stored in the table `granite_storage_meta`.
 
 Version 2 added `granite_storage_job`, and to the intents and their reclaims the location of the original of what is derived.
+"""
+
+WORKER_VERSION = 2
+"""The version of what a worker does; each notes it with its heartbeat.
+
+Version 2 expects objects that rows share, which triggers need; version 1 notes none.
 """
 
 VERSION_NAME = "schema_version"

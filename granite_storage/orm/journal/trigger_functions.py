@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from granite_storage.orm.columns import fitting_name
+from granite_storage.orm.journal.gone_columns import comment_of
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
 
 __all__ = ["CLAIMED", "TRIGGERS", "GuardedTable", "Holder", "TriggerSource", "quoted"]
@@ -139,7 +140,13 @@ $granite$"""
                 for what, body in bodies.items()
             ]
             + [f"REVOKE EXECUTE ON FUNCTION {self.table.function(what)}() FROM PUBLIC" for what in bodies]
+            + [f"COMMENT ON FUNCTION {self.table.function('delete')}() IS {_literal(comment_of(self._named))}"]
         )
+
+    @property
+    def _named(self) -> list[tuple[str, str, str]]:
+        own = [(self.table.schema, self.table.name, name) for name in (*self.table.keys, *self.table.columns)]
+        return own + [(holder.schema, holder.table, holder.column) for holder in self.holders]
 
     def triggers(self, relation: str, *, is_parent: bool) -> list[str]:
         """Return the statements that create the triggers of a relation, or replace them.

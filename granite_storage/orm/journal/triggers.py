@@ -12,6 +12,8 @@ from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_tri
 from granite_storage.orm._util import UNTRANSLATED
 from granite_storage.orm.columns import attachment_tables, location_index_name
 from granite_storage.orm.discovery import resolve
+from granite_storage.orm.journal.database import require_current_workers
+from granite_storage.orm.journal.gone_columns import find_gone_columns
 from granite_storage.orm.journal.tables import tables_of
 from granite_storage.orm.journal.trigger_functions import TRIGGERS, GuardedTable, Holder, TriggerSource, quoted
 
@@ -22,6 +24,7 @@ __all__ = [
     "find_trigger_problems",
     "has_current_triggers",
     "has_some_triggers",
+    "require_rolled_out",
     "sources_of",
     "storage_triggers",
 ]
@@ -38,8 +41,8 @@ def storage_triggers(metadata: MetaData) -> None:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is not PostgreSQL, or a table has
-            no primary key.
+        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is not PostgreSQL, a table has no
+            primary key, or a worker of an older version was at work lately.
 
     Example:
         ```python
@@ -56,7 +59,9 @@ def storage_triggers(metadata: MetaData) -> None:
 
 
 def _after_create(metadata: MetaData, connection: Connection, **_: Any) -> None:
-    create_triggers(connection, sources_of(connection, metadata))
+    sources = sources_of(connection, metadata)
+    require_rolled_out(connection, sources, tables_of(metadata))
+    create_triggers(connection, sources)
 
 
 def _before_drop(metadata: MetaData, connection: Connection, *, tables: Iterable[Table], **_: Any) -> None:
@@ -128,6 +133,16 @@ def _keys_of(table: Table) -> tuple[str, ...]:
     return tuple(column.name for column in table.primary_key)
 
 
+def require_rolled_out(connection: Connection, sources: Iterable[TriggerSource], journal: JournalTables | None) -> None:
+    """Refuse to create or replace triggers beside workers of an older version.
+
+    Raises:
+        ConfigurationError: One was at work lately, and triggers are to be created.
+    """
+    if journal is not None and not all(has_current_triggers(connection, source) for source in sources):
+        require_current_workers(connection, journal)
+
+
 def create_triggers(connection: Connection, sources: Iterable[TriggerSource]) -> None:
     """Create triggers that are missing, or replace those of another version or for other columns; and the indexes they need."""
     for source in sources:
@@ -154,7 +169,8 @@ def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
 
 def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSource]) -> list[str]:
     """Return what is wrong with triggers and their indexes, in words, relation by relation."""
-    problems: list[str] = []
+    sources = list(sources)
+    problems = find_gone_columns(connection, {source.table.schema for source in sources})
     for source in sources:
         for relation, found in _read(connection, source.table).items():
             problems += _describe(relation, found, source.digest)

@@ -39,6 +39,7 @@ from tests.orm.journal.guarded import (
 )
 from tests.orm.journal.sharing import steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, rows
+from tests.orm.journal.test_rollout import beat_without_version, forget
 
 
 @pytest.fixture(scope="session", params=["asyncpg", "psycopg"])
@@ -81,6 +82,7 @@ async def fill(env: OrmEnvironment) -> dict[str, StoredObjectRef]:
     return {name: instance.file.ref for name, instance in names.items()}
 
 
+COPIED = """UPDATE {} SET file = '{{"location"\\: "a"}}'"""
 TAKEN_OUT = {
     "DELETE FROM doc": {"doc", "second"},
     "DELETE FROM doc WHERE id = 1": {"doc"},
@@ -575,6 +577,73 @@ class TestChecks:
             assert await self.told_by_doctor(env) == [CheckResult.GOOD]
         finally:
             await env.sql("DROP TABLE part_3")
+
+    async def test_they_wait_for_older_workers(self, env: OrmEnvironment) -> None:
+        async def create() -> None:
+            async with env.engine.begin() as connection:
+                await connection.run_sync(Base.metadata.create_all)
+
+        await forget(env)
+        async with env.engine.begin() as connection:
+            await beat_without_version(connection, env)
+        await create()  # there is nothing to create
+        [problem] = await self.problems(env)
+        assert problem.startswith("a worker of an older version")
+        await env.sql("DROP TRIGGER granite_storage_delete ON doc")
+        with pytest.raises(ConfigurationError, match="a worker of an older version") as caught:
+            await create()
+        assert str(caught.value.docs).endswith("guarantees.html#rollout")
+        async with env.engine.connect() as connection:
+            made = "SELECT count(*) FROM pg_trigger WHERE tgname = 'granite_storage_delete' AND tgrelid = to_regclass('doc')"
+            assert await connection.scalar(text(made)) == 0
+        await forget(env)
+        await create()
+        assert await self.problems(env) == []
+
+    @pytest.mark.parametrize(
+        ("renamed", "back", "write", "relations", "gone"),
+        [
+            (
+                "doc RENAME file TO document",
+                "doc RENAME document TO file",
+                "DELETE FROM doc",
+                "doc",
+                "the column file of public.doc",
+            ),
+            (
+                "link RENAME TO links",
+                "links RENAME TO link",
+                COPIED.format("parent"),
+                "child, public.doc",
+                "the table public.link",
+            ),
+            (
+                "parent RENAME TO parents",
+                "parents RENAME TO parent",
+                COPIED.format("parents"),
+                "parents",
+                "the table public.parent",
+            ),
+        ],
+    )
+    async def test_what_is_renamed(
+        self, env: OrmEnvironment, renamed: str, back: str, write: str, relations: str, gone: str
+    ) -> None:
+        """The functions name it still: whoever writes the rows fails, so it is told in plain words."""
+        await stored(env, Doc(id=1, file=file("a")), Parent(id=1, file=file("b")))
+        await env.sql(f"ALTER TABLE {renamed}")
+        try:
+            [said] = [problem for problem in await self.problems(env) if gone in problem]
+            assert f"public.{relations}" in said.partition(" name ")[0]
+            assert "which is gone" in said
+            assert "create the triggers again" in said
+            assert CheckResult.BAD in await self.told_by_doctor(env)
+            with pytest.raises(DBAPIError) as caught:
+                await run(env, write)
+            assert code_of(caught.value) in ("42703", "42P01")
+        finally:
+            await env.sql(f"ALTER TABLE {back}")
+        assert await self.problems(env) == []
 
     async def test_they_are_dropped_with_their_tables(self, env: OrmEnvironment) -> None:
         metadata = MetaData(schema="apart")

@@ -289,6 +289,62 @@ class TestGuard:
                     await connection.commit()
 
 
+class TestUploadsThatStayPending:
+    """Above READ COMMITTED a session decides on its upload, whose intent stays until its lease is over, beside the row."""
+
+    @pytest.fixture
+    async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
+        async with env.sessions() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            doc = Doc(id=1, file=file("a"))
+            session.add(doc)
+            await session.commit()
+        assert [row.kind for row in await rows(env, "intent")] == ["upload"]
+        assert doc.file is not None
+        return doc.file.ref
+
+    @pytest.mark.parametrize("statement", ["INSERT INTO parent VALUES (1, {ref})", "UPDATE parent SET file = {ref}"])
+    async def test_whoever_locks_it_keeps_the_object(self, env: OrmEnvironment, ref: StoredObjectRef, statement: str) -> None:
+        if statement.startswith("UPDATE"):
+            await env.add(Parent(id=1))
+        async with env.engine.begin() as connection:
+            await run(connection, statement, ref=ref)
+            await run(env, "DELETE FROM doc")
+            assert (await journal_of(env).recover()).claimed == 0
+        assert (await journal_of(env).recover()).deleted == 0
+        assert await env.objects() == {ref.location}
+
+    async def test_an_older_snapshot_of_it(
+        self, env: OrmEnvironment, ref: StoredObjectRef, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was fenced since is not seen; but the intent has changed since."""
+        async with env.engine.connect() as connection:
+            await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            await connection.execute(text("SELECT 1 FROM doc"))
+            await run(env, "DELETE FROM doc")
+            with steps_are_watched(monkeypatch):
+                async with worker(env, "_remove"):
+                    with pytest.raises(DBAPIError) as caught:
+                        await run(connection, "INSERT INTO parent VALUES (1, {ref})", ref=ref)
+                    assert code_of(caught.value) == "40001"
+
+    async def test_while_another_one_decides(self, env: OrmEnvironment) -> None:
+        """Its snapshot is older than the intent, so it holds no lock on that, but on its decision."""
+        async with env.sessions() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            stored = await Attachment(b"a").store(Doc.file)
+            await run(env, "INSERT INTO parent VALUES (1, {ref})", ref=stored.ref)
+            session.add(Doc(id=1, file=stored))
+            await session.flush()
+            await run(env, "DELETE FROM parent")
+            assert (await journal_of(env).recover()).claimed == 0
+            await session.commit()
+        assert (await journal_of(env).recover()).deleted == 0
+        assert await env.objects() == {stored.ref.location}
+
+
 async def copy_in(env: OrmEnvironment, number: int, ref: StoredObjectRef) -> None:
     """Load a row into `parent` by COPY, as the driver does it."""
     row = (number, json.dumps(ref.to_dict()))

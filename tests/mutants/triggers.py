@@ -50,7 +50,6 @@ MUTANTS = [
         new="            if False:",
         tests=(f"{_TESTS}::TestUploadsThatStayPending::test_an_older_snapshot_of_it[asyncpg]",),
     ),
-    ),
     Mutant(
         name="trigger-undecided-uploads-beside",
         rule="A worker fences nothing about an object whose upload a transaction in progress has decided for.",

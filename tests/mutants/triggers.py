@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-_SQL = "granite_storage/orm/journal/trigger_functions.py"
+_SQL = "granite_storage/orm/journal/_postgresql_triggers.py"
 _TESTS = "tests/orm/journal/test_storage_triggers.py"
 
 MUTANTS = [

@@ -12,8 +12,8 @@ from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_tri
 from granite_storage.orm._util import UNTRANSLATED
 from granite_storage.orm.columns import attachment_tables, location_index_name
 from granite_storage.orm.discovery import resolve
+from granite_storage.orm.journal._postgresql_triggers import TRIGGERS, GuardedTable, Holder, TriggerSource, quoted
 from granite_storage.orm.journal.tables import tables_of
-from granite_storage.orm.journal.trigger_functions import TRIGGERS, GuardedTable, Holder, TriggerSource, quoted
 
 __all__ = [
     "create_triggers",

@@ -32,7 +32,7 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -191,7 +191,7 @@ class StorageJournal:
                 backend,
                 extra=fields_of(backend=backend),
             )
-        if self._pool.is_postgresql:
+        if self._pool.is_postgresql or any(triggers_work(self._pool.dialect, item.metadata) for item in self._bindings):
             await note_retentions(self._bounded, self.tables, self.manager.policies.values())
             for problem in await self.find_trigger_problems():
                 logger.warning("SQL past the sessions is not covered: %s", problem)

@@ -19,6 +19,7 @@ from granite_storage.orm.journal.triggers import (
     find_sources,
     has_current_triggers,
     has_some_triggers,
+    have_triggers,
     require_rolled_out,
 )
 
@@ -145,7 +146,7 @@ def _render_drop(autogen_context: AutogenContext, operation: _DropTriggersOp) ->
 def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
     """Let a migration drop triggers before the columns that they depend on, and create what the models declare after all else."""
     connection, metadata = autogen_context.connection, autogen_context.metadata
-    if connection is None or connection.dialect.name != "postgresql" or not isinstance(metadata, MetaData):
+    if connection is None or not have_triggers(connection.dialect.name) or not isinstance(metadata, MetaData):
         return
     journal = tables_of(metadata)
     if journal is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-_SQL = "granite_storage/orm/journal/trigger_functions.py"
+_SQL = "granite_storage/orm/journal/_postgresql_triggers.py"
 _TESTS = "tests/orm/journal/test_storage_triggers.py"
 
 MUTANTS = [
@@ -94,8 +94,9 @@ MUTANTS = [
         name="trigger-uploads-not-claimed",
         rule="A session whose snapshot does not see its uploads decides on them before it writes their rows.",
         path="granite_storage/orm/journal/intents.py",
-        old="""if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":""",
-        new="if ids:",
+        old="""if self._pool.is_postgresql:
+            self._claim_unseen(connection, ids)""",
+        new="return",
         tests=(f"{_TESTS}::TestSessions::test_an_older_snapshot[asyncpg-REPEATABLE READ]",),
     ),
     Mutant(

@@ -560,7 +560,7 @@ def _silence(last: Row[Any, Any, Any]) -> timedelta | None:
     return silence if silence > _longest_silence(last) else None
 
 
-def _longest_silence(last: Row[Any]) -> timedelta:
+def _longest_silence(last: Row[Any, Any, Any]) -> timedelta:
     expected = timedelta(seconds=float(last.value)) if last.value.isdigit() else timedelta(0)
     return max(_SHORTEST_GAP, _MISSED * expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from sqlalchemy import Connection, bindparam, text
+from sqlalchemy import Connection, text
 
 from granite_storage.orm._util import UNTRANSLATED
 
@@ -19,10 +19,10 @@ def comment_of(columns: Iterable[tuple[str, str, str]]) -> str:
     return _BEGINNING + json.dumps([list(column) for column in sorted(set(columns))])
 
 
-def find_gone_columns(connection: Connection, schemas: Iterable[str]) -> list[str]:
-    """Return in words which triggers name columns that are gone, in some schemas and in the default one."""
+def find_gone_columns(connection: Connection, schema: str) -> list[str]:
+    """Return in words which triggers of the tables of a schema name columns that are gone."""
     relations: dict[str, list[str]] = {}
-    rows = connection.execute(_GONE, {"schemas": sorted({*schemas, ""})}, execution_options=UNTRANSLATED)
+    rows = connection.execute(_GONE, {"schema": schema}, execution_options=UNTRANSLATED)
     for schema, table, column, has_table, relation in rows:
         gone = f"the column {column} of {schema}.{table}" if has_table else f"the table {schema}.{table}"
         if relation not in (found := relations.setdefault(gone, [])):
@@ -49,11 +49,11 @@ _GONE = text("""
     CROSS JOIN LATERAL jsonb_array_elements(
         CASE WHEN starts_with(d.said, :beginning) THEN CAST(split_part(d.said, :beginning, 2) AS jsonb) ELSE '[]' END
     ) x(place)
-    WHERE t.tgname = 'granite_storage_delete' AND (n.nspname IN :schemas OR n.nspname = current_schema())
+    WHERE t.tgname = 'granite_storage_delete' AND n.nspname = :schema
         AND NOT EXISTS (
             SELECT FROM pg_class k JOIN pg_namespace m ON m.oid = k.relnamespace JOIN pg_attribute a ON a.attrelid = k.oid
             WHERE m.nspname = x.place ->> 0 AND k.relname = x.place ->> 1 AND a.attname = x.place ->> 2
                 AND a.attnum > 0 AND NOT a.attisdropped
         )
     ORDER BY 1, 2, 3, 5
-""").bindparams(bindparam("schemas", expanding=True), beginning=_BEGINNING)
+""").bindparams(beginning=_BEGINNING)

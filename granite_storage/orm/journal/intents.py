@@ -37,13 +37,14 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, codes_of, insert_rows, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
+from granite_storage.orm.journal.triggers import triggers_work
 from granite_storage.refs import iter_refs
 
 if TYPE_CHECKING:
@@ -223,7 +224,13 @@ class Intents:
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
         """
-        if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":
+        if not self._has_triggers:
+            return
+        if self._pool.is_postgresql:
+            self._claim_unseen(connection, ids)
+
+    def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        if connection.execute(_LEVEL).scalar_one() == "read committed":
             return
         intent, options = self._tables.intent, self._pool.options
         seen = connection.execute(select(intent.c.id).where(intent.c.id.in_(ids)), execution_options=options).scalars()
@@ -247,11 +254,11 @@ class Intents:
 
     @property
     def _has_triggers(self) -> bool:
-        return self._pool.is_postgresql and are_triggers_declared(self._tables.intent.metadata)
+        return triggers_work(self._pool.dialect, self._tables.intent.metadata)
 
     def _claimed(self, connection: Connection) -> set[UUID]:
         """Return the uploads that `claim` has claimed in this transaction."""
-        if not self._has_triggers:
+        if not self._has_triggers or not self._pool.is_postgresql:
             return set()
         return {UUID(item) for item in (connection.execute(_CLAIMED).scalar_one() or "").split()}
 

@@ -40,7 +40,7 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -199,7 +199,7 @@ class StorageJournal:
                 backend,
                 extra=fields_of(backend=backend),
             )
-        if self._pool.is_postgresql:
+        if self._pool.is_postgresql or any(triggers_work(self._pool.dialect, item.metadata) for item in self._bindings):
             await note_retentions(self._bounded, self.tables, self.manager.policies.values())
             for problem in await self.find_trigger_problems():
                 logger.warning("SQL past the sessions is not covered: %s", problem)
@@ -674,9 +674,10 @@ class SyncJournal:
 async def _run_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run coroutines at the same time; a `ConfigurationError` of one is raised as it is, which says all that there is to do."""
     refusal: BaseException | None = None
+    tasks: list[asyncio.Task[T]] = []
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in works]
+            tasks += [group.create_task(work) for work in works]
     except* ConfigurationError as errors:
         refusal = errors
         while isinstance(refusal, BaseExceptionGroup):

@@ -39,7 +39,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsBatchDelete
-from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
@@ -55,6 +55,7 @@ from granite_storage.orm.journal.tables import (
     clock,
     describe_error,
 )
+from granite_storage.orm.journal.triggers import triggers_work
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -248,7 +249,7 @@ class Recovery:
     @property
     def _have_guards(self) -> bool:
         """Whether triggers let a row in whose object has a pending intent; on SQLite they ask no intents of uploads."""
-        return self._pool.uploads is self._pool and are_triggers_declared(self._tables.intent.metadata)
+        return self._pool.uploads is self._pool and triggers_work(self._pool.dialect, self._tables.intent.metadata)
 
     async def _with_evidence(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
         """Return the rows of which no transaction has locked another intent, with the uploads that are pending beside them.

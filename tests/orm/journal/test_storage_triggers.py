@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
@@ -527,6 +528,79 @@ class TestSessions:
             await env.sql("DROP OWNED BY writer_of_rows")
             await env.sql("DROP ROLE writer_of_rows")
         assert await nominated(env) == {ref.location}
+
+
+class TestTwoPhases:
+    """A prepared transaction holds its locks, past the end of its connection, until another one ends it."""
+
+    async def prepare(
+        self, env: OrmEnvironment, *statements: str, level: str = "READ COMMITTED", **refs: StoredObjectRef
+    ) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await run(connection, f"BEGIN ISOLATION LEVEL {level}", *statements, "PREPARE TRANSACTION 'granite'", **refs)
+
+    async def end(self, env: OrmEnvironment, how: str) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(text(f"{how} PREPARED 'granite'"))
+
+    @pytest.mark.parametrize("level", ["READ COMMITTED", "SERIALIZABLE"])
+    @pytest.mark.parametrize("how", ["COMMIT", "ROLLBACK"])
+    async def test_by_sql(self, env: OrmEnvironment, how: str, level: str) -> None:
+        """One object is taken out, one is copied while its row goes, and one is undone; workers wait for all of them."""
+        gone, copied, undone = await stored(env, *(Doc(id=number, file=file(str(number))) for number in (1, 2, 3)))
+        await run(env, "DELETE FROM doc WHERE id = 3")
+        await self.prepare(
+            env,
+            "DELETE FROM doc WHERE id = 1",
+            "INSERT INTO parent SELECT id, file FROM doc WHERE id = 2",
+            "INSERT INTO part VALUES (3, 1, {undone})",
+            level=level,
+            undone=undone,
+        )
+        try:
+            for statement in ("DELETE FROM doc WHERE id = 2", "INSERT INTO parent VALUES (3, {undone})"):
+                with pytest.raises(DBAPIError) as caught:
+                    await run(env, "SET LOCAL lock_timeout = '200ms'", statement, undone=undone)
+                assert code_of(caught.value) == "55P03"
+            await env.expire()
+            assert (await journal_of(env).recover()).claimed == 0
+        finally:
+            await self.end(env, how)
+        await run(env, "DELETE FROM doc WHERE id = 2")
+        await env.recover()
+        assert await env.objects() == (locations(copied, undone) if how == "COMMIT" else locations(gone))
+
+    @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+    @pytest.mark.parametrize("how", ["COMMIT", "ROLLBACK"])
+    async def test_by_a_session(self, env: OrmEnvironment, how: str, level: str) -> None:
+        if env.database.name != "psycopg":
+            pytest.skip("this driver has no two-phase transactions in SQLAlchemy")
+        await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with AsyncSession(env.engine, twophase=True) as session:
+            connection = await session.connection(execution_options={"isolation_level": level})
+            (await session.get_one(Doc, 1)).file = file("c")
+            await session.delete(await session.get_one(Doc, 2))
+            session.add(Doc(id=3, file=file("d")))
+            await session.flush()
+            await session.execute(text("INSERT INTO parent SELECT id, file FROM doc WHERE id = 3"))
+            await session.run_sync(Session.prepare)
+            await connection.invalidate()
+            with pytest.raises(Exception):  # noqa: B017, PT011  # whatever a program that dies would have come to
+                await session.commit()
+        async with env.engine.connect() as other:
+            [prepared] = (await other.execute(text("SELECT gid FROM pg_prepared_xacts"))).scalars()
+        try:
+            await env.expire()
+            assert (await journal_of(env).recover()).claimed == 0
+        finally:
+            async with env.engine.connect() as other:
+                await other.execution_options(isolation_level="AUTOCOMMIT")
+                await other.execute(text(f"{how} PREPARED '{prepared}'"))
+        await env.recover()
+        held = {key for _, key, _ in await env.references()}
+        assert held == ({1, 3} if how == "COMMIT" else {1, 2})
 
 
 class TestRetention:

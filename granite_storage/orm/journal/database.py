@@ -64,6 +64,8 @@ __all__ = [
     "require_current_workers",
 ]
 
+_Row: TypeAlias = "Row[*tuple[Any, ...]]"
+
 _ISOLATION: Final = "READ COMMITTED"
 
 
@@ -474,13 +476,13 @@ def require_current_workers(connection: Connection, tables: JournalTables) -> No
         raise ConfigurationError(found, see=Page.TRIGGERS)
 
 
-def _beats(tables: JournalTables) -> Select[Any]:
+def _beats(tables: JournalTables) -> Select[*tuple[Any, ...]]:
     meta = tables.meta
     are_beats = (meta.c.name == _HEARTBEAT) | meta.c.name.startswith(_WORKER)
     return select(meta.c.name, meta.c.value, meta.c.changed, clock().label("now")).where(are_beats)
 
 
-def _has_no_version(beats: Mapping[str, Row[Any]]) -> bool:
+def _has_no_version(beats: Mapping[str, _Row]) -> bool:
     """Return whether a worker without a version has written the heartbeat."""
     last = beats.get(_HEARTBEAT)
     return last is not None and last.changed not in {row.changed for name, row in beats.items() if name != _HEARTBEAT}
@@ -548,19 +550,19 @@ async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, v
         return
 
 
-async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> Row[Any, Any, Any] | None:
+async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> _Row | None:
     meta = tables.meta
     found = await connection.execute(select(meta.c.value, meta.c.changed, clock().label("now")).where(meta.c.name == _HEARTBEAT))
     return found.first()
 
 
-def _silence(last: Row[Any, Any, Any]) -> timedelta | None:
+def _silence(last: _Row) -> timedelta | None:
     """Return for how long there was no beat, where one is overdue, by the database's clock alone."""
     silence = _naive(last.now) - _naive(last.changed)
     return silence if silence > _longest_silence(last) else None
 
 
-def _longest_silence(last: Row[Any, Any, Any]) -> timedelta:
+def _longest_silence(last: _Row) -> timedelta:
     expected = timedelta(seconds=float(last.value)) if last.value.isdigit() else timedelta(0)
     return max(_SHORTEST_GAP, _MISSED * expected)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
@@ -302,9 +302,8 @@ class StorageJournal:
             done.add(await self._jobs(EffectJobs).call_effects(backend))
             return done
 
-        works = (work(backend) for work in (self._recover, do_jobs) for backend in self.manager.backends)
-        passes = await _run_together(works)
-        for done in passes:
+        works = [partial(work, backend) for work in (self._recover, do_jobs) for backend in self.manager.backends]
+        for done in await run_bounded(works, lambda work: work(), max(len(works), 1)):
             report.add(done)
         report.failed.clear()  # they are counted with what failed before
         for recovery in self._recoveries():
@@ -669,22 +668,6 @@ class SyncJournal:
 
     def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
         return run_blocking(work, f"journal.sync.{name}", f"'await journal.{name}(...)'")
-
-
-async def _run_together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines at the same time; a `ConfigurationError` of one is raised as it is, which says all that there is to do."""
-    refusal: BaseException | None = None
-    tasks: list[asyncio.Task[T]] = []
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks += [group.create_task(work) for work in works]
-    except* ConfigurationError as errors:
-        refusal = errors
-        while isinstance(refusal, BaseExceptionGroup):
-            refusal = refusal.exceptions[0]
-    if refusal is not None:
-        raise refusal
-    return [task.result() for task in tasks]
 
 
 def _tables_for(metadata: MetaData) -> JournalTables:

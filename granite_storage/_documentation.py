@@ -30,11 +30,13 @@ class Page(Enum):
     PUBLIC_FILES = "urls.html#public-files"
     REFS = "guide.html#refs"
     REFUSED_COLLECTIONS = "garbage-collection.html#refusals"
+    RENAMED = "crash-safety.html#renamed-tables"
     S3 = "s3.html#checking-the-configuration"
     SCHEMAS = "crash-safety.html#schemas-per-tenant"
     SIGNED_URLS = "serving.html#signed-urls"
     STREAMS = "streams.html#uploads-and-files-already-read"
     THREADS = "synchronous.html#threads-and-waiting"
+    TRIGGERS = "guarantees.html#rollout"
     VALIDATORS = "validating.html#custom-rules"
     VARIANTS = "derived.html#timing"
 

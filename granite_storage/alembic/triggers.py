@@ -19,6 +19,8 @@ from granite_storage.orm.journal.triggers import (
     find_sources,
     has_current_triggers,
     has_some_triggers,
+    have_triggers,
+    require_rolled_out,
 )
 
 if TYPE_CHECKING:
@@ -49,15 +51,17 @@ def create_storage_triggers(
         journal_schema: The schema of the journal's tables, as passed to `journal_tables`.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, a table has no primary key, or the migration is rendered as SQL.
+        ConfigurationError: The database is not PostgreSQL, a table has no primary key, a worker of an older version was at work
+            lately, or the migration is rendered as SQL.
     """
     connection = require_online(op, "creating triggers")
     metadata = MetaData()
     columns = _declare(connection, metadata, tables)
     others = _declare(connection, metadata, plain or {})
-    create_triggers(
-        connection, find_sources(connection, columns, [*columns, *others], journal_tables(metadata, schema=journal_schema))
-    )
+    journal = journal_tables(metadata, schema=journal_schema)
+    sources = find_sources(connection, columns, [*columns, *others], journal)
+    require_rolled_out(connection, sources, journal)
+    create_triggers(connection, sources)
 
 
 def drop_storage_triggers(op: Op, tables: Iterable[str]) -> None:
@@ -142,7 +146,7 @@ def _render_drop(autogen_context: AutogenContext, operation: _DropTriggersOp) ->
 def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
     """Let a migration drop triggers before the columns that they depend on, and create what the models declare after all else."""
     connection, metadata = autogen_context.connection, autogen_context.metadata
-    if connection is None or connection.dialect.name != "postgresql" or not isinstance(metadata, MetaData):
+    if connection is None or not have_triggers(connection.dialect.name) or not isinstance(metadata, MetaData):
         return
     journal = tables_of(metadata)
     if journal is None:

@@ -34,6 +34,9 @@ ObjectKey: TypeAlias = tuple[int, str, str]
 TRIGGERS_KEY = "granite_storage.triggers"
 """The key by which a metadata's `info` says that triggers are declared for its tables."""
 
+REFUSAL = ("granite_storage: the object ", " is gone or going")
+"""What is before and after the location in the error of a trigger that refuses it, by which a session knows it."""
+
 
 def are_triggers_declared(metadata: MetaData) -> bool:
     """Return whether `storage_triggers` was called for a metadata."""

@@ -33,6 +33,7 @@ from sqlalchemy.util import greenlet_spawn
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm._interfaces import (
+    REFUSAL,
     Binding,
     Intent,
     Journal,
@@ -770,20 +771,21 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
     """Return what a session raises for an error of a guard: its own, or a conflict that its lock has run into."""
-    if not isinstance(error, DBAPIError) or codes_of(error).isdisjoint(_OF_GUARD):
+    if not isinstance(error, DBAPIError):
         return None
     said = str(error.orig)
-    cause = getattr(error.orig, "diag", error.orig.__cause__ if error.orig is not None else None)
-    if _REFUSAL not in said and "granite_storage_" not in (getattr(cause, "context", None) or ""):
-        return None
+    if REFUSAL[0] not in said:
+        cause = getattr(error.orig, "diag", error.orig.__cause__ if error.orig is not None else None)
+        is_of_guard = "granite_storage_" in (getattr(cause, "context", None) or "")
+        if not is_of_guard or codes_of(error).isdisjoint(_CONFLICTS):
+            return None
     return StaleAttachmentError(
         f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no row and no pending delete"
         " vouches for it; the transaction may be tried again"
     )
 
 
-_REFUSAL = "granite_storage: the object "
-_OF_GUARD = ("23503", "40001")
+_CONFLICTS = ("23503", "40001")
 
 
 def _see_refused_commit(context: ExceptionContext) -> None:

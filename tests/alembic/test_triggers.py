@@ -72,6 +72,20 @@ def test_what_was_changed_past_migrations(target: Target, tmp_path: Path) -> Non
     assert NOTHING in project.alembic("check")
 
 
+def test_beside_a_worker_of_an_older_version(target: Target, tmp_path: Path) -> None:
+    project = Project.made(tmp_path, target.url, MODELS, template=target.template)
+    project.autogenerate("files")
+    project.alembic("upgrade", "head")
+    (tmp_path / "models.py").write_text(MODELS + DECLARED)
+    project.autogenerate("triggers")
+    target.ask_nothing("INSERT INTO granite_storage_meta VALUES ('heartbeat', '30', now())")
+    assert "a worker of an older version" in project.alembic("upgrade", "head", fails=True)
+    assert guarded(target) == set()
+    target.ask_nothing("UPDATE granite_storage_meta SET changed = changed - interval '2 hours'")
+    project.alembic("upgrade", "head")
+    assert guarded(target) == {"document", "picture"}
+
+
 def test_without_a_database(target: Target, tmp_path: Path) -> None:
     project = Project.made(tmp_path, target.url, MODELS + DECLARED, template=target.template)
     project.autogenerate("files")

@@ -2,6 +2,11 @@
 
 Each statement is about 10,000 rows and is rolled back; the best of five counts. The CPU time of the connection's process is read
 from the operating system, so that other load on the machine does not matter much.
+
+An UPDATE that clears files inserts its intents row by row. Two thirds of its time are the starts and ends of so many statements.
+Tried instead: to collect old values in a setting of the transaction and to insert some at a time. That took 230 ms for 20 rows at
+a time, and more for more, where it takes 180 ms now, because a setting is copied whole each time. Transition tables would cost
+every UPDATE of the table.
 """
 
 from __future__ import annotations
@@ -26,6 +31,11 @@ DELETE_BY_HAND = """
     WITH d AS (DELETE FROM doc RETURNING file)
     INSERT INTO granite_storage_intent (id, kind, backend, location, due)
     SELECT gen_random_uuid(), 'delete', file ->> 'backend', file ->> 'location', clock_timestamp() FROM d
+"""
+UPDATE_BY_HAND = """
+    WITH u AS (UPDATE doc SET file = NULL FROM doc old WHERE old.id = doc.id RETURNING old.file)
+    INSERT INTO granite_storage_intent (id, kind, backend, location, due)
+    SELECT gen_random_uuid(), 'delete', file ->> 'backend', file ->> 'location', clock_timestamp() FROM u
 """
 FILL = """
     INSERT INTO doc (id, title, file) SELECT n, '', jsonb_build_object('backend', 'store', 'storage_key', 'docs', 'size', 100,
@@ -106,6 +116,7 @@ def main() -> None:
             ("DELETE, and one that inserts the intents by hand", DELETE_BY_HAND, "DELETE FROM doc"),
             ("UPDATE of another column", "UPDATE doc SET title = 'x'", "UPDATE doc SET title = 'x'"),
             ("UPDATE that clears the files", "UPDATE doc SET file = NULL", "UPDATE doc SET file = NULL"),
+            ("the same, and one that inserts the intents by hand", UPDATE_BY_HAND, "UPDATE doc SET file = NULL"),
             ("INSERT of copies", copies, copies),
         ):
             bare = measure(engine, by_hand, has_triggers=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-_SQL = "granite_storage/orm/journal/trigger_functions.py"
+_SQL = "granite_storage/orm/journal/_postgresql_triggers.py"
 _TESTS = "tests/orm/journal/test_storage_triggers.py"
 
 MUTANTS = [
@@ -43,6 +43,22 @@ MUTANTS = [
         tests=(f"{_TESTS}::TestGuard::test_a_newer_intent_of_what_is_being_deleted[asyncpg]",),
     ),
     Mutant(
+        name="trigger-fence-beside-evidence",
+        rule="A worker fences no intent of an object while a transaction has locked another one.",
+        path="granite_storage/orm/journal/recovery.py",
+        old="            if rows and self._have_guards:",
+        new="            if False:",
+        tests=(f"{_TESTS}::TestUploadsThatStayPending::test_an_older_snapshot_of_it[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-undecided-uploads-beside",
+        rule="A worker fences nothing about an object whose upload a transaction in progress has decided for.",
+        path="granite_storage/orm/journal/recovery.py",
+        old="return [row for row in rows if row.id not in taken and row.location not in in_progress]",
+        new="return [row for row in rows if row.id not in taken and (row.kind != UPLOAD or row.location not in in_progress)]",
+        tests=(f"{_TESTS}::TestUploadsThatStayPending::test_while_another_one_decides[asyncpg]",),
+    ),
+    Mutant(
         name="trigger-rows-vouch-for-themselves",
         rule="A row that no guard has seen yet is no evidence, neither for itself nor for others of its statement.",
         path=_SQL,
@@ -78,8 +94,9 @@ MUTANTS = [
         name="trigger-uploads-not-claimed",
         rule="A session whose snapshot does not see its uploads decides on them before it writes their rows.",
         path="granite_storage/orm/journal/intents.py",
-        old="""if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":""",
-        new="if ids:",
+        old="""if self._pool.is_postgresql:
+            self._claim_unseen(connection, ids)""",
+        new="return",
         tests=(f"{_TESTS}::TestSessions::test_an_older_snapshot[asyncpg-REPEATABLE READ]",),
     ),
     Mutant(

@@ -30,6 +30,7 @@ from sqlalchemy import ARRAY, Column, Connection, Table, any_, bindparam, delete
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
@@ -37,13 +38,14 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, JournalTables, are_triggers_declared
-from granite_storage.orm._util import batches, codes_of, insert_rows, quoted_name, wait
+from granite_storage.orm._interfaces import Intent, JournalTables
+from granite_storage.orm._util import again_after_deadlock, batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
+from granite_storage.orm.journal.triggers import triggers_work
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 UploadPlace: TypeAlias = tuple[str, str, str | None]
@@ -53,6 +55,8 @@ Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
 
 _RETURNING = ("postgresql", "sqlite")
 """The databases on which one DELETE returns which intents it has found."""
+_ADOPTION_PATIENCE, _ADOPTION_PAUSE = 5.0, 0.1
+"""For how many seconds workers are waited for before an object is refused that is to be adopted, and how often one looks."""
 _MOST_AT_ONCE = 64
 _AT_A_TIME = 500
 _LEASE, _IDS = "lease", "ids"
@@ -204,7 +208,13 @@ class Intents:
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
         """
-        if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":
+        if not self._has_triggers:
+            return
+        if self._pool.is_postgresql:
+            self._claim_unseen(connection, ids)
+
+    def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        if connection.execute(_LEVEL).scalar_one() == "read committed":
             return
         intent, options = self._tables.intent, self._pool.options
         seen = connection.execute(select(intent.c.id).where(intent.c.id.in_(ids)), execution_options=options).scalars()
@@ -228,11 +238,11 @@ class Intents:
 
     @property
     def _has_triggers(self) -> bool:
-        return self._pool.is_postgresql and are_triggers_declared(self._tables.intent.metadata)
+        return triggers_work(self._pool.dialect, self._tables.intent.metadata)
 
     def _claimed(self, connection: Connection) -> set[UUID]:
         """Return the uploads that `claim` has claimed in this transaction."""
-        if not self._has_triggers:
+        if not self._has_triggers or not self._pool.is_postgresql:
             return set()
         return {UUID(item) for item in (connection.execute(_CLAIMED).scalar_one() or "").split()}
 
@@ -306,6 +316,51 @@ class Intents:
         async with self._pool.durable() as connection:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
         return delete_id(ref.backend, ref.location)
+
+    async def adopt(self, pending: Sequence[PendingDelete], lease: timedelta) -> None:
+        """Commit, durably, that objects are to be deleted, unless rows that are loaded during a lease refer to them.
+
+        A worker may have taken one of them over, only to find a row that refers to it; so that is waited for, for some seconds.
+
+        Args:
+            pending: The objects.
+            lease: How long the intents of their uploads, where those are pending still, last from now on.
+
+        Raises:
+            StaleAttachmentError: A worker is deleting one of them.
+        """
+        until = time.monotonic() + _ADOPTION_PATIENCE
+        while True:
+            try:
+                return await self._adopt(pending, lease)
+            except StaleAttachmentError:
+                if time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(_ADOPTION_PAUSE)
+
+    @again_after_deadlock
+    async def _adopt(self, pending: Sequence[PendingDelete], lease: timedelta) -> None:
+        locations = sorted({item.location for item in pending})
+        if self._uploads is not self._pool:
+            async with self._uploads.durable() as connection:
+                await self._keep(connection, self._pool.upload_tables(self._tables), locations, lease)
+        async with self._pool.durable() as connection:
+            await connection.run_sync(nominate, self._tables.intent, pending, self._pool.options)
+            await self._keep(connection, self._tables, locations, lease)
+
+    async def _keep(self, connection: AsyncConnection, tables: JournalTables, locations: Sequence[str], lease: timedelta) -> None:
+        """Renew the uploads of objects, then see that none of them is fenced: from then on none will be, during the lease."""
+        intent, reclaim = tables.intent, tables.reclaim
+        for batch in batches(locations, _AT_A_TIME):
+            end = clock(lease.total_seconds())
+            ends_earlier = (intent.c.kind == UPLOAD) & (intent.c.due < end)
+            await connection.execute(update(intent).where(intent.c.location.in_(batch), ends_earlier).values(due=end))
+            fenced = await connection.scalars(select(reclaim.c.location).where(reclaim.c.location.in_(batch)).limit(1))
+            if (location := fenced.first()) is not None:
+                raise StaleAttachmentError(
+                    f"a worker is deleting the object at {location!r}, so its row cannot be loaded; where its delete has failed,"
+                    " granite-storage recover says why"
+                )
 
     async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
         """Return the intents of the pending deletes of objects, for a restore to consume.

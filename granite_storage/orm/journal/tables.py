@@ -21,6 +21,12 @@ SCHEMA_VERSION = 2
 Version 2 added `granite_storage_job`, and to the intents and their reclaims the location of the original of what is derived.
 """
 
+WORKER_VERSION = 2
+"""The version of what a worker does; each notes it with its heartbeat.
+
+Version 2 expects objects that rows share, which triggers need; version 1 notes none.
+"""
+
 VERSION_NAME = "schema_version"
 """The key of the version in that table."""
 

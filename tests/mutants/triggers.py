@@ -59,6 +59,32 @@ MUTANTS = [
         tests=(f"{_TESTS}::TestUploadsThatStayPending::test_while_another_one_decides[asyncpg]",),
     ),
     Mutant(
+        name="adopted-beside-a-worker",
+        rule="An object that a worker is deleting cannot be adopted.",
+        path="granite_storage/orm/journal/intents.py",
+        old="if (location := fenced.first()) is not None:",
+        new="if (location := fenced.first()) is not None and not location:",
+        tests=("tests/orm/journal/test_adoption.py::test_what_a_worker_is_deleting[asyncpg-_check]",),
+    ),
+    Mutant(
+        name="older-worker-is-forgotten",
+        rule="A worker notes the beat of an older version before it overwrites it, so that triggers are not created beside that.",
+        path="granite_storage/orm/journal/database.py",
+        old="""new[f"{_WORKER}{_WITHOUT_VERSION}"] = (last.value, last.changed)""",
+        new="pass",
+        tests=(
+            "tests/orm/journal/test_rollout.py::TestBeats::test_an_older_one_is_noted_before_its_beat_is_overwritten[asyncpg-newer]",
+        ),
+    ),
+    Mutant(
+        name="renamed-table-loses-jobs",
+        rule="While a table of the models cannot be found, no job is taken for one whose row is gone.",
+        path="granite_storage/orm/journal/references.py",
+        old="        if missing := _describe_missing(catalogue, wanted):",
+        new="        if missing := None:",
+        tests=("tests/orm/journal/test_renamed.py::test_no_job_is_lost[asyncpg-the table doc]",),
+    ),
+    Mutant(
         name="trigger-rows-vouch-for-themselves",
         rule="A row that no guard has seen yet is no evidence, neither for itself nor for others of its statement.",
         path=_SQL,

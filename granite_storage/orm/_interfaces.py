@@ -239,8 +239,18 @@ class UploadLease(Protocol):
 class JournalIntents(Protocol):
     """The operations of a transaction on the intents of a journal."""
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads before their rows are written, where triggers would refuse them otherwise."""
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads before their rows are written, where triggers would refuse them otherwise.
+
+        Args:
+            connection: The connection of the transaction.
+            ids: The intents of the uploads.
+            locations: The locations of the objects, and of their variants.
+        """
+        ...
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded for the triggers, after the rows are written."""
         ...
 
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:

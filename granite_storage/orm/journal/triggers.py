@@ -15,6 +15,7 @@ from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_tri
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
+from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
 from granite_storage.orm.journal.tables import tables_of
 
@@ -31,10 +32,10 @@ __all__ = [
     "triggers_work",
 ]
 
-_DIALECTS: Final[Mapping[str, TriggerDialect]] = {"postgresql": PostgreSQLTriggers()}
+_DIALECTS: Final[Mapping[str, TriggerDialect]] = {"postgresql": PostgreSQLTriggers(), "sqlite": SQLiteTriggers()}
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
 
-_NAMES = "PostgreSQL"
+_NAMES = "PostgreSQL and SQLite"
 """The databases in messages."""
 
 

@@ -127,7 +127,9 @@ class SQLiteSource:
             parts["replace"] = self._on_replace(
                 "BEFORE INSERT", " OR ".join(f"({key.matches('t', 'NEW')})" for key in self._keys)
             )
-            changed = dict.fromkeys(name for key in self._keys for name, _ in key.columns)
+            changed = dict.fromkeys(
+                (*_ROWIDS, *map(quoted, self._table.keys), *(name for key in self._keys for name, _ in key.columns))
+            )
             moved_onto = " OR ".join(f"({key.has_changed} AND {key.matches('t', 'NEW')})" for key in self._keys)
             parts["rekey"] = self._on_replace(f"BEFORE UPDATE OF {', '.join(changed)}", moved_onto)
         return {

@@ -35,7 +35,7 @@ TRIGGERS_KEY = "granite_storage.triggers"
 """The key by which a metadata's `info` says that triggers are declared for its tables."""
 
 REFUSAL = ("granite_storage: the object ", " is gone or going")
-"""What is before and after the location in the error of a trigger that refuses it, by which a session knows it."""
+"""The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 
 
 def are_triggers_declared(metadata: MetaData) -> bool:
@@ -51,7 +51,7 @@ class JournalTables:
         intent: Objects that are being stored, until the transaction of their row, and displaced objects, until they are deleted.
         reclaim: Intents that a worker is processing; no transaction can consume them any more.
         decision: Whether a transaction or a worker decided on an upload first, for transactions whose snapshot is older than its
-            intent.
+            intent. On SQLite the locations of the uploads of a flush while it writes their rows, for the triggers.
         meta: The version of the tables, and when a worker last ran.
         job: What is still to be done for the object of a row, such as a scan.
     """
@@ -233,8 +233,18 @@ class UploadLease(Protocol):
 class JournalIntents(Protocol):
     """The operations of a transaction on the intents of a journal."""
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads before their rows are written, where triggers would refuse them otherwise."""
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads before their rows are written, where triggers would refuse them otherwise.
+
+        Args:
+            connection: The connection of the transaction.
+            ids: The intents of the uploads.
+            locations: The locations of the objects, and of their variants.
+        """
+        ...
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded for the triggers, after the rows are written."""
         ...
 
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:

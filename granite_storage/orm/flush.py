@@ -222,6 +222,7 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
         taken_by = [change for change in flush.taken if change.binding.journal is journal]
         journal.intents.cancel(connection, moved)
+        journal.intents.end_claim(connection, _put_locations(flush, journal))
         written = [(change.slot.column, change.attachment.ref) for change in taken_by]
         if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
             frame.wakes.add(journal)
@@ -403,7 +404,13 @@ def _claim_uploads(flush: FlushState) -> None:
     for journal, connection in flush.connections.items():
         ids = [intent.id for stored, _ in flush.puts for intent in stored.intents if intent.journal is journal]
         if ids:
-            journal.intents.claim(connection, ids)
+            journal.intents.claim(connection, ids, _put_locations(flush, journal))
+
+
+def _put_locations(flush: FlushState, journal: Journal) -> list[str]:
+    """Return the locations of what a flush has stored, with the variants."""
+    stored = [stored for stored, _ in flush.puts if any(intent.journal is journal for intent in stored.intents)]
+    return [one.location for item in stored for one in iter_refs(item.ref)]
 
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
@@ -935,7 +942,7 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
             schemas = {"temp", *attached_databases(connection)}
             parts = [
                 f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted
-                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
+                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE AND substr(name, 1, 16) <> 'granite_storage_'"
                 for one in sorted(schemas)
             ]
             found = connection.execute(text(" UNION ALL ".join(parts)), {"table": table}, execution_options=UNTRANSLATED).first()

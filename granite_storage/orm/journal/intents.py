@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Column, Connection, Table, any_, bindparam, delete, select, text, update
+from sqlalchemy import ARRAY, Column, Connection, String, Table, any_, bindparam, delete, select, text, type_coerce, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
@@ -41,7 +41,7 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
-from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber, take_over_ids
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
@@ -199,11 +199,12 @@ class Intents:
         if result.rowcount != 1:
             raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads that the transaction's snapshot does not see, before rows are written; only where there are triggers.
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads whose intents the triggers do not see, before rows are written; only where there are triggers.
 
-        A trigger sees no more than the snapshot does. So the transaction decides first, and records that in a setting.
-        ROLLBACK TO SAVEPOINT reverts the setting together with the decision.
+        On PostgreSQL a trigger sees no more than the transaction's snapshot does. So the transaction decides first, and records
+        that in a setting. ROLLBACK TO SAVEPOINT reverts the setting together with the decision. On SQLite the intents are in
+        another file. So the transaction records the locations until its rows are written; `consume` looks for the intents.
 
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
@@ -212,6 +213,22 @@ class Intents:
             return
         if self._pool.is_postgresql:
             self._claim_unseen(connection, ids)
+        elif self._has_sidecar:
+            self._pool.require_here(connection)
+            new = _claims(self._tables.decision)
+            connection.execute(new, [{"location": item} for item in locations], execution_options=self._pool.options)
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded on SQLite, after the rows are written: it must not be committed."""
+        if locations and self._has_triggers and self._has_sidecar:
+            decision = self._tables.decision
+            for batch in batches(locations, _AT_A_TIME):
+                ended = delete(decision).where(type_coerce(decision.c.id, String()).in_(batch))
+                connection.execute(ended, execution_options=self._pool.options)
+
+    @property
+    def _has_sidecar(self) -> bool:
+        return self._uploads is not self._pool
 
     def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
         if connection.execute(_LEVEL).scalar_one() == "read committed":
@@ -232,9 +249,12 @@ class Intents:
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:
         """Delete the intents that triggers have recorded about objects that a row of the transaction still refers to."""
         if moved and self._has_triggers:
-            intent = self._tables.intent
-            own = sorted(delete_id(one.backend, one.location) for ref in moved for one in iter_refs(ref))
-            connection.execute(delete(intent).where(intent.c.id.in_(own)), execution_options=self._pool.options)
+            intent, options = self._tables.intent, self._pool.options
+            objects = {(one.backend, one.location) for ref in moved for one in iter_refs(ref)}
+            if self._has_sidecar:
+                take_over_ids(connection, intent, objects, options)
+            own = sorted(delete_id(*one) for one in objects)
+            connection.execute(delete(intent).where(intent.c.id.in_(own)), execution_options=options)
 
     @property
     def _has_triggers(self) -> bool:
@@ -311,7 +331,7 @@ class Intents:
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once that no row can refer to; return its id."""
-        if self._uploads is not self._pool:  # the rows' database may be locked by the session that has stored it
+        if self._has_sidecar:  # the rows' database may be locked by the session that has stored it
             return (await self.record([(ref.backend, ref.location, None)], timedelta(0)))[0]
         async with self._pool.durable() as connection:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
@@ -381,7 +401,9 @@ class Intents:
             rows = [
                 row for row in await connection.execute(select(intent).where(*same)) if (row.backend, row.location) in own_ids
             ]
-        if others := [row.id for row in rows if has_own_id(row)]:
+        if self._has_sidecar:  # where nobody else can consume them, and a session may hold the lock that renumbering them needs
+            own_ids |= {(row.backend, row.location): row.id for row in rows}
+        elif others := [row.id for row in rows if has_own_id(row)]:
             async with self._pool.durable() as connection:
                 outdated = select(intent).where(intent.c.id.in_(others)).with_for_update(skip_locked=True)
                 await renumber(connection, intent, list(await connection.execute(outdated)))
@@ -496,6 +518,13 @@ _PLACE = text(
 @lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
 def _insertion(dialect: str, intent: Table) -> InsertStatement:
     return insert_rows(dialect, intent, {"kind": UPLOAD, "due": clock(_LEASE)})
+
+
+@lru_cache(maxsize=64)
+def _claims(decision: Table) -> InsertStatement:
+    """Return the INSERT of locations in place of ids, where the triggers on SQLite look for them."""
+    location = bindparam("location", type_=String())
+    return decision.insert().prefix_with("OR IGNORE").values(id=location, outcome=COMMIT)
 
 
 @lru_cache(maxsize=64)

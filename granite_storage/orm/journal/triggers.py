@@ -1,11 +1,11 @@
 """Triggers that keep the journal's promise for every program that writes the rows, on the databases that have them.
 
-Each database has a module of its own, `_postgresql_triggers` for one, which provides a `TriggerDialect`.
+Each database has a module of its own, such as `_postgresql_triggers`, which provides a `TriggerDialect`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Column, Connection, MetaData, Table, event
@@ -15,6 +15,7 @@ from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_tri
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
+from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
 from granite_storage.orm.journal.database import require_current_workers
 from granite_storage.orm.journal.tables import tables_of
@@ -24,6 +25,7 @@ __all__ = [
     "drop_triggers",
     "find_sources",
     "find_trigger_problems",
+    "find_triggers_in_the_way",
     "has_current_triggers",
     "has_some_triggers",
     "have_triggers",
@@ -33,10 +35,10 @@ __all__ = [
     "triggers_work",
 ]
 
-_DIALECTS: Final[Mapping[str, TriggerDialect]] = {"postgresql": PostgreSQLTriggers()}
+_DIALECTS: Final[Mapping[str, TriggerDialect]] = {"postgresql": PostgreSQLTriggers(), "sqlite": SQLiteTriggers()}
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
 
-_NAMES = "PostgreSQL"
+_NAMES = "PostgreSQL and SQLite"
 """The databases in messages."""
 
 
@@ -45,14 +47,17 @@ def storage_triggers(metadata: MetaData) -> None:
 
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
-    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. It is for PostgreSQL.
+    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. They are for PostgreSQL and SQLite.
+
+    On SQLite every process that stores files must have this version of the library before they are created.
 
     Args:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is not PostgreSQL, a table has no
-            primary key, or a worker of an older version was at work lately.
+        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is another one, a table has no
+            primary key, a worker of an older version was at work lately, or on SQLite the journal's tables are not in the file
+            of the rows.
 
     Example:
         ```python
@@ -103,7 +108,7 @@ def sources_of(connection: Connection, metadata: MetaData) -> list[TriggerSource
     """Return the triggers that the models of a metadata need, on those of their tables that are there.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, the journal's tables are not there, or a table has no primary key.
+        ConfigurationError: The database has no triggers, the journal's tables are not there, or a table has no primary key.
     """
     tables = attachment_tables(metadata)
     journal = tables_of(metadata)
@@ -191,6 +196,11 @@ def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
 def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSource]) -> list[str]:
     """Return what is wrong with triggers and their indexes, in words, relation by relation."""
     return list(dict.fromkeys(problem for source in sources for problem in source.find_problems(connection)))
+
+
+def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
+    """Return the tables whose triggers are to be dropped before others are changed; see `TriggerDialect.find_in_the_way`."""
+    return _dialect_of(connection).find_in_the_way(connection, tables)
 
 
 def has_current_triggers(connection: Connection, source: TriggerSource) -> bool:

@@ -62,8 +62,10 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Binding
 
 __all__ = [
+    "INDEXED_LOCATION",
     "LOCATION_COLUMN_PREFIX",
     "LOCATION_INDEX_PREFIX",
+    "LONGEST_LOCATION",
     "AttachmentType",
     "Slot",
     "StoredObjectRefType",
@@ -71,6 +73,7 @@ __all__ = [
     "attachment",
     "attachment_tables",
     "fitting_name",
+    "generated_location",
     "keys_of",
     "location_column_name",
     "location_index_name",
@@ -773,6 +776,10 @@ def _referred_name(constraint: ForeignKeyConstraint) -> str:
 
 LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
 LOCATION_COLUMN_PREFIX = "granite_storage_location_"
+LONGEST_LOCATION = 1024
+INDEXED_LOCATION = 255
+"""How many characters of a location an index has on MariaDB."""
+
 _LONGEST_NAME = 63
 _DIGITS = 8
 
@@ -785,6 +792,17 @@ def location_index_name(table: str, column: str) -> str:
 def location_column_name(column: str) -> str:
     """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
     return fitting_name(LOCATION_COLUMN_PREFIX, column)
+
+
+def generated_location(column: str) -> str:
+    """Return the type of the generated column with the locations of a column of refs, which is given as SQL, on MariaDB.
+
+    The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column.
+    """
+    return (
+        f"VARCHAR({LONGEST_LOCATION}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        f" GENERATED ALWAYS AS (json_value({column}, '$.location')) VIRTUAL INVISIBLE"
+    )
 
 
 def location_of(

@@ -14,6 +14,7 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
+from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
 from granite_storage.orm.journal.tables import tables_of
@@ -31,10 +32,14 @@ __all__ = [
     "triggers_work",
 ]
 
-_DIALECTS: Final[Mapping[str, TriggerDialect]] = {"postgresql": PostgreSQLTriggers()}
+_DIALECTS: Final[Mapping[str, TriggerDialect]] = {
+    "mariadb": MariaDBTriggers(),
+    "mysql": MariaDBTriggers(),  # the name of SQLAlchemy's dialect for both, which can tell them apart
+    "postgresql": PostgreSQLTriggers(),
+}
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
 
-_NAMES = "PostgreSQL"
+_NAMES = "PostgreSQL and MariaDB"
 """The databases in messages."""
 
 

@@ -35,6 +35,12 @@ ObjectKey: TypeAlias = tuple[int, str, str]
 TRIGGERS_KEY = "granite_storage.triggers"
 """The key by which a metadata's `info` says that triggers are declared for its tables."""
 
+CLAIMING_KEY = "granite_storage.claiming"
+"""The key by which the `info` of a connection to MariaDB says that its variable may name locations for the triggers."""
+
+FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
+"""Clears that variable."""
+
 REFUSAL = ("granite_storage: the object ", " is gone or going")
 """What is before and after the location in the error of a trigger that refuses it, by which a session knows it."""
 
@@ -239,8 +245,18 @@ class UploadLease(Protocol):
 class JournalIntents(Protocol):
     """The operations of a transaction on the intents of a journal."""
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads before their rows are written, where triggers would refuse them otherwise."""
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads before their rows are written, where triggers would refuse them otherwise.
+
+        Args:
+            connection: The connection of the transaction.
+            ids: The intents of the uploads.
+            locations: The locations of the objects, and of their variants.
+        """
+        ...
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded for the triggers, after the rows are written."""
         ...
 
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:

@@ -48,13 +48,10 @@ from granite_storage.orm.columns import (
 from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, run
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
 
-__all__ = ["CLAIMED", "MariaDBSource", "MariaDBTriggers"]
+__all__ = ["MariaDBSource", "MariaDBTriggers"]
 
 VERSION = 1
 """The version of the SQL; each trigger has it, with a digest of the rest."""
-
-CLAIMED: Final = "@granite_storage_claimed"
-"""The variable of a connection with the locations that the library writes itself, each between line feeds."""
 
 _PREFIX = "granite_storage_"
 _SHOWN = 100
@@ -383,7 +380,7 @@ class MariaDBSource:
             new, kept = f"NOT {_holds('g_other')}", f" OR {' OR '.join(had)}"
         else:
             new, kept = "1 = 1", ""
-        claimed = f"LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT({CLAIMED} USING utf8mb4) COLLATE utf8mb4_bin)"
+        claimed = f"LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4) COLLATE utf8mb4_bin)"
         return f"""IF g_location IS NOT NULL AND {new} THEN
           SET g_known = COALESCE({claimed}, 0) > 0{kept};
           IF NOT g_known THEN

@@ -37,8 +37,8 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import batches, codes_of, insert_rows, wait
+from granite_storage.orm._interfaces import CLAIMING_KEY, FORGET_CLAIMS, JournalTables
+from granite_storage.orm._util import UNTRANSLATED, batches, codes_of, insert_rows, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -212,11 +212,13 @@ class Intents:
         if result.rowcount != 1:
             raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads that the transaction's snapshot does not see, before rows are written; only where there are triggers.
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads whose intents the triggers do not see, before rows are written; only where there are triggers.
 
-        A trigger sees no more than the snapshot does. So the transaction decides first, and records that in a setting.
-        ROLLBACK TO SAVEPOINT reverts the setting together with the decision.
+        On PostgreSQL a trigger sees no more than the transaction's snapshot does. So the transaction decides first, and records
+        that in a setting. ROLLBACK TO SAVEPOINT reverts the setting together with the decision. On MariaDB what a trigger locks
+        for an upload could be what the next one waits for. So a variable of the connection names the locations until the rows are
+        written; `consume` looks for the intents. ROLLBACK does not revert it; what listens to connections does.
 
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
@@ -224,7 +226,18 @@ class Intents:
         if not self._has_triggers:
             return
         if self._pool.is_postgresql:
-            self._claim_unseen(connection, ids)
+            if ids:
+                self._claim_unseen(connection, ids)
+        elif self._pool.is_mariadb:
+            connection.info[CLAIMING_KEY] = True
+            listed = "".join(f"\n{item}\n" for item in locations)
+            connection.execute(_CLAIM_ON_MARIADB, {"locations": listed}, execution_options=UNTRANSLATED)
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded on MariaDB, after the rows are written."""
+        if locations and self._has_triggers and self._pool.is_mariadb:
+            connection.exec_driver_sql(FORGET_CLAIMS)
+            connection.info.pop(CLAIMING_KEY, None)
 
     def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
         if connection.execute(_LEVEL).scalar_one() == "read committed":
@@ -247,7 +260,13 @@ class Intents:
         if moved and self._has_triggers:
             intent = self._tables.intent
             own = sorted(delete_id(one.backend, one.location) for ref in moved for one in iter_refs(ref))
-            connection.execute(delete(intent).where(intent.c.id.in_(own)), execution_options=self._pool.options)
+            are_own, options = intent.c.id.in_(own), self._pool.options
+            if not self._pool.is_mariadb:
+                connection.execute(delete(intent).where(are_own), execution_options=options)
+                return
+            # One by one, and only those that are there: a list, or what is not there, may lock other rows.
+            for item in connection.execute(select(intent.c.id).where(are_own), execution_options=options).scalars().all():
+                connection.execute(delete(intent).where(intent.c.id == item), execution_options=options)
 
     @property
     def _has_triggers(self) -> bool:
@@ -456,6 +475,7 @@ _CLAIM = text("""
         set_config('granite_storage.claimed_ids',
             concat(current_setting('granite_storage.claimed_ids', true), CAST(:ids AS text)), true)
 """)
+_CLAIM_ON_MARIADB = text("SET @granite_storage_claimed = :locations")
 _PLACE = text(
     "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
 )

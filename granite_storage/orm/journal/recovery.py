@@ -29,7 +29,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Insert, Integer, Row, bindparam, delete, func, insert, select, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -42,6 +42,7 @@ from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock, describe_error
+from granite_storage.orm.journal.triggers import triggers_work
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -218,9 +219,21 @@ class Recovery:
                 }
                 for item in claimed
             ]
-            await connection.execute(insert(reclaim).values(due=clock(self._hold)), new)
+            if not await self._put_fences(connection, insert(reclaim).values(due=clock(self._hold)), new):
+                return [], renumbered
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
+
+    async def _put_fences(self, connection: AsyncConnection, statement: Insert, rows: Sequence[dict[str, Any]]) -> bool:
+        """Insert the fences; return False, with nothing done, if that would wait long for a transaction.
+
+        On MariaDB a trigger that lets a ref in at REPEATABLE READ holds up all fences until its transaction ends. The intents,
+        which are locked here, are needed by others: the next pass fences them.
+        """
+        if self._pool.is_mariadb and triggers_work(self._pool.dialect, self._tables.intent.metadata):
+            return await try_briefly(connection, statement, rows) is not None
+        await connection.execute(statement, rows)
+        return True
 
     async def _unfenced(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
         """Return the rows whose ids are not fenced; checked under their locks, so that no other worker can fence them."""

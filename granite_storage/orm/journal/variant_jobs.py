@@ -296,7 +296,11 @@ class VariantJobs(JobQueue):
         async with self._pool.writing() as connection:
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
+            intents = self._journal.intents
+            stored, locations = sorted(ids[name] for name in chosen), [made[name].ref.location for name in chosen]
             try:
+                if chosen:
+                    await connection.run_sync(intents.claim, stored, locations)
                 displaced = await connection.run_sync(write_variants, chosen, made)
             except DBAPIError as error:
                 if (refused := refused_ref(error)) is None:
@@ -304,7 +308,8 @@ class VariantJobs(JobQueue):
                 raise refused from error
             # After the rows are written, whose triggers look for the intents.
             if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
+                await connection.run_sync(intents.consume, stored)
+                await connection.run_sync(intents.end_claim, locations)
             await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
             # What the rows held under its name has changed meanwhile: the job stays.
             overtaken = {job.variant for job in jobs if job.variant in made and _lacking(job, holdings)}.difference(chosen)

@@ -112,7 +112,7 @@ async def environment(database: Database, **options: Any) -> AsyncIterator[OrmEn
     async with orm_environment(database, journaled=True, base=Base, **options) as env:
         assert env.journal is not None
         async with env.engine.begin() as connection:
-            if database not in _partitioned:
+            if database.is_postgres and database not in _partitioned:
                 for number in (1, 2):
                     await connection.execute(text(f"CREATE TABLE part_{number} PARTITION OF part FOR VALUES IN ({number})"))
                 await connection.run_sync(Base.metadata.create_all)  # the triggers of the partitions
@@ -145,15 +145,16 @@ async def refused(target: OrmEnvironment | AsyncConnection, *statements: str, **
     try:
         await run(target, *statements, **values)
     except DBAPIError as error:
-        if code_of(error) != "23503" or "gone or going" not in str(error.orig):
+        if code_of(error) not in ("23503", "1452") or "gone or going" not in str(error.orig):
             raise
         return True
     return False
 
 
 def code_of(error: DBAPIError) -> str | None:
-    """Return the SQLSTATE of an error."""
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    """Return the SQLSTATE of an error; its number on MariaDB."""
+    found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    return found or next(iter(map(str, getattr(error.orig, "args", ()))), None)
 
 
 async def stored(env: OrmEnvironment, *instances: Any) -> list[StoredObjectRef]:

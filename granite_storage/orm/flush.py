@@ -835,7 +835,7 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
             schemas = {"temp", *(row[1] for row in connection.exec_driver_sql("PRAGMA database_list"))}
             parts = [
                 f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted
-                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
+                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE AND substr(name, 1, 16) <> 'granite_storage_'"
                 for one in sorted(schemas)
             ]
             found = connection.execute(text(" UNION ALL ".join(parts)), {"table": table}, execution_options=UNTRANSLATED).first()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Connection, Table, any_, bindparam, delete, select, text, update
+from sqlalchemy import ARRAY, Connection, String, Table, any_, bindparam, delete, select, text, type_coerce, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
@@ -40,7 +40,7 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import CLAIMING_KEY, FORGET_CLAIMS, JournalTables
 from granite_storage.orm._util import UNTRANSLATED, batches, codes_of, insert_rows, wait
 from granite_storage.orm.journal.database import JournalPool, effective
-from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber, take_over_ids
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
@@ -216,9 +216,10 @@ class Intents:
         """Claim uploads whose intents the triggers do not see, before rows are written; only where there are triggers.
 
         On PostgreSQL a trigger sees no more than the transaction's snapshot does. So the transaction decides first, and records
-        that in a setting. ROLLBACK TO SAVEPOINT reverts the setting together with the decision. On MariaDB what a trigger locks
-        for an upload could be what the next one waits for. So a variable of the connection names the locations until the rows are
-        written; `consume` looks for the intents. ROLLBACK does not revert it; what listens to connections does.
+        that in a setting. ROLLBACK TO SAVEPOINT reverts the setting together with the decision. On SQLite the intents are in
+        another file. So the transaction records the locations until its rows are written; `consume` looks for the intents. On
+        MariaDB a variable of the connection names them for as long, because triggers that looked for the intents would lock what
+        the next upload needs. ROLLBACK does not revert it; those that listen to the connection do.
 
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
@@ -232,12 +233,27 @@ class Intents:
             connection.info[CLAIMING_KEY] = True
             listed = "".join(f"\n{item}\n" for item in locations)
             connection.execute(_CLAIM_ON_MARIADB, {"locations": listed}, execution_options=UNTRANSLATED)
+        elif self._has_sidecar:
+            self._pool.require_here(connection)
+            new = _claims(self._tables.decision)
+            connection.execute(new, [{"location": item} for item in locations], execution_options=self._pool.options)
 
     def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
-        """Delete what `claim` has recorded on MariaDB, after the rows are written."""
-        if locations and self._has_triggers and self._pool.is_mariadb:
+        """Delete what `claim` has recorded on MariaDB and SQLite, after the rows are written: it must not outlive them."""
+        if not locations or not self._has_triggers:
+            return
+        if self._pool.is_mariadb:
             connection.exec_driver_sql(FORGET_CLAIMS)
             connection.info.pop(CLAIMING_KEY, None)
+        elif self._has_sidecar:
+            decision = self._tables.decision
+            for batch in batches(locations, _AT_A_TIME):
+                ended = delete(decision).where(type_coerce(decision.c.id, String()).in_(batch))
+                connection.execute(ended, execution_options=self._pool.options)
+
+    @property
+    def _has_sidecar(self) -> bool:
+        return self._uploads is not self._pool
 
     def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
         if connection.execute(_LEVEL).scalar_one() == "read committed":
@@ -258,9 +274,12 @@ class Intents:
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:
         """Delete the intents that triggers have recorded about objects that a row of the transaction still refers to."""
         if moved and self._has_triggers:
-            intent = self._tables.intent
-            own = sorted(delete_id(one.backend, one.location) for ref in moved for one in iter_refs(ref))
-            are_own, options = intent.c.id.in_(own), self._pool.options
+            intent, options = self._tables.intent, self._pool.options
+            objects = {(one.backend, one.location) for ref in moved for one in iter_refs(ref)}
+            if self._has_sidecar:
+                take_over_ids(connection, intent, objects, options)
+            own = sorted(delete_id(*one) for one in objects)
+            are_own = intent.c.id.in_(own)
             if not self._pool.is_mariadb:
                 connection.execute(delete(intent).where(are_own), execution_options=options)
                 return
@@ -343,7 +362,7 @@ class Intents:
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once that no row can refer to; return its id."""
-        if self._uploads is not self._pool:  # the rows' database may be locked by the session that has stored it
+        if self._has_sidecar:  # the rows' database may be locked by the session that has stored it
             return (await self.record([(ref.backend, ref.location, None)], timedelta(0)))[0]
         async with self._pool.durable() as connection:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
@@ -368,7 +387,9 @@ class Intents:
             rows = [
                 row for row in await connection.execute(select(intent).where(*same)) if (row.backend, row.location) in own_ids
             ]
-        if others := [row.id for row in rows if has_own_id(row)]:
+        if self._has_sidecar:  # where nobody else can consume them, and a session may hold the lock that renumbering them needs
+            own_ids |= {(row.backend, row.location): row.id for row in rows}
+        elif others := [row.id for row in rows if has_own_id(row)]:
             async with self._pool.durable() as connection:
                 outdated = select(intent).where(intent.c.id.in_(others)).with_for_update(skip_locked=True)
                 await renumber(connection, intent, list(await connection.execute(outdated)))
@@ -484,6 +505,13 @@ _PLACE = text(
 @lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
 def _insertion(dialect: str, intent: Table) -> InsertStatement:
     return insert_rows(dialect, intent, {"kind": UPLOAD, "due": clock(_LEASE)})
+
+
+@lru_cache(maxsize=64)
+def _claims(decision: Table) -> InsertStatement:
+    """Return the INSERT of locations in place of ids, where the triggers on SQLite look for them."""
+    location = type_coerce(bindparam("location", type_=String()), decision.c.id.type)
+    return decision.insert().prefix_with("OR IGNORE").values(id=location, outcome=COMMIT)
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
+from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
 from granite_storage.orm.journal.tables import tables_of
 
@@ -36,10 +37,11 @@ _DIALECTS: Final[Mapping[str, TriggerDialect]] = {
     "mariadb": MariaDBTriggers(),
     "mysql": MariaDBTriggers(),  # the name of SQLAlchemy's dialect for both, which can tell them apart
     "postgresql": PostgreSQLTriggers(),
+    "sqlite": SQLiteTriggers(),
 }
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
 
-_NAMES = "PostgreSQL and MariaDB"
+_NAMES = "PostgreSQL, MariaDB and SQLite"
 """The databases in messages."""
 
 

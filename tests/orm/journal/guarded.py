@@ -153,8 +153,10 @@ async def refused(target: OrmEnvironment | AsyncConnection, *statements: str, **
 
 def code_of(error: DBAPIError) -> str | None:
     """Return the SQLSTATE of an error; its number on MariaDB."""
-    found = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    return found or next(iter(map(str, getattr(error.orig, "args", ()))), None)
+    number = next(iter(getattr(error.orig, "args", ())), None)
+    if isinstance(number, int):
+        return str(number)
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
 
 
 async def stored(env: OrmEnvironment, *instances: Any) -> list[StoredObjectRef]:

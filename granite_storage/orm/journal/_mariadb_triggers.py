@@ -371,16 +371,14 @@ class MariaDBSource:
 
         A row is no evidence for what it has brought in itself; an update may give a column what another one had before.
         """
-        had = [
-            _holds(f"OLD.{_quoted(holder.column)}")
-            for holder in self.holders
-            if (holder.schema, holder.table) == self._place
-        ]
+        had = [_holds(f"OLD.{_quoted(holder.column)}") for holder in self.holders if (holder.schema, holder.table) == self._place]
         if is_update:
             new, kept = f"NOT {_holds('g_other')}", f" OR {' OR '.join(had)}"
         else:
             new, kept = "1 = 1", ""
-        claimed = f"LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4) COLLATE utf8mb4_bin)"
+        claimed = (
+            f"LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4) COLLATE utf8mb4_bin)"
+        )
         return f"""IF g_location IS NOT NULL AND {new} THEN
           SET g_known = COALESCE({claimed}, 0) > 0{kept};
           IF NOT g_known THEN

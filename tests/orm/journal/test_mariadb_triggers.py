@@ -10,19 +10,32 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
 from granite_storage.orm._interfaces import CLAIMING_KEY
-from granite_storage.orm.journal._mariadb_triggers import _require_mariadb
-from granite_storage.orm.journal.triggers import find_trigger_problems, has_some_triggers, sources_of
+from granite_storage.orm.journal.triggers import sources_of
+from tests.orm.databases import mariadb_admin
 from tests.orm.environment import OrmEnvironment, file
-from tests.orm.journal.guarded import Base, Child, Doc, Grandchild, Parent, Picture, environment, locations, put, refused, run, stored
+from tests.orm.journal.guarded import (
+    Base,
+    Child,
+    Doc,
+    Grandchild,
+    Parent,
+    Picture,
+    environment,
+    locations,
+    put,
+    refused,
+    run,
+    stored,
+)
 from tests.orm.journal.sharing import steps_are_watched, worker
-from tests.orm.journal.test_recovery import expire, journal_of, rows
+from tests.orm.journal.test_recovery import expire, journal_of
 from tests.orm.journal.test_storage_triggers import fill, nominated, referenced
 
 LEVELS = ["READ COMMITTED", "REPEATABLE READ"]
@@ -133,7 +146,6 @@ class TestGuard:
             assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
             await run(env, "INSERT INTO doc (id) VALUES (1)", "DELETE FROM parent")
             assert await refused(env, "UPDATE doc SET file = {ref}", ref=ref)
-            [known] = await stored(env, Child(id=1, parent=None, file=file("b"))) if False else [None]
         finally:
             await env.sql("DROP TRIGGER copy_INSERT")
             await env.sql("DROP TRIGGER copy_UPDATE")
@@ -158,7 +170,9 @@ class TestGuard:
         await stored(env, Doc(id=1, file=file("a")), Parent(id=1, file=file("b")))
         async with transaction(env, level) as connection:
             await run(connection, "INSERT INTO doc (id, file, other) SELECT 2, file, file FROM doc")
-            await run(connection, "UPDATE doc SET other = (SELECT p.file FROM parent p)", "UPDATE doc SET title = 'x', other = file")
+            await run(
+                connection, "UPDATE doc SET other = (SELECT p.file FROM parent p)", "UPDATE doc SET title = 'x', other = file"
+            )
             await run(connection, "INSERT INTO parent SELECT id + 5, file FROM doc", "DELETE FROM doc")
             await connection.commit()
         assert (await journal_of(env).recover()).kept == 2
@@ -230,11 +244,10 @@ class TestGuard:
         ref = stored_alone.ref
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref), "an upload alone is no evidence"
         await journal_of(env).adopt([ref])
+        await expire(env)
         async with env.engine.begin() as connection:
             await run(connection, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
-            await expire(env)
             assert (await journal_of(env).recover()).claimed == 0
-        await expire(env)
         assert (await journal_of(env).recover()).kept == 2
 
     @pytest.mark.parametrize("level", LEVELS)
@@ -259,17 +272,19 @@ class TestGuard:
 
     async def test_what_holds_up_nobody(self, env: OrmEnvironment) -> None:
         """At REPEATABLE READ a lock beside a row that is not there would keep the intents and fences of all waiting."""
-        one, two = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
         await stored(env, Parent(id=1, file=file("p")), Parent(id=2, file=file("q")))
         await run(env, "DELETE FROM parent WHERE id = 2")
         async with transaction(env, "REPEATABLE READ") as connection:
-            await run(connection, "INSERT INTO doc (id, file) SELECT 3, file FROM doc WHERE id = 1", "DELETE FROM doc WHERE id = 2")
+            await run(
+                connection, "INSERT INTO doc (id, file) SELECT 3, file FROM doc WHERE id = 1", "DELETE FROM doc WHERE id = 2"
+            )
             await run(connection, "UPDATE doc SET file = NULL WHERE id = 1", "DELETE FROM parent")
             await asyncio.wait_for(env.add(Doc(id=9, file=file("c"))), 10)
             assert (await asyncio.wait_for(journal_of(env).recover(), 10)).deleted == 1
 
     async def test_an_undo_holds_up_workers_and_they_go_on_later(self, env: OrmEnvironment) -> None:
-        first, second = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        first, _ = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
         await run(env, "DELETE FROM doc WHERE id = 1")
         async with transaction(env, "REPEATABLE READ") as connection:
             await run(connection, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=first)
@@ -428,7 +443,8 @@ class TestSessions:
             await session.close()
             assert await self.claimed(connection) is None
             if ends in ("rollback", "fails", "close"):
-                assert await refused(connection, "INSERT INTO doc (id, file) VALUES (7, {ref})", ref=ref)
+                with pytest.raises(StaleAttachmentError, match="gone or going"):
+                    await run(connection, "INSERT INTO doc (id, file) VALUES (7, {ref})", ref=ref)
 
     async def test_what_a_broken_flush_has_claimed_does_not_reach_the_next_user(self, env: OrmEnvironment) -> None:
         """The connection goes back without a rollback that the session would tell of."""
@@ -455,21 +471,33 @@ class TestSessions:
 
     async def test_a_role_without_rights_on_the_journal(self, env: OrmEnvironment) -> None:
         [ref] = await stored(env, Doc(id=1, file=file("a")))
-        name = env.engine.url.database
-        async with env.engine.begin() as connection:
-            user = f"{name}_w"[:60]
-            pytest.skip("written below") if not user else None
-        assert ref
+        admin = create_async_engine(mariadb_admin(), isolation_level="AUTOCOMMIT")
+        name, role = env.engine.url.database, "writer_of_rows"
+        own = create_async_engine(mariadb_admin().set(username=role, password="x", database=name))
+        async with admin.connect() as connection:
+            await connection.execute(text(f"CREATE USER {role} IDENTIFIED BY 'x'"))
+            try:
+                await connection.execute(text(f"GRANT SELECT, INSERT, DELETE ON {name}.doc TO {role}"))
+                async with own.begin() as writing:
+                    await run(writing, "DELETE FROM doc", "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+                    await run(writing, "DELETE FROM doc")
+                    with pytest.raises(DBAPIError, match="denied"):
+                        await run(writing, "SELECT 1 FROM granite_storage_intent")
+            finally:
+                await own.dispose()
+                await connection.execute(text(f"DROP USER {role}"))
+        await admin.dispose()
+        assert await nominated(env) == {ref.location}
 
 
 class TestRetention:
     async def test_of_its_policy_or_the_longest(self, env: OrmEnvironment) -> None:
-        refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in range(3)))
+        refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in (1, 2, 3)))
         await stored(env, Parent(id=1), Child(id=1, parent_id=1, file=file("c")))
         await journal_of(env).check()
         await env.sql("UPDATE granite_storage_meta SET value = '604800' WHERE name = 'retention\\:docs'")
         try:
-            await run(env, "DELETE FROM doc WHERE id = 0", "UPDATE doc SET file = NULL WHERE id = 1", "DELETE FROM parent")
+            await run(env, "DELETE FROM doc WHERE id = 3", "UPDATE doc SET file = NULL WHERE id = 1", "DELETE FROM parent")
             await run(env, "UPDATE doc SET file = JSON_SET(file, '$.storage_key', 'unknown')", "DELETE FROM doc")
             report = await journal_of(env).recover()
             assert (report.claimed, report.waiting) == (0, 4)
@@ -493,3 +521,163 @@ class TestAdoption:
         report = await journal_of(env).recover()
         assert (report.kept, report.deleted) == (1, 1)
         assert await env.objects() == {loaded.location}
+
+
+class Models:
+    """Cascades of every kind: through a table without files, in a table that refers to itself, and to another schema's."""
+
+    def __init__(self) -> None:
+        self.metadata = metadata = MetaData()
+
+        def table(name: str, *items: Any) -> Table:
+            return Table(name, metadata, Column("id", Integer, primary_key=True), *items)
+
+        def below(name: str) -> Column[Any]:
+            return Column(f"{name}_id", ForeignKey(f"{name}.id", ondelete="CASCADE"))
+
+        def held() -> Column[Any]:
+            return Column("file", AttachmentType("docs"))
+
+        table("top")
+        table("middle", below("top"))
+        table("bottom", below("middle"), held())
+        table("node", Column("code", String(20), unique=True), Column("up", ForeignKey("node.code", ondelete="CASCADE")), held())
+        table("leaf", Column("node", ForeignKey("node.code", ondelete="CASCADE")), held())
+        journal_tables(metadata)
+        storage_triggers(metadata)
+
+
+def value(name: str) -> str:
+    return f"""'{{"backend"\\: "store", "storage_key"\\: "docs", "location"\\: "{name}"}}'"""
+
+
+class TestCascades:
+    @pytest.fixture
+    async def connection(self, env: OrmEnvironment) -> AsyncIterator[AsyncConnection]:
+        """Give a connection to tables of which each row has a file."""
+        metadata = Models().metadata
+        named = ["b1", "b2", "n1", "n2", "n3", "n4", "l1", "l2", "l3"]
+        async with env.engine.connect() as connection:
+            await connection.run_sync(metadata.create_all)
+            claimed = {"claimed": "".join(f"\n{name}\n" for name in named)}
+            await connection.execute(text("SET @granite_storage_claimed = :claimed"), claimed)
+            for statement in (
+                "INSERT INTO top VALUES (1), (2)",
+                "INSERT INTO middle VALUES (1, 1), (2, 2)",
+                "INSERT INTO bottom VALUES (1, 1, {b1}), (2, 2, {b2})",
+                "INSERT INTO node VALUES (1, 'one', NULL, {n1}), (2, 'two', 'one', {n2}), (3, 'three', 'two', {n3})",
+                "INSERT INTO node VALUES (4, 'four', NULL, {n4})",
+                "INSERT INTO leaf VALUES (1, 'one', {l1}), (2, 'three', {l2}), (3, 'four', {l3})",
+                "SET @granite_storage_claimed = NULL",
+            ):
+                await connection.execute(text(statement.format(**{name: value(name) for name in named})))
+            await connection.commit()
+            try:
+                yield connection
+            finally:
+                await connection.rollback()
+                await connection.run_sync(metadata.drop_all, [*reversed(metadata.sorted_tables)][:5])
+                left = "SELECT COUNT(*) FROM information_schema.triggers WHERE trigger_schema = DATABASE() AND NOT"
+                left += " event_object_table IN ('doc', 'parent', 'child', 'grandchild', 'part', 'picture')"
+                assert await connection.scalar(text(left)) == 0
+                await connection.run_sync(Base.metadata.create_all)
+
+    @pytest.mark.parametrize(
+        ("statement", "left"),
+        [
+            ("DELETE FROM top WHERE id = 1", {"b1"}),
+            ("DELETE FROM middle", {"b1", "b2"}),
+            ("DELETE FROM node WHERE id = 1", {"n1", "n2", "n3", "l1", "l2"}),
+            ("DELETE FROM node WHERE code = 'two'", {"n2", "n3", "l2"}),
+            ("DELETE FROM node", {"n1", "n2", "n3", "n4", "l1", "l2", "l3"}),
+            ("REPLACE INTO node (id, code) VALUES (2, 'new')", {"n2", "n3", "l2"}),
+            ("DELETE node, leaf FROM node JOIN leaf ON leaf.node = node.code WHERE node.id = 4", {"n4", "l3"}),
+        ],
+    )
+    async def test_at_any_depth(self, connection: AsyncConnection, statement: str, left: set[str]) -> None:
+        await connection.execute(text(statement))
+        assert set((await connection.execute(text("SELECT location FROM granite_storage_intent"))).scalars()) == left
+
+
+class TestChecks:
+    async def problems(self, env: OrmEnvironment) -> list[str]:
+        return await journal_of(env).find_trigger_problems()
+
+    async def told_by_doctor(self, env: OrmEnvironment) -> list[CheckResult]:
+        return [check.result async for check in _check_journal(env.binding) if check.what == "triggers"]
+
+    async def create(self, env: OrmEnvironment) -> None:
+        async with env.engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+
+    async def test_what_is_wrong(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        assert await self.problems(env) == []
+        await env.sql("DROP TRIGGER granite_storage_delete_doc")
+        await env.sql("DROP TRIGGER granite_storage_cascade_parent_grandchild")
+        await env.sql("DROP INDEX ix_granite_storage_location_link_ref ON link")
+        await env.sql("CREATE TRIGGER mine AFTER INSERT ON child FOR EACH ROW PRECEDES granite_storage_insert_child SET @x = 1")
+        async with env.engine.connect() as connection:
+            body = "SELECT action_statement FROM information_schema.triggers WHERE trigger_name = 'granite_storage_insert_parent'"
+            old = (await connection.scalar(text(body))).replace("'1:", "'0:")
+            await connection.exec_driver_sql(
+                f"CREATE OR REPLACE TRIGGER granite_storage_insert_parent AFTER INSERT ON parent FOR EACH ROW {old}".replace(
+                    "%", "%%"
+                )
+            )
+        found = await self.problems(env)
+        for said in (
+            "lacks the trigger granite_storage_delete_doc, or this role lacks the privilege TRIGGER",
+            "lacks the trigger granite_storage_cascade_parent_grandchild",
+            "link has no index over the locations in ref",
+            "the trigger granite_storage_insert_child of",
+            "the trigger granite_storage_insert_parent of",
+        ):
+            assert sum(said in problem for problem in found) == 1, (said, found)
+        assert len(found) == 5
+        await journal_of(env).check()
+        assert "SQL past the sessions is not covered" in caplog.text
+        assert await self.told_by_doctor(env) == [CheckResult.BAD] * 5
+        await self.create(env)
+        assert await self.problems(env) == []
+        assert await self.told_by_doctor(env) == [CheckResult.GOOD]
+        await env.sql("DROP TRIGGER mine")
+
+    async def test_the_mode_of_the_connection_that_creates_them(self, env: OrmEnvironment) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execute(text("SET SESSION sql_mode = 'ANSI'"))
+            await connection.execute(text("DROP TRIGGER granite_storage_insert_doc"))
+            await connection.run_sync(Base.metadata.create_all)
+            mode = "SELECT sql_mode FROM information_schema.triggers WHERE trigger_name = 'granite_storage_insert_doc'"
+            assert "ANSI" not in await connection.scalar(text(mode))
+            assert "ANSI" in await connection.scalar(text("SELECT @@sql_mode"))
+            await connection.invalidate()
+        assert await self.problems(env) == []
+
+    async def test_what_cannot_be(self, env: OrmEnvironment) -> None:
+        metadata = MetaData()
+        Table(
+            "one",
+            metadata,
+            Column("id", Integer, primary_key=True),
+            Column("file", AttachmentType("docs")),
+            Column("two", ForeignKey("two.id", ondelete="CASCADE", use_alter=True, name="one_two")),
+        )
+        Table("two", metadata, Column("id", Integer, primary_key=True), Column("one", ForeignKey("one.id", ondelete="CASCADE")))
+        Table("bare", metadata, Column("ref", Base.metadata.tables["link"].c.ref.type))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        async with env.engine.connect() as connection:
+            try:
+                with pytest.raises(ConfigurationError, match="delete each other's rows in a circle"):
+                    await connection.run_sync(metadata.create_all)
+                await connection.execute(text("ALTER TABLE one DROP FOREIGN KEY one_two"))
+                with pytest.raises(ConfigurationError, match="the table bare has no primary key"):
+                    await connection.run_sync(metadata.create_all)
+            finally:
+                await connection.execute(text("DROP TABLE two, one, bare"))
+
+    async def test_mysql(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        async with env.engine.connect() as connection:
+            monkeypatch.setattr(connection.dialect, "is_mariadb", False)
+            with pytest.raises(ConfigurationError, match="this is MySQL"):
+                await connection.run_sync(lambda it: sources_of(it, Base.metadata))

@@ -182,7 +182,7 @@ class Traffic:
         """Return what the rows refer to; no `Attachment` is made of it."""
         found: list[StoredObjectRef] = []
         for table, column in COLUMNS:
-            rows = await connection.execute(text(f"SELECT CAST({column} AS text) FROM {table}"))  # noqa: S608
+            rows = await connection.execute(text(f"SELECT CAST({column} AS CHAR) FROM {table}"))  # noqa: S608
             found += [StoredObjectRef.from_dict(json.loads(value)) for value in rows.scalars() if value is not None]
         return found
 

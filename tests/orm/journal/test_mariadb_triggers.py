@@ -493,7 +493,8 @@ class TestSessions:
 class TestRetention:
     async def test_of_its_policy_or_the_longest(self, env: OrmEnvironment) -> None:
         refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in (1, 2, 3)))
-        await stored(env, Parent(id=1), Child(id=1, parent_id=1, file=file("c")))
+        await stored(env, Parent(id=1))
+        await stored(env, Child(id=1, parent_id=1, file=file("c")))
         await journal_of(env).check()
         await env.sql("UPDATE granite_storage_meta SET value = '604800' WHERE name = 'retention\\:docs'")
         try:

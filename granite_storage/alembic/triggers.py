@@ -17,6 +17,7 @@ from granite_storage.orm.journal.triggers import (
     create_triggers,
     drop_triggers,
     find_sources,
+    find_triggers_in_the_way,
     has_current_triggers,
     has_some_triggers,
     have_triggers,
@@ -39,9 +40,13 @@ def create_storage_triggers(
 ) -> None:
     """Create the journal's triggers, or replace those of another version or for other columns, with the indexes they need.
 
-    They are those that `storage_triggers` declares. Each index over locations that is missing is created, which keeps writers
-    out for as long; on large tables create it before, by `create_location_index(..., concurrently=True)`. Partitions that are
-    made later lack some of the triggers: call it again after them. It is for PostgreSQL.
+    They are those that `storage_triggers` declares, on the same databases. Each index over locations that is missing is created,
+    which keeps writers out for as long; on large tables of PostgreSQL create it before, by `create_location_index(...,
+    concurrently=True)`. Partitions that are made later lack some of the triggers, and on SQLite unique indexes are not known to
+    them: call it again after those.
+
+    On SQLite a batch operation fails on a table that a trigger names, and the triggers of the table go with it: call
+    `drop_storage_triggers` for all tables before it, and this afterwards, as autogenerate does.
 
     Args:
         op: Alembic's `op`.
@@ -50,7 +55,7 @@ def create_storage_triggers(
         journal_schema: The schema of the journal's tables, as passed to `journal_tables`.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, a table has no primary key, or the migration is rendered as SQL.
+        ConfigurationError: The database has none, a table has no primary key, or the migration is rendered as SQL.
     """
     connection = require_online(op, "creating triggers")
     metadata = MetaData()
@@ -152,14 +157,18 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
     columns = found.all_attachments() if are_triggers_declared(metadata) else []
     guarded = {column.table for column in columns}
     shrinking = {name for operation in upgrade_ops.ops for name in _shrinking(operation)}
-    dropped = [
-        fullname
-        for fullname, table in _named(metadata, shrinking).items()
-        if (table not in guarded or fullname in shrinking) and has_some_triggers(connection, table)
-    ]
+    changed = {name for operation in upgrade_ops.ops for name in _changed(operation)}
+    dropped = {
+        *(
+            fullname
+            for fullname, table in _named(metadata, shrinking).items()
+            if (table not in guarded or fullname in shrinking) and has_some_triggers(connection, table)
+        ),
+        *find_triggers_in_the_way(connection, changed),
+    }
     if dropped:
         upgrade_ops.ops.insert(0, _DropTriggersOp(sorted(dropped)))
-    if columns and not _are_current(connection, metadata):
+    if columns and (dropped or not _are_current(connection, metadata)):
         plain = [column for column in found.refs() if column not in set(columns)]
         upgrade_ops.ops.append(_CreateTriggersOp(_by_table(columns), _by_table(plain), journal.intent.schema))
 
@@ -193,6 +202,13 @@ def _shrinking(operation: ops.MigrateOperation) -> list[str]:
             return [_fullname(operation.schema, operation.table_name)]
         case _:
             return []
+
+
+def _changed(operation: ops.MigrateOperation) -> list[str]:
+    """Return the table that an operation changes in any way, or drops."""
+    if isinstance(operation, ops.DropTableOp | ops.ModifyTableOps):
+        return [_fullname(operation.schema, operation.table_name)]
+    return []
 
 
 def _fullname(schema: str | None, name: str) -> str:

@@ -15,7 +15,7 @@ row is written, after all others of its kind, nominates first and guards then: s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 
 from sqlalchemy import Connection, bindparam, text
@@ -453,6 +453,10 @@ class PostgreSQLTriggers:
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers."""
         return any(_read(connection, _qualified(schema, table)).values())
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return nothing: functions name tables that need not be there."""
+        return []
 
 
 def _qualified(schema: str, name: str) -> str:

@@ -22,7 +22,7 @@ decisions before its rows, where the guard looks, and deletes them afterwards in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -127,7 +127,9 @@ class SQLiteSource:
             parts["replace"] = self._on_replace(
                 "BEFORE INSERT", " OR ".join(f"({key.matches('t', 'NEW')})" for key in self._keys)
             )
-            changed = dict.fromkeys(name for key in self._keys for name, _ in key.columns)
+            changed = dict.fromkeys(
+                (*_ROWIDS, *map(quoted, self._table.keys), *(name for key in self._keys for name, _ in key.columns))
+            )
             moved_onto = " OR ".join(f"({key.has_changed} AND {key.matches('t', 'NEW')})" for key in self._keys)
             parts["rekey"] = self._on_replace(f"BEFORE UPDATE OF {', '.join(changed)}", moved_onto)
         return {
@@ -277,6 +279,18 @@ class SQLiteTriggers:
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers."""
         return bool(_read(connection, schema, table))
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return the tables whose triggers name one of others.
+
+        Batch mode puts a new table in the place of the old one, which fails where a trigger names that. With the old table its
+        own triggers are gone.
+        """
+        found = text("SELECT tbl_name, sql FROM sqlite_master WHERE type = 'trigger' AND substr(name, 1, :length) = :prefix")
+        values = {"prefix": _PREFIX, "length": len(_PREFIX)}
+        named = [quoted(name) for name in tables]
+        rows = connection.execute(found, values, execution_options=UNTRANSLATED)
+        return sorted({row.tbl_name for row in rows if any(name in row.sql for name in named)})
 
 
 # Refs in SQL.

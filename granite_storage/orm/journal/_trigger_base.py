@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +87,15 @@ class TriggerDialect(Protocol):
 
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers."""
+        ...
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return the tables whose triggers name others that a migration changes, and keep it from that.
+
+        Args:
+            connection: A connection to the database.
+            tables: The names of the tables that it changes in any way, as models name them.
+        """
         ...
 
 

@@ -510,7 +510,7 @@ def _insertion(dialect: str, intent: Table) -> InsertStatement:
 @lru_cache(maxsize=64)
 def _claims(decision: Table) -> InsertStatement:
     """Return the INSERT of locations in place of ids, where the triggers on SQLite look for them."""
-    location = type_coerce(bindparam("location", type_=String()), decision.c.id.type)
+    location = bindparam("location", type_=String())
     return decision.insert().prefix_with("OR IGNORE").values(id=location, outcome=COMMIT)
 
 

@@ -5,7 +5,7 @@ Each database has a module of its own, `_postgresql_triggers` for one, which pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Column, Connection, MetaData, Table, event
@@ -25,6 +25,7 @@ __all__ = [
     "drop_triggers",
     "find_sources",
     "find_trigger_problems",
+    "find_triggers_in_the_way",
     "has_current_triggers",
     "has_some_triggers",
     "have_triggers",
@@ -184,6 +185,11 @@ def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
 def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSource]) -> list[str]:
     """Return what is wrong with triggers and their indexes, in words, relation by relation."""
     return list(dict.fromkeys(problem for source in sources for problem in source.find_problems(connection)))
+
+
+def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
+    """Return the tables whose triggers are to be dropped before others are changed; see `TriggerDialect.find_in_the_way`."""
+    return _dialect_of(connection).find_in_the_way(connection, tables)
 
 
 def has_current_triggers(connection: Connection, source: TriggerSource) -> bool:

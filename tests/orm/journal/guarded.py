@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -145,7 +146,8 @@ async def refused(target: OrmEnvironment | AsyncConnection, *statements: str, **
     try:
         await run(target, *statements, **values)
     except DBAPIError as error:
-        if code_of(error) not in ("23503", "1452") or "gone or going" not in str(error.orig):
+        is_violation = code_of(error) in ("23503", "1452") or isinstance(error.orig, sqlite3.IntegrityError)
+        if not is_violation or "gone or going" not in str(error.orig):
             raise
         return True
     return False

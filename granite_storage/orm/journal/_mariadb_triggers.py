@@ -25,7 +25,7 @@ before the row is deleted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -172,13 +172,18 @@ class MariaDBTriggers:
         return MariaDBSource(table, holders, schema, names, facts)
 
     def drop(self, connection: Connection, schema: str, table: str) -> None:
-        """Drop the triggers of a table, and those of its ancestors that read it."""
+        """Drop the triggers of a table, and those of its ancestors that read it, with the indexes that no trigger uses any more."""
         for found in _read(connection, (schema, table)):
             run(connection, f"DROP TRIGGER IF EXISTS {_qualified((found.schema, found.name))}")
+        _drop_unused_indexes(connection, schema)
 
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers, on it or on its ancestors."""
         return bool(_read(connection, (schema, table)))
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return nothing: triggers name tables that need not be there."""
+        return []
 
 
 class MariaDBSource:
@@ -592,6 +597,13 @@ _INDEXES = text("""
     SELECT COUNT(*) FROM information_schema.statistics
     WHERE table_schema = :schema AND table_name = :table AND column_name = :column AND seq_in_index = 1
 """)
+_MADE = text("""
+    SELECT table_name, column_name FROM information_schema.columns
+    WHERE table_schema IN :schemas AND column_comment = :comment ORDER BY 1, 2
+""").bindparams(bindparam("schemas", expanding=True))
+_MADE_HERE = "for granite_storage triggers"
+"""The comment of the generated columns that triggers have brought along."""
+
 _MADE_OF = re.compile(r"DECLARE g_made_of TEXT DEFAULT '(\d+:[0-9a-f]+) ((?:[^']|'')*)'")
 
 
@@ -688,9 +700,20 @@ def _create_index(connection: Connection, holder: Holder) -> None:
         return
     place, name = (holder.schema, holder.table), _quoted(location_column_name(holder.column))
     if location_column_name(holder.column) not in _columns(connection, place):
-        run(connection, f"ALTER TABLE {_qualified(place)} ADD COLUMN {name} {generated_location(_quoted(holder.column))}")
+        generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
+        run(connection, f"ALTER TABLE {_qualified(place)} ADD COLUMN {name} {generated}")
     index = _quoted(location_index_name(holder.table, holder.column))
     run(connection, f"CREATE INDEX {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
+
+
+def _drop_unused_indexes(connection: Connection, schema: str) -> None:
+    """Drop the generated columns that were made for triggers, and their indexes: MariaDB drops no column that one depends on."""
+    values = {"schemas": [schema], "comment": _MADE_HERE}
+    bodies = [row.action_statement for row in connection.execute(_TRIGGERS, values, execution_options=UNTRANSLATED)]
+    for table, column in connection.execute(_MADE, values, execution_options=UNTRANSLATED).all():
+        place, name = _qualified((schema, table)), _quoted(column)
+        if not any(place in body and name in body for body in bodies):
+            run(connection, f"ALTER TABLE {place} DROP COLUMN {name}")
 
 
 @contextmanager

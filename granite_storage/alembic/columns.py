@@ -206,10 +206,13 @@ def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bo
 def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -> None:
     name = location_column_name(column)
     context = op.get_context()
-    if not context.as_sql and _has_generated_column(op, table, column, schema):
+    found = None if context.as_sql else columns_of(op.get_bind(), table, schema).get(name)
+    if found is not None and found.get("computed", {}).get("persisted"):
         return
     preparer = context.dialect.identifier_preparer
     qualified = preparer.format_table(Table(table, MetaData(), schema=schema))
+    if found is not None:  # a virtual one, of an earlier version
+        op.drop_column(table, name, schema=schema)
     op.execute(f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} {generated_location(preparer.quote(column))}")
 
 

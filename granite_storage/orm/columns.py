@@ -797,11 +797,13 @@ def location_column_name(column: str) -> str:
 def generated_location(column: str) -> str:
     """Return the type of the generated column with the locations of a column of refs, which is given as SQL, on MariaDB.
 
-    The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column.
+    The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column. It
+    is stored, because MariaDB can crash with an index over a virtual column when deletes cascade to its rows (MDEV-21153 is one
+    of several such errors; 10.11.19 does while tables are flushed).
     """
     return (
         f"VARCHAR({LONGEST_LOCATION}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-        f" GENERATED ALWAYS AS (json_value({column}, '$.location')) VIRTUAL INVISIBLE"
+        f" GENERATED ALWAYS AS (json_value({column}, '$.location')) STORED INVISIBLE"
     )
 
 

@@ -248,8 +248,8 @@ class MariaDBSource:
                     f" guard: {CREATE_AGAIN}"
                 )
         return problems + [
-            f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in:"
-            " create_location_index(op, ...) in a migration makes one"
+            f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in,"
+            " or one over a virtual column, with which MariaDB can crash: create_location_index(op, ...) in a migration makes one"
             for holder in self.holders
             if not _has_index(connection, holder)
         ]
@@ -594,8 +594,10 @@ _OF_KIND = text("""
     ORDER BY action_order
 """)
 _INDEXES = text("""
-    SELECT COUNT(*) FROM information_schema.statistics
-    WHERE table_schema = :schema AND table_name = :table AND column_name = :column AND seq_in_index = 1
+    SELECT COUNT(*) FROM information_schema.statistics AS s JOIN information_schema.columns AS c
+        ON c.table_schema = s.table_schema AND c.table_name = s.table_name AND c.column_name = s.column_name
+    WHERE s.table_schema = :schema AND s.table_name = :table AND s.column_name = :column AND s.seq_in_index = 1
+        AND c.extra LIKE '%STORED%'
 """)
 _MADE = text("""
     SELECT table_name, column_name FROM information_schema.columns
@@ -699,11 +701,11 @@ def _create_index(connection: Connection, holder: Holder) -> None:
     if _has_index(connection, holder):
         return
     place, name = (holder.schema, holder.table), _quoted(location_column_name(holder.column))
-    if location_column_name(holder.column) not in _columns(connection, place):
-        generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
-        run(connection, f"ALTER TABLE {_qualified(place)} ADD COLUMN {name} {generated}")
+    # Without its index it may be a virtual one, of an earlier version; see `generated_location`.
+    generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
+    run(connection, f"ALTER TABLE {_qualified(place)} DROP COLUMN IF EXISTS {name}, ADD COLUMN {name} {generated}")
     index = _quoted(location_index_name(holder.table, holder.column))
-    run(connection, f"CREATE INDEX {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
+    run(connection, f"CREATE INDEX IF NOT EXISTS {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
 
 
 def _drop_unused_indexes(connection: Connection, schema: str) -> None:

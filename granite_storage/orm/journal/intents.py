@@ -227,8 +227,7 @@ class Intents:
         if not self._has_triggers:
             return
         if self._pool.is_postgresql:
-            if ids:
-                self._claim_unseen(connection, ids)
+            self._claim_unseen(connection, ids)
         elif self._pool.is_mariadb:
             connection.info[CLAIMING_KEY] = True
             listed = "".join(f"\n{item}\n" for item in locations)
@@ -256,7 +255,7 @@ class Intents:
         return self._uploads is not self._pool
 
     def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        if connection.execute(_LEVEL).scalar_one() == "read committed":
+        if not ids or connection.execute(_LEVEL).scalar_one() == "read committed":
             return
         intent, options = self._tables.intent, self._pool.options
         seen = connection.execute(select(intent.c.id).where(intent.c.id.in_(ids)), execution_options=options).scalars()

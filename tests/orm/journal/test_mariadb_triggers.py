@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
@@ -18,6 +19,7 @@ from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
 from granite_storage.orm._interfaces import CLAIMING_KEY
 from granite_storage.orm.journal.triggers import sources_of
+from granite_storage.orm.transactions import listen_to
 from tests.orm.databases import mariadb_admin
 from tests.orm.environment import OrmEnvironment, file
 from tests.orm.journal.guarded import (
@@ -245,9 +247,13 @@ class TestGuard:
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref), "an upload alone is no evidence"
         await journal_of(env).adopt([ref])
         await expire(env)
-        async with env.engine.begin() as connection:
+        async with transaction(env, "READ COMMITTED") as connection:
             await run(connection, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+            async with env.engine.begin() as other:
+                free = "SELECT kind FROM granite_storage_intent FOR UPDATE SKIP LOCKED"
+                assert list(await other.execute(text(free))) == []
             assert (await journal_of(env).recover()).claimed == 0
+            await connection.commit()
         assert (await journal_of(env).recover()).kept == 2
 
     @pytest.mark.parametrize("level", LEVELS)
@@ -448,12 +454,16 @@ class TestSessions:
 
     async def test_what_a_broken_flush_has_claimed_does_not_reach_the_next_user(self, env: OrmEnvironment) -> None:
         """The connection goes back without a rollback that the session would tell of."""
-        async with env.engine.connect() as connection:
-            await connection.execute(text("SET @granite_storage_claimed = 'x'"))
-            (await connection.get_raw_connection()).info[CLAIMING_KEY] = True
-            from granite_storage.orm.transactions import listen_to
+        listen_to(env.engine.sync_engine)
 
-            listen_to(connection.sync_connection.engine)
+        def leave(connection: Any) -> None:
+            connection.cursor().execute("SET @granite_storage_claimed = 'x'")
+            connection.info[CLAIMING_KEY] = True
+
+        for _ in range(2):
+            raw = await env.engine.raw_connection()
+            await greenlet_spawn(leave, raw)
+            await greenlet_spawn(raw.close)
         seen = set()
         for _ in range(3):
             async with env.engine.connect() as connection:

@@ -18,8 +18,8 @@ from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment
 from tests.orm.conftest import new_database
 from tests.orm.environment import file
-from tests.orm.journal.guarded import Child, Doc, Grandchild, Parent, code_of, environment, locations
-from tests.orm.journal.test_random_writers import SECONDS, TABLES, Traffic, slow_down
+from tests.orm.journal.guarded import Child, Doc, Grandchild, Parent, Picture, code_of, environment, locations
+from tests.orm.journal.test_random_writers import COLUMNS, SECONDS, TABLES, Traffic, slow_down
 
 EXPECTED = {"1020", "1205", "1213", "1452", "1062"}
 
@@ -40,6 +40,10 @@ ONE_STATEMENT = {
     "two tables": "DELETE d, p FROM doc d JOIN parent p ON p.id = d.id WHERE d.id = {a}",
     "parts": "INSERT INTO part SELECT id, 1 + id % 2, file FROM doc WHERE id = {a}",
     "part": "DELETE FROM part WHERE id = {a}",
+    "picture": "INSERT INTO doc (id, file) SELECT {a}, file FROM picture p WHERE id = {b} ON DUPLICATE KEY UPDATE file = p.file",
+    "pictures": "INSERT IGNORE INTO picture SELECT {a}, file FROM doc WHERE id = {b}",
+    "no picture": "DELETE FROM picture WHERE id IN ({a}, {b})",
+    "no variants": "UPDATE doc SET file = JSON_REMOVE(file, '$.variants') WHERE id = {a}",
 }
 
 
@@ -53,7 +57,7 @@ async def database(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
 class TrafficOnMariaDB(Traffic):
     """The same with the SQL of MariaDB."""
 
-    refusal = "1452"
+    columns = [*COLUMNS, ("picture", "file")]
 
     async def write_sql(self, engine: AsyncEngine) -> None:
         while True:
@@ -100,7 +104,7 @@ class TrafficOnMariaDB(Traffic):
                     parent, child = await session.get(Parent, self.pick()), await session.get(Child, self.pick())
                     match what:
                         case "put":
-                            session.add(Parent(id=self.pick(), file=file("a")))
+                            session.add(self.random.choice([Parent, Picture])(id=self.pick(), file=file("a")))
                         case "replace" if doc is not None:
                             doc.file = file("b")
                         case "swap by session" if doc is not None and other is not None:
@@ -139,7 +143,7 @@ class TrafficOnMariaDB(Traffic):
                 async with self.env.engine.connect() as connection:
                     await connection.exec_driver_sql("SET innodb_lock_wait_timeout = 2, lock_wait_timeout = 5")
                     try:
-                        await connection.exec_driver_sql("FLUSH TABLES " + ", ".join(TABLES) + " WITH READ LOCK")
+                        await connection.exec_driver_sql("FLUSH TABLES picture, " + ", ".join(TABLES) + " WITH READ LOCK")
                         refs = await self.refs(connection)
                         objects = await self.env.objects()
                     finally:
@@ -173,4 +177,3 @@ async def test_any_writer(database: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         await env.recover()
         async with env.engine.connect() as connection:
             assert locations(*await traffic.refs(connection)) == await env.objects(), traffic.done
-        print(traffic.done)

@@ -55,9 +55,9 @@ MUTANTS = [
         name="deriver-intent-consumed-apart",
         rule="The upload's intent is consumed in the transaction that lets the row have the variant.",
         path=_JOBS,
-        old="                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))\n",
+        old="                await connection.run_sync(intents.consume, stored)\n",
         new="""                async with self._pool.reading() as own:
-                    await own.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
+                    await own.run_sync(intents.consume, stored)
 """,
         tests=(f"{_DERIVER}::TestFailures::test_the_transaction_fails[asyncpg]",),
     ),
@@ -65,8 +65,8 @@ MUTANTS = [
         name="deriver-fence-ignored",
         rule="A variant whose intent was fenced is being deleted, so no row takes it.",
         path=_JOBS,
-        old="            if chosen:\n                await connection.run_sync(self._journal.intents.consume",
-        new="            if False:\n                await connection.run_sync(self._journal.intents.consume",
+        old="            if chosen:\n                await connection.run_sync(intents.consume",
+        new="            if False:\n                await connection.run_sync(intents.consume",
         tests=(f"{_DERIVER}::TestFailures::test_reclaimed_before_it_is_set[asyncpg]",),
     ),
     Mutant(

@@ -80,27 +80,20 @@ MUTANTS = [
         path="granite_storage/orm/journal/intents.py",
         old="""if self._pool.is_postgresql:
             self._claim_unseen(connection, ids)""",
-        new="return",
+        new="""if self._pool.is_postgresql:
+            return""",
         tests=(f"{_TESTS}::TestSessions::test_an_older_snapshot[asyncpg-REPEATABLE READ]",),
     ),
     Mutant(
         name="deriver-consumes-before-it-writes",
         rule="The intents of variants are consumed after their rows are written, whose triggers look for them.",
         path="granite_storage/orm/journal/variant_jobs.py",
-        old="""            try:
-                displaced = await connection.run_sync(write_variants, chosen, made)
-            except DBAPIError as error:
-                if (refused := refused_ref(error)) is None:
-                    raise
-                raise refused from error
-            # After the rows are written, whose triggers look for the intents.
-            if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
-""",
-        new="""            if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
-            displaced = await connection.run_sync(write_variants, chosen, made)
-""",
+        old="""                if chosen:
+                    await connection.run_sync(intents.claim, stored, locations)
+                displaced""",
+        new="""                if chosen:
+                    await connection.run_sync(intents.consume, stored)
+                displaced""",
         tests=(f"{_TESTS}::TestSessions::test_variants_that_a_worker_makes[asyncpg]",),
     ),
 ]

@@ -152,12 +152,12 @@ class SQLiteSource:
         guard, guard_variants = self._guard(new, message), self._guard_variants(new, message, "true")
         return {
             "delete": ("AFTER DELETE", f"{old} IS NOT NULL", self._nominate(_ref(old))),
-            "deletevariants": ("AFTER DELETE", _has_variants(old), self._nominate(_variants(old))),
+            "deletevariants": ("AFTER DELETE", _has_variants(old), self._nominate(_variants(old), many=True)),
             "update": (f"AFTER UPDATE {of_column}", f"{is_changed} AND {is_other}", self._nominate(_ref(old))),
             "updatevariants": (
                 f"AFTER UPDATE {of_column}",
                 f"{is_changed} AND {_has_variants(old)}",
-                self._nominate(f"SELECT * FROM ({_variants(old)}) v WHERE {is_left}"),
+                self._nominate(f"SELECT * FROM ({_variants(old)}) v WHERE {is_left}", many=True),
             ),
             "guardinsert": ("BEFORE INSERT", f"{new} IS NOT NULL", guard),
             "guardinsertvariants": ("BEFORE INSERT", _has_variants(new), guard_variants),
@@ -182,15 +182,19 @@ class SQLiteSource:
             )
         ]
         condition = f"EXISTS (SELECT 1 FROM {table} t WHERE ({is_pushed_out}) AND ({holds}))"
-        return moment, condition, self._nominate("\n    UNION ALL ".join(refs), group=True)
+        return moment, condition, self._nominate("\n    UNION ALL ".join(refs), many=True)
 
-    def _nominate(self, refs: str, *, group: bool | None = None) -> str:
+    def _nominate(self, refs: str, *, many: bool = False) -> str:
         """Return the INSERT of intents to delete objects, or the UPDATE of those that are there; the latest due time counts.
 
         The unary plus keeps the planner from the index over backends and due times.
+
+        Args:
+            refs: The SELECT of the objects.
+            many: Whether it may return several rows, in which an object may be twice.
         """
         seconds, group_by = self._retention("h.policy"), ""
-        if group or "json_each" in refs:
+        if many:
             seconds, group_by = f"max({seconds})", "\n  GROUP BY h.backend, h.location"
         is_same = f"i.location = h.location AND +i.backend = h.backend AND i.kind = {literal(DELETE)}"
         return f"""  INSERT INTO {self._intent} (id, kind, backend, location, source, due)

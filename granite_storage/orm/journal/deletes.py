@@ -142,7 +142,8 @@ def _upsert(dialect: str, intent: Table, *, has_moments: bool = False) -> Insert
 @lru_cache(maxsize=64)
 def _renaming(intent: Table) -> Update:
     own = bindparam("own_id", type_=intent.c.id.type)
-    is_of_object = (intent.c.location == bindparam("own_location")) & (intent.c.backend == bindparam("own_backend"))
+    # Not by the index over backends and due times, which is all that the planner may take.
+    is_of_object = (intent.c.location == bindparam("own_location")) & (intent.c.backend + "" == bindparam("own_backend"))
     return (
         update(intent)
         .prefix_with("OR IGNORE")  # where an earlier version has recorded another one

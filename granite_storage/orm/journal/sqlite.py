@@ -521,7 +521,8 @@ class SidecarPool(_LockingPool):
         await self.open()
         async with self._main.writing() as main, self.writing() as connection:
             # What a flush has recorded for the triggers, and has committed because an error kept it from deleting that.
-            await main.execute(_TABLES.decision.delete())
+            if (await main.execute(select(_TABLES.decision.c.outcome).limit(1))).first() is not None:
+                await main.execute(_TABLES.decision.delete())
             yield connection
 
     async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:

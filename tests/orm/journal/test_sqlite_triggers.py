@@ -15,7 +15,7 @@ from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, StoredObjectRefType, attachment, journal_tables, storage_triggers
-from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.orm.journal.deletes import _renaming, delete_id
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.conftest import new_database
 from tests.orm.databases import Database
@@ -233,6 +233,26 @@ async def test_what_is_nominated_twice(env: OrmEnvironment, how: str) -> None:
     await run(env, f"INSERT OR {how} INTO doc (id, file) VALUES (3, {{ref}})", "DELETE FROM doc WHERE id = 3", ref=ref)  # noqa: S608
     [intent] = await rows(env, "intent")
     assert intent.due.year > 2000
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+async def test_intents_are_found_by_their_locations(env: OrmEnvironment, is_last: bool) -> None:
+    """Without statistics SQLite takes either of two indexes, as they were made; that over backends finds all of a backend's."""
+    due, location = (index for index in sorted(journal_tables(Base.metadata).intent.indexes, key=lambda index: str(index.name)))
+    async with env.engine.begin() as connection:
+        for index in (due, location) if not is_last else (location, due):
+            await connection.run_sync(index.drop)
+            await connection.run_sync(index.create)
+    async with env.engine.connect() as connection:
+        made = (
+            await connection.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'granite_storage_delete1_doc'"))
+        ).replace('OLD."file"', "''")
+        renaming = str(_renaming(journal_tables(Base.metadata).intent).compile(dialect=connection.dialect))
+        for statement in (made.partition("BEGIN")[2].rpartition(";")[0], renaming):
+            values = ("",) * statement.count("?")
+            plan = [row[3] for row in await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)]
+            assert any(str(location.name) in line for line in plan), plan
+            assert not any(str(due.name) in line for line in plan), plan
 
 
 class TestGuard:

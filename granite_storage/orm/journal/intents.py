@@ -239,16 +239,14 @@ class Intents:
 
     def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
         """Delete what `claim` has recorded on MariaDB and SQLite, after the rows are written: it must not outlive them."""
-        if not locations or not self._has_triggers:
-            return
-        if self._pool.is_mariadb:
-            connection.exec_driver_sql(FORGET_CLAIMS)
-            connection.info.pop(CLAIMING_KEY, None)
-        elif self._has_sidecar:
+        if locations and self._has_triggers and self._has_sidecar:
             decision = self._tables.decision
             for batch in batches(locations, _AT_A_TIME):
                 ended = delete(decision).where(type_coerce(decision.c.id, String()).in_(batch))
                 connection.execute(ended, execution_options=self._pool.options)
+        elif locations and self._has_triggers and self._pool.is_mariadb:
+            connection.exec_driver_sql(FORGET_CLAIMS)
+            connection.info.pop(CLAIMING_KEY, None)
 
     @property
     def _has_sidecar(self) -> bool:

@@ -164,7 +164,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
     """Create an index on the locations of a column of refs, unless it exists already.
 
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
-    reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
+    reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a stored column that
     `SELECT *` does not show. Autogenerate leaves it alone with `include_storage`. Batch operations of SQLite that rebuild the
     table drop it; create it again after them.
 

@@ -51,14 +51,15 @@ def storage_triggers(metadata: MetaData) -> None:
 
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
-    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. It is for PostgreSQL.
+    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. It is for
+    PostgreSQL, MariaDB and SQLite.
 
     Args:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is not PostgreSQL, or a table has
-            no primary key.
+        ConfigurationError: The journal's tables are not declared; on `create_all`: the database has none, a table has no primary
+            key, or on MariaDB cascades of several tables lead in a circle.
 
     Example:
         ```python
@@ -107,7 +108,7 @@ def sources_of(connection: Connection, metadata: MetaData) -> list[TriggerSource
     """Return the triggers that the models of a metadata need, on those of their tables that are there.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, the journal's tables are not there, or a table has no primary key.
+        ConfigurationError: As `storage_triggers`, or the journal's tables are not there.
     """
     tables = attachment_tables(metadata)
     journal = tables_of(metadata)

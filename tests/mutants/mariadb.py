@@ -68,10 +68,10 @@ MUTANTS = [
     ),
     Mutant(
         name="mariadb-trigger-locks-gaps",
-        rule="A copy of what a row holds locks no gap, beside which no fence could be inserted.",
+        rule="A copy of what a row holds locks no gap, beside which no other row could be inserted.",
         path=_SQL,
-        old="{self._reclaim} r WHERE r.location = g_location;",
-        new="{self._reclaim} r WHERE r.location = g_location LOCK IN SHARE MODE ;",
+        old="WHERE {indexed} AND {holds}{another} LIMIT 1;",
+        new="WHERE {indexed} AND {holds}{another} LIMIT 1 LOCK IN SHARE MODE;",
         tests=(f"{_TESTS}::TestGuard::test_what_holds_up_nobody",),
     ),
     Mutant(
@@ -94,7 +94,7 @@ MUTANTS = [
         name="mariadb-trigger-variant-of-another-original",
         rule="A variant is in the rows of one original, where a worker looks for it.",
         path=_SQL,
-        old="IF(NOT i.source <=> g_original, -1, i",
+        old="IF(NOT i.source <=> {source}, -1, i",
         new="IF(NOT 1 <=> 1, -1, i",
         tests=(f"{_TESTS}::TestVariants::test_that_are_not_those_of_the_original",),
     ),

@@ -25,9 +25,10 @@ before the row is deleted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Final, TypeAlias
 
@@ -302,34 +303,48 @@ class MariaDBSource:
 
     def _on_delete(self) -> str:
         return f"""{_VARIABLES}
-{_each(self._values_of("OLD"), (), self._nominate("1 = 1"))}"""
+{_each(self._values_of("OLD"), (), self._nominate)}"""
 
     def _on_update(self) -> str:
         unchanged = " AND ".join(f"OLD.{_quoted(name)} <=> NEW.{_quoted(name)}" for name in self.table.columns)
         old, new = self._values_of("OLD"), self._values_of("NEW")
-        return f"""{_VARIABLES}
+
+        def nominate(is_variant: bool) -> str:
+            return self._nominate(is_variant, f"NOT {_holds('g_other', is_variant)}")
+
+        return f"""  IF NOT ({unchanged}) THEN
+  BEGIN
+{_VARIABLES}
 {self._key_variables()}
-  IF NOT ({unchanged}) THEN
-{_each(old, new, self._nominate(f"NOT {_holds('g_other')}"))}
-{_each(new, old, self._guard(is_update=True))}
+{_each(old, new, nominate)}
+{_each(new, old, partial(self._guard, is_update=True))}
+  END;
   END IF;"""
 
     def _values_of(self, row: str) -> list[str]:
         return [f"{row}.{_quoted(name)}" for name in self.table.columns]
 
-    def _nominate(self, condition: str) -> str:
-        """Return what records that an object is to be deleted; how long it waits is read without a lock."""
+    def _nominate(self, is_variant: bool, condition: str = "1 = 1") -> str:
+        """Return what records that an object is to be deleted.
+
+        How long it waits is read without a lock, and once for many rows: variables of the connection have the answer for the
+        moment when the statement began.
+        """
         longest = f"SELECT MAX(CAST(a.value AS DOUBLE)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
         name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, g_policy), {LONGEST_META_NAME})"
         own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {self._facts.name.like(name)}"
         variant = "SUBSTR('89ab', (CONV(SUBSTR(g_digest, 17, 1), 16, 10) & 3) + 1, 1)"  # see `derived_id`
         derived = f"CONCAT(LEFT(g_digest, 12), '5', SUBSTR(g_digest, 14, 3), {variant}, SUBSTR(g_digest, 18, 15))"
         return f"""IF g_backend IS NOT NULL AND g_location IS NOT NULL AND {condition} THEN
-          SELECT COALESCE(({own}), ({longest}), 0) INTO g_seconds;
+          SET g_asked = CONCAT_WS(' ', UTC_TIMESTAMP(6), g_policy);
+          IF NOT BINARY @granite_storage_asked <=> BINARY g_asked THEN
+            SELECT COALESCE(({own}), ({longest}), 0) INTO g_seconds;
+            SET @granite_storage_seconds = g_seconds, @granite_storage_asked = g_asked;
+          END IF;
           SET g_digest = SHA2(CONCAT(g_backend, CHAR(10 USING utf8mb4), g_location), 256);
           INSERT INTO {self._intent} (id, kind, backend, location, source, due)
-            VALUES ({derived}, {literal(DELETE)}, g_backend, g_location, g_original,
-              TIMESTAMPADD(MICROSECOND, 1000000 * g_seconds, UTC_TIMESTAMP(6)))
+            VALUES ({derived}, {literal(DELETE)}, g_backend, g_location, {"g_original" if is_variant else "NULL"},
+              TIMESTAMPADD(MICROSECOND, 1000000 * @granite_storage_seconds, UTC_TIMESTAMP(6)))
             ON DUPLICATE KEY UPDATE due = GREATEST(due, VALUES(due));
         END IF;"""
 
@@ -349,7 +364,7 @@ class MariaDBSource:
       IF g_end THEN
         LEAVE g_below;
       END IF;
-{_each(values, (), self._nominate("1 = 1"))}
+{_each(values, (), self._nominate)}
     END LOOP;
     CLOSE g_rows;
   END;"""
@@ -359,7 +374,7 @@ class MariaDBSource:
     def _on_insert(self) -> str:
         return f"""{_VARIABLES}
 {self._key_variables()}
-{_each(self._values_of("NEW"), (), self._guard(is_update=False))}"""
+{_each(self._values_of("NEW"), (), partial(self._guard, is_update=False))}"""
 
     def _key_variables(self) -> str:
         """Declare the variables with the primary keys of the rows that are looked at, and with the id of an intent."""
@@ -371,32 +386,29 @@ class MariaDBSource:
             ]
         return "\n".join(declared)
 
-    def _guard(self, *, is_update: bool) -> str:
+    def _guard(self, is_variant: bool, *, is_update: bool) -> str:
         """Return what locks the evidence for a location that has come into the row, or refuses it.
 
         A row is no evidence for what it has brought in itself; an update may give a column what another one had before.
         """
-        had = [_holds(f"OLD.{_quoted(holder.column)}") for holder in self.holders if (holder.schema, holder.table) == self._place]
+        is_known = "COALESCE(LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4)"
+        is_known += " COLLATE utf8mb4_bin), 0) > 0"
+        is_new = "1 = 1"
         if is_update:
-            new, kept = f"NOT {_holds('g_other')}", f" OR {' OR '.join(had)}"
-        else:
-            new, kept = "1 = 1", ""
-        claimed = (
-            f"LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4) COLLATE utf8mb4_bin)"
-        )
-        return f"""IF g_location IS NOT NULL AND {new} THEN
-          SET g_known = COALESCE({claimed}, 0) > 0{kept};
+            is_new = f"NOT {_holds('g_other', is_variant)}"
+            for holder in self.holders:
+                if (holder.schema, holder.table) == self._place:
+                    is_known += f" OR {_holds(f'OLD.{_quoted(holder.column)}', is_variant)}"
+        looks = "".join(self._look_at(number, holder, is_variant) for number, holder in enumerate(self.holders))
+        return f"""IF g_location IS NOT NULL AND {is_new} THEN
+          SET g_known = {is_known};
           IF NOT g_known THEN
             BEGIN
-              DECLARE CONTINUE HANDLER FOR NOT FOUND BEGIN END;
-{"".join(self._look_at(number, holder) for number, holder in enumerate(self.holders))}
-              IF g_known THEN
-                SELECT COUNT(*) = 0 INTO g_known FROM {self._reclaim} r WHERE r.location = g_location;
-              END IF;
+              DECLARE CONTINUE HANDLER FOR NOT FOUND BEGIN END;{looks}
             END;
           END IF;
           IF NOT g_known THEN
-{self._lock_intents()}
+{self._lock_intents("g_original" if is_variant else "NULL")}
           END IF;
           IF NOT g_known THEN
             SET g_location = CONCAT({literal(REFUSAL[0])}, QUOTE(LEFT(g_location, {_SHOWN})), {literal(REFUSAL[1])});
@@ -404,7 +416,7 @@ class MariaDBSource:
           END IF;
         END IF;"""
 
-    def _look_at(self, number: int, holder: Holder) -> str:
+    def _look_at(self, number: int, holder: Holder, is_variant: bool) -> str:
         """Return what finds a row of a column that holds the location, or as a variant of the same original, and locks it."""
         place = (holder.schema, holder.table)
         names = [key.name for key in self._facts.keys[place]]
@@ -413,8 +425,8 @@ class MariaDBSource:
         is_found = " AND ".join(f"t.{_quoted(name)} = {variable}" for name, variable in zip(names, variables, strict=True))
         is_own = " AND ".join(f"t.{_quoted(name)} = NEW.{_quoted(name)}" for name in names)
         another = f" AND NOT ({is_own})" if place == self._place else ""
-        holds = _holds(f"t.{_quoted(holder.column)}")
-        indexed = f"t.{_quoted(location_column_name(holder.column))} = COALESCE(g_original, g_location)"
+        holds = _holds(f"t.{_quoted(holder.column)}", is_variant)
+        indexed = f"t.{_quoted(location_column_name(holder.column))} = {'g_original' if is_variant else 'g_location'}"
         return f"""
               IF NOT g_known THEN
                 SET g_pending = 0;
@@ -425,7 +437,7 @@ class MariaDBSource:
                 END IF;
               END IF;"""
 
-    def _lock_intents(self) -> str:
+    def _lock_intents(self, source: str) -> str:
         """Return what locks every pending intent of a location, and sees afterwards that it is not fenced.
 
         An intent of it as a variant of another original, or as no variant, is no evidence: its worker would not look for the
@@ -443,7 +455,7 @@ class MariaDBSource:
                   LEAVE g_each;
                 END IF;
                 SET g_pending = 0;
-                SELECT COALESCE(SUM(IF(NOT i.source <=> g_original, -1, i.kind = {literal(DELETE)})), 0) INTO g_pending
+                SELECT COALESCE(SUM(IF(NOT i.source <=> {source}, -1, i.kind = {literal(DELETE)})), 0) INTO g_pending
                   FROM {self._intent} i WHERE i.id = g_intent FOR UPDATE;
                 SET g_known = IF(g_pending < 0 OR g_known < 0, -1, g_known + g_pending);
               END LOOP;
@@ -456,24 +468,26 @@ class MariaDBSource:
 
 
 _TEXT = "CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-_VARIABLES = f"""  DECLARE g_value, g_other, g_variants, g_one, g_backend, g_location, g_original, g_policy LONGTEXT {_TEXT};
+_VARIABLES = f"""  DECLARE g_value, g_other, g_variants, g_backend, g_location, g_original, g_policy LONGTEXT {_TEXT};
   DECLARE g_digest CHAR(64);
+  DECLARE g_asked VARCHAR(512) {_TEXT};
   DECLARE g_seconds DOUBLE;
   DECLARE g_column, g_count, g_number, g_known, g_pending, g_end INT DEFAULT 0;"""
 
 
-def _each(values: Sequence[str], others: Sequence[str], action: str) -> str:
+def _each(values: Sequence[str], others: Sequence[str], action: Callable[[bool], str]) -> str:
     """Return a loop over the objects of a row, with their variants.
 
     Args:
         values: The refs in SQL.
         others: What else each is compared with, which is then in `g_other`: an equal value is left out.
-        action: What to do with each object: `g_backend`, `g_location`, `g_policy`, and of a variant `g_original`.
+        action: What to do with an object or, if its argument is true, with a variant of `g_original`: `g_backend`, `g_location`,
+            `g_policy`.
     """
 
     def chosen(among: Sequence[str]) -> str:
         cases = " ".join(f"WHEN {number} THEN {value}" for number, value in enumerate(among))
-        return f"CASE g_column {cases} END"
+        return f"CASE g_column {cases} END" if len(among) > 1 else among[0]
 
     other = f", g_other = {chosen(others)}" if others else ""
     is_new = " AND NOT g_value <=> g_other" if others else ""
@@ -482,27 +496,30 @@ def _each(values: Sequence[str], others: Sequence[str], action: str) -> str:
     SET g_value = {chosen(values)}{other};
     SET g_column = g_column + 1;
     IF g_value IS NOT NULL{is_new} THEN
-      SET g_policy = JSON_VALUE(g_value, '$.storage_key'), g_variants = JSON_EXTRACT(g_value, '$.variants.*');
-      SET g_count = COALESCE(JSON_LENGTH(g_variants), 0), g_number = -1, g_one = g_value, g_original = NULL;
+      SET g_policy = JSON_VALUE(g_value, '$.storage_key');
+      SET g_backend = JSON_VALUE(g_value, '$.backend'), g_location = JSON_VALUE(g_value, '$.location');
+        {action(False)}
+      SET g_count = COALESCE(JSON_LENGTH(g_value, '$.variants'), 0), g_number = 0;
+      IF g_count > 0 THEN
+        SET g_original = JSON_VALUE(g_value, '$.location'), g_variants = JSON_EXTRACT(g_value, '$.variants.*');
+      END IF;
       WHILE g_number < g_count DO
-        IF g_number >= 0 THEN
-          SET g_one = JSON_EXTRACT(g_variants, CONCAT('$[', g_number, ']')), g_original = JSON_VALUE(g_value, '$.location');
-        END IF;
+        SET g_backend = JSON_VALUE(g_variants, CONCAT('$[', g_number, '].backend'));
+        SET g_location = JSON_VALUE(g_variants, CONCAT('$[', g_number, '].location'));
         SET g_number = g_number + 1;
-        SET g_backend = JSON_VALUE(g_one, '$.backend'), g_location = JSON_VALUE(g_one, '$.location');
-        {action}
+        {action(True)}
       END WHILE;
     END IF;
   END WHILE;"""
 
 
-def _holds(value: str) -> str:
+def _holds(value: str, is_variant: bool) -> str:
     """Return whether a ref in SQL leads to `g_location`, or has it as a variant of `g_original`; never NULL."""
+    if not is_variant:
+        return f"JSON_VALUE({value}, '$.location') <=> g_location"
     listed = f"'$.variants.*' COLUMNS (g_path VARCHAR({LONGEST_LOCATION}) {_TEXT} PATH '$.location')"
-    return (
-        f"(JSON_VALUE({value}, '$.location') <=> COALESCE(g_original, g_location) AND (g_original IS NULL OR EXISTS ("
-        f"SELECT 1 FROM JSON_TABLE({value}, {listed}) v WHERE v.g_path = g_location)))"
-    )
+    variant = f"SELECT 1 FROM JSON_TABLE({value}, {listed}) v WHERE v.g_path = g_location"
+    return f"(JSON_VALUE({value}, '$.location') <=> g_original AND EXISTS ({variant}))"
 
 
 class _Below:

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from sqlalchemy import Connection, bindparam, text
 
@@ -173,7 +173,7 @@ class MariaDBTriggers:
         return MariaDBSource(table, holders, schema, names, facts)
 
     def drop(self, connection: Connection, schema: str, table: str) -> None:
-        """Drop the triggers of a table, and those of its ancestors that read it, with the indexes that no trigger uses any more."""
+        """Drop the triggers of a table, and those of its ancestors that read it, and the indexes that no trigger uses now."""
         for found in _read(connection, (schema, table)):
             run(connection, f"DROP TRIGGER IF EXISTS {_qualified((found.schema, found.name))}")
         _drop_unused_indexes(connection, schema)
@@ -238,8 +238,8 @@ class MariaDBSource:
             known, where = found.get((item.place[0], item.name)), ".".join(item.place)
             if known is None:
                 problems.append(
-                    f"{where} lacks the trigger {item.name}, or this role lacks the privilege TRIGGER, without which MariaDB shows"
-                    f" none: {CREATE_AGAIN}"
+                    f"{where} lacks the trigger {item.name}, or this role lacks the privilege TRIGGER, without which MariaDB"
+                    f" shows none: {CREATE_AGAIN}"
                 )
             elif known.made != self.digest:
                 problems.append(f"the trigger {item.name} of {where} is of another version or for other columns: {CREATE_AGAIN}")
@@ -607,7 +607,8 @@ _TRIGGERS = text("""
 """).bindparams(bindparam("schemas", expanding=True), bindparam("prefix", _PREFIX))
 _OF_KIND = text("""
     SELECT trigger_name FROM information_schema.triggers
-    WHERE event_object_schema = :schema AND event_object_table = :table AND action_timing = :timing AND event_manipulation = :event
+    WHERE event_object_schema = :schema AND event_object_table = :table AND action_timing = :timing
+        AND event_manipulation = :event
     ORDER BY action_order
 """)
 _INDEXES = text("""
@@ -674,8 +675,9 @@ def _find_cascades(connection: Connection, place: Place) -> tuple[list[Path], di
                 continue
             if cascade.parent in {place, *(passed.parent for passed in below)}:
                 raise ConfigurationError(
-                    f"the foreign keys of {cascade.child[1]} and {cascade.parent[1]} delete each other's rows in a circle, which the"
-                    f" triggers for the files of {place[1]} cannot follow on MariaDB: leave ON DELETE CASCADE out in one of them"
+                    f"the foreign keys of {cascade.child[1]} and {cascade.parent[1]} delete each other's rows in a circle, which"
+                    f" the triggers for the files of {place[1]} cannot follow on MariaDB: leave ON DELETE CASCADE out in one of"
+                    " them"
                 )
             paths.append((cascade, *below))
             climb(cascade.parent, paths[-1])
@@ -705,7 +707,8 @@ def _read(connection: Connection, place: Place, ancestors: Iterable[Place] = ())
 
 def _others(connection: Connection, wanted: _Wanted) -> list[str]:
     """Return the triggers of the same kind on the table, in the order in which they fire."""
-    values = dict(zip(("schema", "table", "timing", "event"), (*wanted.place, *wanted.moment), strict=True))
+    (schema, table), (timing, event) = wanted.place, wanted.moment
+    values = {"schema": schema, "table": table, "timing": timing, "event": event}
     return list(connection.execute(_OF_KIND, values, execution_options=UNTRANSLATED).scalars())
 
 

@@ -42,7 +42,7 @@ FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
 """Clears that variable."""
 
 REFUSAL = ("granite_storage: the object ", " is gone or going")
-"""What is before and after the location in the error of a trigger that refuses it, by which a session knows it."""
+"""The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 
 
 def are_triggers_declared(metadata: MetaData) -> bool:
@@ -58,7 +58,7 @@ class JournalTables:
         intent: Objects that are being stored, until the transaction of their row, and displaced objects, until they are deleted.
         reclaim: Intents that a worker is processing; no transaction can consume them any more.
         decision: Whether a transaction or a worker decided on an upload first, for transactions whose snapshot is older than its
-            intent.
+            intent. On SQLite the locations of the uploads of a flush while it writes their rows, for the triggers.
         meta: The version of the tables, and when a worker last ran.
         job: What is still to be done for the object of a row, such as a scan.
     """

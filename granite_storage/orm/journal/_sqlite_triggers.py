@@ -324,14 +324,16 @@ def _variants(ref: str, beside: str = "") -> str:
         ref: The ref.
         beside: The table that it is in, and a comma; empty for the row of the trigger.
     """
-
-    def field(key: str) -> str:
-        return f"CASE v.type WHEN 'object' THEN {_field('v.value', key)} END"
-
     return (
-        f"SELECT {field('backend')} AS backend, {field('location')} AS location, {_field(ref, 'location')} AS source,"
-        f" {_field(ref, 'storage_key')} AS policy FROM {beside}json_each({ref}, '$.variants') v"
+        f"SELECT {_variant_field('v', 'backend')} AS backend, {_variant_field('v', 'location')} AS location,"
+        f" {_field(ref, 'location')} AS source, {_field(ref, 'storage_key')} AS policy"
+        f" FROM {beside}json_each({ref}, '$.variants') v"
     )
+
+
+def _variant_field(variant: str, key: str) -> str:
+    """Return a text of a row of `json_each`; a JSON function would fail on a value that is no object."""
+    return f"CASE {variant}.type WHEN 'object' THEN {_field(f'{variant}.value', key)} END"
 
 
 def _has_variants(ref: str) -> str:
@@ -340,7 +342,7 @@ def _has_variants(ref: str) -> str:
 
 def _has_variant(ref: str, location: str) -> str:
     """Return the criterion that a ref has a variant at a location."""
-    return f"EXISTS (SELECT 1 FROM ({_variants(ref)}) k WHERE k.location = {location})"
+    return f"EXISTS (SELECT 1 FROM json_each({ref}, '$.variants') k WHERE {_variant_field('k', 'location')} = {location})"
 
 
 # What is there, by the catalogue.

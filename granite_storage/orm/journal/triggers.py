@@ -1,6 +1,6 @@
 """Triggers that keep the journal's promise for every program that writes the rows, on the databases that have them.
 
-Each database has a module of its own, `_postgresql_triggers` for one, which provides a `TriggerDialect`.
+Each database has a module of its own, such as `_postgresql_triggers`, which provides a `TriggerDialect`.
 """
 
 from __future__ import annotations
@@ -51,15 +51,18 @@ def storage_triggers(metadata: MetaData) -> None:
 
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
-    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. It is for
-    PostgreSQL, MariaDB and SQLite.
+    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. They are for PostgreSQL,
+    MariaDB and SQLite.
+
+    On MariaDB and SQLite every process that stores files must have this version of the library before they are created.
 
     Args:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database has none, a table has no primary
-            key, or on MariaDB cascades of several tables lead in a circle.
+        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is another one, a table has no
+            primary key, on SQLite the journal's tables are not in the file of the rows, or on MariaDB cascades of several tables
+            lead in a circle.
 
     Example:
         ```python
@@ -108,7 +111,7 @@ def sources_of(connection: Connection, metadata: MetaData) -> list[TriggerSource
     """Return the triggers that the models of a metadata need, on those of their tables that are there.
 
     Raises:
-        ConfigurationError: As `storage_triggers`, or the journal's tables are not there.
+        ConfigurationError: The database has no triggers, the journal's tables are not there, or a table has no primary key.
     """
     tables = attachment_tables(metadata)
     journal = tables_of(metadata)

@@ -15,6 +15,12 @@ COLUMNS = [("doc", "file"), ("doc", "other"), *((table, "file") for table in ("p
 EXPECTED = ("gone or going", "UNIQUE constraint failed", "FOREIGN KEY constraint failed", "is locked")
 """What anyone would try again."""
 
+SETTINGS = {
+    "recursive_triggers": ("ON", "OFF"),
+    "foreign_keys": ("ON", "ON", "OFF"),
+    "synchronous": ("OFF",),  # it is the program that is killed, not the machine
+}
+
 STATEMENTS = [
     "DELETE FROM doc WHERE id IN ({a}, {b})",
     "UPDATE doc SET file = NULL WHERE id = {a}",
@@ -46,28 +52,40 @@ class Writer:
         self._path = path
         self._random = Random(seed)
         self._seen: list[str] = []
+        self._connection: sqlite3.Connection | None = None
 
     def write(self) -> None:
         """Run a transaction of some statements; what is refused is rolled back or left out."""
         random = self._random
-        connection = sqlite3.connect(self._path, timeout=5, isolation_level=None)
+        if self._connection is None or random.random() < 0.1:
+            self.close()
+            self._connection = self._connect()
+        connection = self._connection
         try:
-            connection.execute(f"PRAGMA recursive_triggers = {random.choice(['ON', 'OFF'])}")
-            connection.execute(f"PRAGMA foreign_keys = {random.choice(['ON', 'ON', 'OFF'])}")
             connection.execute(f"BEGIN {random.choice(['IMMEDIATE', 'DEFERRED'])}")
-            for _ in range(random.randint(1, 3)):
+            for _ in range(random.randint(1, 6)):
                 self._run(connection)
                 if random.random() < 0.2:
                     connection.execute("SAVEPOINT inner")
                     self._run(connection)
                     connection.execute(random.choice(["ROLLBACK TO inner", "RELEASE inner"]))
-            time.sleep(random.choice([0, 0, 0.005, 0.02]))
             connection.execute("COMMIT" if random.random() < 0.9 else "ROLLBACK")
         except sqlite3.Error as error:
+            self.close()
             if not any(text in str(error) for text in EXPECTED):
                 raise
-        finally:
-            connection.close()
+
+    def close(self) -> None:
+        """Close the connection, and so roll back what is open."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
+        for pragma, values in SETTINGS.items():
+            connection.execute(f"PRAGMA {pragma} = {self._random.choice(values)}")
+        return connection
 
     def _run(self, connection: sqlite3.Connection) -> None:
         random = self._random
@@ -90,4 +108,4 @@ if __name__ == "__main__":
     writer = Writer(*sys.argv[1:])
     while True:
         writer.write()
-        time.sleep(0.01)  # SQLite lets nobody wait in a queue
+        time.sleep(0.002)  # SQLite lets nobody wait in a queue

@@ -11,6 +11,7 @@ import sqlite3
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +26,7 @@ from granite_storage.orm import Attachment
 from tests.orm.conftest import new_database
 from tests.orm.environment import OrmEnvironment, file, orm_environment
 from tests.orm.journal.guarded import locations
-from tests.orm.journal.sqlite_writer import COLUMNS, EXPECTED, ROWS
+from tests.orm.journal.sqlite_writer import COLUMNS, EXPECTED, ROWS, Writer
 from tests.orm.journal.test_random_writers import slow_down
 from tests.orm.journal.test_recovery import journal_of
 from tests.orm.journal.test_sqlite_triggers import Base, Doc, Parent, Word
@@ -50,27 +51,37 @@ class Traffic:
         self.random = Random(SEED)
         self.seen: list[StoredObjectRef] = []
         self.done = Counter[str]()
+        self.is_over = False
 
     def pick(self) -> int:
         return self.random.randint(1, ROWS)
 
     async def run_program(self) -> None:
         """Start a program that writes, and kill it at any moment, again and again."""
-        while True:
+        while not self.is_over:
             seed = str(self.random.random())
             process = await asyncio.create_subprocess_exec(sys.executable, "-S", str(WRITER), self.path, seed)
             try:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(process.wait(), self.random.uniform(0.3, 1.2))
+                    await asyncio.wait_for(process.wait(), self.random.uniform(0.5, 2))
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 assert await process.wait() == -signal.SIGKILL
             self.done["kills"] += 1
 
+    async def write_in_thread(self) -> None:
+        """Write as such a program does, but for the kills and the time that it takes to start one."""
+        writer = Writer(self.path, str(self.random.random()))
+        while not self.is_over:
+            await asyncio.to_thread(writer.write)
+            self.done["transactions"] += 1
+            await asyncio.sleep(0.002)
+        writer.close()
+
     async def write_sessions(self) -> None:
         """Store, replace, move, delete and restore files as an application does."""
-        while True:
+        while not self.is_over:
             what = self.random.choice(["put", "put", "replace", "replace", "swap", "delete", "restore"])
             with self.refusals():
                 async with self.env.sessions() as session:
@@ -110,17 +121,19 @@ class Traffic:
             self.done[found] += 1
 
     async def recover(self) -> None:
-        while True:
+        while not self.is_over:
             with self.refusals():
                 report = await journal_of(self.env).recover()
                 self.done["deleted"] += report.deleted
                 self.done["kept"] += report.kept
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.02)
 
     async def look(self) -> None:
         """See again and again, while nobody can write, that every object is there; note the refs for undos."""
         until = asyncio.get_running_loop().time() + SECONDS
-        while asyncio.get_running_loop().time() < until or self.done["deleted"] < 5 or self.done["kept"] < 5:
+        while not self.is_over and (
+            asyncio.get_running_loop().time() < until or self.done["deleted"] < 5 or self.done["kept"] < 5
+        ):
             connection = await asyncio.to_thread(self.lock)
             try:
                 refs = await asyncio.to_thread(self.refs, connection)
@@ -151,21 +164,20 @@ class Traffic:
 async def test_any_writer(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with orm_environment(database, journaled=True, base=Base) as env:
         traffic = Traffic(env)
+        # Afterwards nothing but the rows, and what triggers have nominated, knows of an object.
+        journal_of(env)._lease = timedelta(seconds=1)
         slow_down(monkeypatch, traffic)
-        works = [traffic.run_program(), traffic.run_program(), traffic.write_sessions(), traffic.recover(), traffic.recover()]
-        tasks = [asyncio.ensure_future(work) for work in (*works, traffic.look())]
+        others = [traffic.run_program(), traffic.write_sessions(), traffic.write_in_thread(), traffic.write_in_thread()]
+        tasks = [asyncio.ensure_future(work) for work in (*others, traffic.recover(), traffic.recover(), traffic.look())]
         try:
             done, _ = await asyncio.wait(tasks, timeout=SECONDS + 60, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
+            traffic.is_over = True  # what has a lock in a thread cannot be cancelled
+            await asyncio.gather(*tasks)
         assert done == {tasks[-1]}, traffic.done
         await env.recover()
         connection = await asyncio.to_thread(traffic.lock)
         refs = await asyncio.to_thread(traffic.refs, connection)
         await asyncio.to_thread(connection.close)
         assert locations(*refs) == await env.objects(), traffic.done
-        assert traffic.done["kills"] >= 2, traffic.done
+        assert traffic.done["kills"] >= 1, traffic.done

@@ -5,17 +5,33 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, Index, String, UniqueConstraint, event, func, select, text
+from sqlalchemy import (
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+    func,
+    select,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from granite_storage import StoredObjectRef
+from granite_storage import ConfigurationError, StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, StoredObjectRefType, attachment, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import _renaming, delete_id
+from granite_storage.orm.journal.triggers import drop_triggers, find_trigger_problems, sources_of
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.conftest import new_database
 from tests.orm.databases import Database
@@ -642,3 +658,30 @@ class TestChecks:
             await env.sql("DROP INDEX another")
             async with env.engine.begin() as connection:
                 await connection.run_sync(Base.metadata.create_all)
+
+    def test_they_are_dropped_with_their_tables(self, tmp_path: Path) -> None:
+        """And only those: SQLite drops the triggers of a table by itself, but not those of others that name it."""
+        engine = create_engine(f"sqlite:///{tmp_path}/app.db")
+        own = text("SELECT tbl_name FROM sqlite_master WHERE type = 'trigger'")
+        with engine.begin() as connection:
+            Base.metadata.create_all(connection)
+            assert find_trigger_problems(connection, sources_of(connection, Base.metadata)) == []
+            drop_triggers(connection, [Base.metadata.tables["doc"], Base.metadata.tables["link"]])
+            assert "doc" not in set(connection.scalars(own))
+            assert "parent" in set(connection.scalars(own))
+            Base.metadata.drop_all(connection)
+            assert list(connection.scalars(own)) == []
+        engine.dispose()
+
+    def test_another_file(self, tmp_path: Path) -> None:
+        """A trigger reaches the tables of its own file only."""
+        metadata = MetaData()
+        Table("thing", metadata, Column("id", Integer, primary_key=True), Column("file", AttachmentType("docs")), schema="apart")
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        engine = create_engine("sqlite://")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"ATTACH '{tmp_path}/apart.db' AS apart")
+            with pytest.raises(ConfigurationError, match="thing reach no other database than apart, and not main"):
+                metadata.create_all(connection)
+        engine.dispose()

@@ -17,6 +17,9 @@ from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.columns import (
+    INDEXED_LOCATION,
+    LONGEST_LOCATION,
+    generated_location,
     location_column_name,
     location_index_name,
     location_of,
@@ -35,8 +38,6 @@ __all__ = [
     "drop_restored_column",
 ]
 
-_LONGEST_LOCATION = 1024
-_INDEXED = 255
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -163,7 +164,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
     """Create an index on the locations of a column of refs, unless it exists already.
 
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
-    reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
+    reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a stored column that
     `SELECT *` does not show. Autogenerate leaves it alone with `include_storage`. Batch operations of SQLite that rebuild the
     table drop it; create it again after them.
 
@@ -194,10 +195,10 @@ def drop_location_index(op: Op, table: str, column: str, *, schema: str | None =
 def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bool) -> Index:
     dialect = op.get_context().dialect.name
     refs = Column(column, portable_storage_ref_type())
-    generated = Column(location_column_name(column), mysql.VARCHAR(_LONGEST_LOCATION))
+    generated = Column(location_column_name(column), mysql.VARCHAR(LONGEST_LOCATION))
     Table(table, MetaData(), refs, generated, schema=schema)
     if dialect in ("mysql", "mariadb"):
-        length = {generated.name: _INDEXED}
+        length = {generated.name: INDEXED_LOCATION}
         return Index(location_index_name(table, column), generated, mysql_length=length, mariadb_length=length)
     return Index(location_index_name(table, column), location_of(refs, dialect)[1], postgresql_concurrently=concurrently)
 
@@ -205,16 +206,14 @@ def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bo
 def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -> None:
     name = location_column_name(column)
     context = op.get_context()
-    if not context.as_sql and _has_generated_column(op, table, column, schema):
+    found = None if context.as_sql else columns_of(op.get_bind(), table, schema).get(name)
+    if found is not None and found.get("computed", {}).get("persisted"):
         return
     preparer = context.dialect.identifier_preparer
     qualified = preparer.format_table(Table(table, MetaData(), schema=schema))
-    # The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column.
-    op.execute(
-        f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} VARCHAR({_LONGEST_LOCATION})"
-        f" CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-        f" GENERATED ALWAYS AS (json_value({preparer.quote(column)}, '$.location')) VIRTUAL INVISIBLE"
-    )
+    if found is not None:  # a virtual one, of an earlier version
+        op.drop_column(table, name, schema=schema)
+    op.execute(f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} {generated_location(preparer.quote(column))}")
 
 
 def _has_generated_column(op: Op, table: str, column: str, schema: str | None) -> bool:

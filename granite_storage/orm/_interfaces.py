@@ -34,6 +34,12 @@ ObjectKey: TypeAlias = tuple[int, str, str]
 TRIGGERS_KEY = "granite_storage.triggers"
 """The key by which a metadata's `info` says that triggers are declared for its tables."""
 
+CLAIMING_KEY = "granite_storage.claiming"
+"""The key by which the `info` of a connection to MariaDB says that its variable may name locations for the triggers."""
+
+FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
+"""Clears that variable."""
+
 REFUSAL = ("granite_storage: the object ", " is gone or going")
 """The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 

@@ -222,7 +222,7 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
         taken_by = [change for change in flush.taken if change.binding.journal is journal]
         journal.intents.cancel(connection, moved)
-        journal.intents.end_claim(connection, _put_locations(flush, journal))
+        journal.intents.end_claim(connection, _claimed_locations(flush))
         written = [(change.slot.column, change.attachment.ref) for change in taken_by]
         if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
             frame.wakes.add(journal)
@@ -403,14 +403,13 @@ def _claim_uploads(flush: FlushState) -> None:
     """Claim the objects that a flush has stored before it writes their rows, where triggers ask for that."""
     for journal, connection in flush.connections.items():
         ids = [intent.id for stored, _ in flush.puts for intent in stored.intents if intent.journal is journal]
-        if ids:
-            journal.intents.claim(connection, ids, _put_locations(flush, journal))
+        if locations := _claimed_locations(flush):
+            journal.intents.claim(connection, ids, locations)
 
 
-def _put_locations(flush: FlushState, journal: Journal) -> list[str]:
-    """Return the locations of what a flush has stored, with the variants."""
-    stored = [stored for stored, _ in flush.puts if any(intent.journal is journal for intent in stored.intents)]
-    return [one.location for item in stored for one in iter_refs(item.ref)]
+def _claimed_locations(flush: FlushState) -> list[str]:
+    """Return the locations of the objects that the statements of a flush may write into rows, with the variants."""
+    return [one.location for attachment in flush.claims for one in iter_refs(attachment.ref)]
 
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
@@ -912,6 +911,7 @@ _MARIADB = text("""
     SELECT EXISTS (
         SELECT 1 FROM information_schema.triggers
         WHERE event_object_schema = COALESCE(:schema, DATABASE()) AND event_object_table = :table
+            AND LOCATE('granite_storage_', trigger_name) <> 1
     )
 """)
 _answers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], tuple[float, bool]]] = WeakKeyDictionary()

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, make_url
+from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError
 
 from tests.alembic.conftest import Target
 from tests.alembic.project import Project
 from tests.alembic.test_autogenerate import MODELS, NOTHING
-from tests.orm.databases import postgres_database
+from tests.orm.databases import mariadb, postgres_database
+from tests.services import service
 
 DECLARED = """
 from granite_storage.orm import storage_triggers
@@ -22,14 +23,28 @@ storage_triggers(Base.metadata)
 OWN = "SELECT relname, tgname FROM pg_trigger JOIN pg_class c ON c.oid = tgrelid WHERE tgname LIKE '%granite%' ORDER BY 1, 2"
 
 
-@pytest.fixture
-def target(postgres_server: URL) -> Iterator[Target]:
-    with postgres_database(postgres_server, "psycopg") as database:
+OWN_ON_MARIADB = """
+    SELECT event_object_table, trigger_name FROM information_schema.triggers
+    WHERE trigger_schema = DATABASE() AND trigger_name LIKE '%granite%' ORDER BY 1, 2
+"""
+
+
+@pytest.fixture(params=["psycopg", "mariadb"])
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    if request.param == "mariadb":
+        with service("MariaDB", mariadb()) as database:
+            yield Target(database.url, "async")
+        return
+    with postgres_database(request.getfixturevalue("postgres_server"), "psycopg") as database:
         yield Target(database.url, "generic")
 
 
+def own(target: Target) -> list[Any]:
+    return target.ask(OWN_ON_MARIADB if target.template == "async" else OWN)
+
+
 def guarded(target: Target) -> set[Any]:
-    return {name for name, _ in target.ask(OWN)}
+    return {name for name, _ in own(target)}
 
 
 def test_from_models_to_triggers_and_back(target: Target, tmp_path: Path) -> None:
@@ -41,7 +56,7 @@ def test_from_models_to_triggers_and_back(target: Target, tmp_path: Path) -> Non
     assert guarded(target) == {"document", "picture"}
     assert NOTHING in project.alembic("check")
     with pytest.raises(IntegrityError, match="gone or going"):
-        target.ask_nothing("INSERT INTO picture (id, file) VALUES (1, jsonb_build_object('location', 'unknown'))")
+        target.ask_nothing("""INSERT INTO picture (id, file) VALUES (1, '{"location" : "unknown"}')""")
 
     changed = MODELS.replace("    plain: Mapped[StoredObjectRef | None] = mapped_column(StoredObjectRefType())\n", "")
     changed = changed.replace("file: Mapped[Attachment | None]", "scan: Mapped[Attachment | None]")
@@ -57,7 +72,8 @@ def test_from_models_to_triggers_and_back(target: Target, tmp_path: Path) -> Non
     assert "drop_storage_triggers(op, ['document', 'picture'])" in project.autogenerate("none")
     project.alembic("upgrade", "head")
     assert guarded(target) == set()
-    assert target.ask("SELECT proname FROM pg_proc WHERE proname LIKE 'granite%'") == []
+    if target.template != "async":
+        assert target.ask("SELECT proname FROM pg_proc WHERE proname LIKE 'granite%'") == []
     assert NOTHING in project.alembic("check")
     project.alembic("downgrade", "base")
 
@@ -66,7 +82,8 @@ def test_what_was_changed_past_migrations(target: Target, tmp_path: Path) -> Non
     project = Project.made(tmp_path, target.url, MODELS + DECLARED, template=target.template)
     project.autogenerate("files")
     project.alembic("upgrade", "head")
-    target.ask_nothing("DROP TRIGGER granite_storage_delete ON picture")
+    name = "granite_storage_delete_picture" if target.template == "async" else "granite_storage_delete ON picture"
+    target.ask_nothing(f"DROP TRIGGER {name}")
     assert "create_storage_triggers" in project.autogenerate("again")
     project.alembic("upgrade", "head")
     assert NOTHING in project.alembic("check")

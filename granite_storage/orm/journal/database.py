@@ -153,6 +153,11 @@ class JournalPool:
         return False
 
     @property
+    def is_mariadb(self) -> bool:
+        """Whether it is MariaDB."""
+        return self.dialect in ("mysql", "mariadb")
+
+    @property
     def is_postgresql(self) -> bool:
         """Whether it is PostgreSQL."""
         return self.dialect == "postgresql"

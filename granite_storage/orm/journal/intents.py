@@ -38,8 +38,8 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, JournalTables
-from granite_storage.orm._util import again_after_deadlock, batches, codes_of, insert_rows, quoted_name, wait
+from granite_storage.orm._interfaces import CLAIMING_KEY, FORGET_CLAIMS, Intent, JournalTables
+from granite_storage.orm._util import UNTRANSLATED, again_after_deadlock, batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber, take_over_ids
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -204,7 +204,9 @@ class Intents:
 
         On PostgreSQL a trigger sees no more than the transaction's snapshot does. So the transaction decides first, and records
         that in a setting. ROLLBACK TO SAVEPOINT reverts the setting together with the decision. On SQLite the intents are in
-        another file. So the transaction records the locations until its rows are written; `consume` looks for the intents.
+        another file. So the transaction records the locations until its rows are written; `consume` looks for the intents. On
+        MariaDB a variable of the connection names them for as long, because triggers that looked for the intents would lock what
+        the next upload needs. ROLLBACK does not revert it; those that listen to the connection do.
 
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
@@ -213,25 +215,32 @@ class Intents:
             return
         if self._pool.is_postgresql:
             self._claim_unseen(connection, ids)
+        elif self._pool.is_mariadb:
+            connection.info[CLAIMING_KEY] = True
+            listed = "".join(f"\n{item}\n" for item in locations)
+            connection.execute(_CLAIM_ON_MARIADB, {"locations": listed}, execution_options=UNTRANSLATED)
         elif self._has_sidecar:
             self._pool.require_here(connection)
             new = _claims(self._tables.decision)
             connection.execute(new, [{"location": item} for item in locations], execution_options=self._pool.options)
 
     def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
-        """Delete what `claim` has recorded on SQLite, after the rows are written: it must not be committed."""
+        """Delete what `claim` has recorded on MariaDB and SQLite, after the rows are written: it must not outlive them."""
         if locations and self._has_triggers and self._has_sidecar:
             decision = self._tables.decision
             for batch in batches(locations, _AT_A_TIME):
                 ended = delete(decision).where(type_coerce(decision.c.id, String()).in_(batch))
                 connection.execute(ended, execution_options=self._pool.options)
+        elif locations and self._has_triggers and self._pool.is_mariadb:
+            connection.exec_driver_sql(FORGET_CLAIMS)
+            connection.info.pop(CLAIMING_KEY, None)
 
     @property
     def _has_sidecar(self) -> bool:
         return self._uploads is not self._pool
 
     def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        if connection.execute(_LEVEL).scalar_one() == "read committed":
+        if not ids or connection.execute(_LEVEL).scalar_one() == "read committed":
             return
         intent, options = self._tables.intent, self._pool.options
         seen = connection.execute(select(intent.c.id).where(intent.c.id.in_(ids)), execution_options=options).scalars()
@@ -254,7 +263,13 @@ class Intents:
             if self._has_sidecar:
                 take_over_ids(connection, intent, objects, options)
             own = sorted(delete_id(*one) for one in objects)
-            connection.execute(delete(intent).where(intent.c.id.in_(own)), execution_options=options)
+            are_own = intent.c.id.in_(own)
+            if not self._pool.is_mariadb:
+                connection.execute(delete(intent).where(are_own), execution_options=options)
+                return
+            # One by one, and only those that are there: a list, or what is not there, may lock other rows.
+            for item in connection.execute(select(intent.c.id).where(are_own), execution_options=options).scalars().all():
+                connection.execute(delete(intent).where(intent.c.id == item), execution_options=options)
 
     @property
     def _has_triggers(self) -> bool:
@@ -510,6 +525,7 @@ _CLAIM = text("""
         set_config('granite_storage.claimed_ids',
             concat(current_setting('granite_storage.claimed_ids', true), CAST(:ids AS text)), true)
 """)
+_CLAIM_ON_MARIADB = text("SET @granite_storage_claimed = :locations")
 _PLACE = text(
     "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
 )

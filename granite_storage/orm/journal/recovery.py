@@ -32,7 +32,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Insert, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -211,9 +211,21 @@ class Recovery:
                 return [], renumbered
             claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False) for row in rows]
             new = [{name: getattr(item, name) for name in _COLUMNS} | {"dead": False} for item in claimed]
-            await connection.execute(insert(reclaim).values(due=clock(self._hold)), new)
+            if not await self._put_fences(connection, insert(reclaim).values(due=clock(self._hold)), new):
+                return [], renumbered
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
+
+    async def _put_fences(self, connection: AsyncConnection, statement: Insert, rows: Sequence[dict[str, Any]]) -> bool:
+        """Insert the fences; return False, with nothing done, if that would wait long for a transaction.
+
+        On MariaDB a trigger that lets a ref in at REPEATABLE READ holds up all fences until its transaction ends. The intents,
+        which are locked here, are needed by others: the next pass fences them.
+        """
+        if self._pool.is_mariadb and triggers_work(self._pool.dialect, self._tables.intent.metadata):
+            return await try_briefly(connection, statement, rows) is not None
+        await connection.execute(statement, rows)
+        return True
 
     async def _unfenced(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
         """Return the rows whose ids are not fenced; checked under their locks, so that no other worker can fence them."""

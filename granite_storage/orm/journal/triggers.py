@@ -14,6 +14,7 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
+from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
 from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
@@ -35,10 +36,15 @@ __all__ = [
     "triggers_work",
 ]
 
-_DIALECTS: Final[Mapping[str, TriggerDialect]] = {"postgresql": PostgreSQLTriggers(), "sqlite": SQLiteTriggers()}
+_DIALECTS: Final[Mapping[str, TriggerDialect]] = {
+    "mariadb": MariaDBTriggers(),
+    "mysql": MariaDBTriggers(),  # the name of SQLAlchemy's dialect for both, which can tell them apart
+    "postgresql": PostgreSQLTriggers(),
+    "sqlite": SQLiteTriggers(),
+}
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
 
-_NAMES = "PostgreSQL and SQLite"
+_NAMES = "PostgreSQL, MariaDB and SQLite"
 """The databases in messages."""
 
 
@@ -47,17 +53,18 @@ def storage_triggers(metadata: MetaData) -> None:
 
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
-    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. They are for PostgreSQL and SQLite.
+    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. They are for PostgreSQL,
+    MariaDB and SQLite.
 
-    On SQLite every process that stores files must have this version of the library before they are created.
+    On MariaDB and SQLite every process that stores files must have this version of the library before they are created.
 
     Args:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
         ConfigurationError: The journal's tables are not declared; on `create_all`: the database is another one, a table has no
-            primary key, a worker of an older version was at work lately, or on SQLite the journal's tables are not in the file
-            of the rows.
+            primary key, a worker of an older version was at work lately, on SQLite the journal's tables are not in the file of
+            the rows, or on MariaDB cascades of several tables lead in a circle.
 
     Example:
         ```python

@@ -113,7 +113,7 @@ async def environment(database: Database, **options: Any) -> AsyncIterator[OrmEn
     async with orm_environment(database, journaled=True, base=Base, **options) as env:
         assert env.journal is not None
         async with env.engine.begin() as connection:
-            if database not in _partitioned:
+            if database.is_postgres and database not in _partitioned:
                 for number in (1, 2):
                     await connection.execute(text(f"CREATE TABLE part_{number} PARTITION OF part FOR VALUES IN ({number})"))
                 await connection.run_sync(Base.metadata.create_all)  # the triggers of the partitions
@@ -146,7 +146,7 @@ async def refused(target: OrmEnvironment | AsyncConnection, *statements: str, **
     try:
         await run(target, *statements, **values)
     except DBAPIError as error:
-        is_violation = code_of(error) == "23503" or isinstance(error.orig, sqlite3.IntegrityError)
+        is_violation = code_of(error) in ("23503", "1452") or isinstance(error.orig, sqlite3.IntegrityError)
         if not is_violation or "gone or going" not in str(error.orig):
             raise
         return True
@@ -154,7 +154,10 @@ async def refused(target: OrmEnvironment | AsyncConnection, *statements: str, **
 
 
 def code_of(error: DBAPIError) -> str | None:
-    """Return the SQLSTATE of an error."""
+    """Return the SQLSTATE of an error; its number on MariaDB."""
+    number = next(iter(getattr(error.orig, "args", ())), None)
+    if isinstance(number, int):
+        return str(number)
     return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
 
 

@@ -63,6 +63,8 @@ def test_from_models_to_triggers_and_back(target: Target, tmp_path: Path) -> Non
     (tmp_path / "models.py").write_text(changed + DECLARED)
     written = project.autogenerate("columns")
     assert written.index("drop_storage_triggers(op, ['document'])") < written.index("drop_column")
+    if target.template == "async":  # MariaDB drops no column that a generated one depends on
+        assert written.index("drop_location_index(op, 'document', 'plain')") < written.index("drop_column")
     assert "create_storage_triggers(op, {'document': ['scan'], 'picture': ['file']})" in written
     project.alembic("upgrade", "head")
     assert guarded(target) == {"document", "picture"}

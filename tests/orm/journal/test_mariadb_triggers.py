@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, event, select, text
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage import StoredObjectRef
@@ -410,6 +411,22 @@ class TestSessions:
             await asyncio.wait_for(session.flush(), 10)
         assert len(await env.references()) == 3
 
+    async def test_synchronous_sessions(self, env: OrmEnvironment) -> None:
+        engine = create_engine(env.engine.url.set(drivername="mysql+pymysql"))
+
+        def work(level: str, first: int) -> None:
+            with Session(engine.execution_options(isolation_level=level)) as session:
+                assert len(list(session.scalars(select(Doc)))) == first - 1
+                for number in (first, first + 1):
+                    session.add(Doc(id=number, file=file(str(number))))
+                    session.flush()
+                    assert session.scalar(text("SELECT @granite_storage_claimed")) is None
+                session.commit()
+
+        for level, first in (("READ COMMITTED", 1), ("REPEATABLE READ", 3)):
+            await asyncio.to_thread(work, level, first)
+        engine.dispose()
+
     async def claimed(self, connection: Any) -> Any:
         return await connection.scalar(text("SELECT @granite_storage_claimed"))
 
@@ -652,6 +669,18 @@ class TestChecks:
         assert await self.problems(env) == []
         assert await self.told_by_doctor(env) == [CheckResult.GOOD]
         await env.sql("DROP TRIGGER mine")
+
+    async def test_an_index_over_a_virtual_column(self, env: OrmEnvironment) -> None:
+        """Earlier versions made it, and MariaDB can crash with one where deletes cascade."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        column = "granite_storage_location_file"
+        made = f"{column} VARCHAR(1024) GENERATED ALWAYS AS (JSON_VALUE(file, '$.location')) VIRTUAL INVISIBLE"
+        await env.sql(f"ALTER TABLE doc DROP COLUMN {column}, ADD COLUMN {made}")
+        [problem] = await self.problems(env)
+        assert "one over a virtual column" in problem
+        await self.create(env)
+        assert await self.problems(env) == []
+        await run(env, "INSERT INTO parent VALUES (1, {ref})", ref=ref)
 
     async def test_the_mode_of_the_connection_that_creates_them(self, env: OrmEnvironment) -> None:
         async with env.engine.connect() as connection:

@@ -10,9 +10,9 @@ from alembic.operations import ops
 from sqlalchemy import Column, Connection, MetaData, Table, inspect
 
 from granite_storage.alembic._transactions import Op, require_online
-from granite_storage.orm._interfaces import are_triggers_declared
+from granite_storage.orm._interfaces import are_triggers_declared, tables_of
 from granite_storage.orm.columns import attachment_tables, portable_storage_ref_type
-from granite_storage.orm.journal.tables import journal_tables, tables_of
+from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.journal.triggers import (
     create_triggers,
     drop_triggers,

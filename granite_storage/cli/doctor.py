@@ -27,10 +27,10 @@ from granite_storage.exceptions import BackendUnavailableError, CollectionRefuse
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
-from granite_storage.orm._interfaces import are_triggers_declared
+from granite_storage.orm._interfaces import are_triggers_declared, tables_of
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
-from granite_storage.orm.journal.tables import clock, tables_of
+from granite_storage.orm.journal.tables import clock
 
 __all__ = ["doctor_command"]
 

@@ -46,7 +46,7 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
-from granite_storage.orm._interfaces import JournalTables, active_bindings
+from granite_storage.orm._interfaces import JournalTables, active_bindings, tables_of
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, unnest_variants, value_in
 from granite_storage.orm.discovery import (
@@ -60,7 +60,7 @@ from granite_storage.orm.discovery import (
     resolve,
 )
 from granite_storage.orm.journal.database import find_gap, find_sidecar
-from granite_storage.orm.journal.tables import journal_tables, tables_of
+from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.references import (
     UTF_8,
     as_text,

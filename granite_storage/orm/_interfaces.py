@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 ObjectKey: TypeAlias = tuple[int, str, str]
 
+JOURNAL_KEY = "granite_storage.journal"
+"""The key by which a metadata's `info` has the journal's tables."""
+
 TRIGGERS_KEY = "granite_storage.triggers"
 """The key by which a metadata's `info` says that triggers are declared for its tables."""
 
@@ -47,6 +50,11 @@ REFUSAL = ("granite_storage: the object ", " is gone or going")
 def are_triggers_declared(metadata: MetaData) -> bool:
     """Return whether `storage_triggers` was called for a metadata."""
     return metadata.info.get(TRIGGERS_KEY) is True
+
+
+def tables_of(metadata: MetaData) -> JournalTables | None:
+    """Return the journal's tables of a metadata, where they are declared."""
+    return metadata.info.get(JOURNAL_KEY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from granite_storage.orm._interfaces import (
     JournalTables,
     active_bindings,
     are_triggers_declared,
+    tables_of,
 )
 from granite_storage.orm.journal.database import (
     JournalPool,
@@ -47,7 +48,7 @@ from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
-from granite_storage.orm.journal.tables import RecoveryReport, tables_of
+from granite_storage.orm.journal.tables import RecoveryReport
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work

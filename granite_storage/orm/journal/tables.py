@@ -13,7 +13,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.type_api import TypeEngine
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import JournalTables
+from granite_storage.orm._interfaces import JOURNAL_KEY, JournalTables
 
 SCHEMA_VERSION = 2
 """The version of the tables that this code requires; stored in the table `granite_storage_meta`.
@@ -42,7 +42,6 @@ STAGING = "staging"
 """The kind of an intent whose object a client stores directly; its `upload_id` contains the state of the upload."""
 COMMIT, ABORT = "commit", "abort"
 
-_KEY = "granite_storage.journal"
 _LONGEST_LOCATION = 1024
 
 _Time = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
@@ -69,17 +68,12 @@ def journal_tables(metadata: MetaData, *, schema: str | None = None) -> JournalT
         'granite_storage_decision'
     """
     wanted = schema if schema is not None else metadata.schema
-    found: JournalTables | None = metadata.info.get(_KEY)
+    found: JournalTables | None = metadata.info.get(JOURNAL_KEY)
     if found is None:
-        found = metadata.info[_KEY] = _declare(metadata, wanted)
+        found = metadata.info[JOURNAL_KEY] = _declare(metadata, wanted)
     elif found.intent.schema != wanted:
         raise ConfigurationError(f"the journal's tables are already declared in the schema {found.intent.schema!r}")
     return found
-
-
-def tables_of(metadata: MetaData) -> JournalTables | None:
-    """Return the journal's tables of a metadata, where they are declared."""
-    return metadata.info.get(_KEY)
 
 
 def _declare(metadata: MetaData, schema: str | None) -> JournalTables:

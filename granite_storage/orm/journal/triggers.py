@@ -11,7 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Column, Connection, MetaData, Table, event
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared
+from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
@@ -19,7 +19,6 @@ from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
 from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
 from granite_storage.orm.journal.database import require_current_workers
-from granite_storage.orm.journal.tables import tables_of
 
 __all__ = [
     "create_triggers",

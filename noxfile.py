@@ -201,7 +201,7 @@ def wheel(session: nox.Session) -> None:
         session.error(f"{DIST} must have one wheel, not {len(wheels)}: run python -m nox -s package wheel")
     (line,) = re.findall(r"^pip install (.+ uvicorn)$", Path("README.md").read_text(), re.MULTILINE)
     extras, *others = shlex.split(line)
-    session.install(f"{wheels[0].resolve()}{extras.removeprefix('.')}", *others)
+    session.install(f"{wheels[0].resolve()}{extras.removeprefix('granite-storage')}", *others)
     folder = Path(session.create_tmp()).resolve()
     session.env["PYTHONPATH"] = ""
     program, readme = Path(".ci/use_readme.py").resolve(), Path("README.md").resolve()

@@ -19,7 +19,8 @@ CHUNK = 256 * 1024
 class ZipResponse(StreamingResponse):
     """Sends files as a zip, with a length, so that browsers show the progress.
 
-    The zip is made in a thread of its own, at the pace of the client. A download that is aborted closes what it has opened.
+    The zip is made in a thread of its own, at the pace of the client. A download that is
+    aborted closes what it has opened.
 
     Args:
         files: The stored files.
@@ -27,10 +28,17 @@ class ZipResponse(StreamingResponse):
     """
 
     def __init__(self, files: Iterable[Attachment], filename: str) -> None:
-        archive = ZipStream(sized=True)  # stored as they are: photographs are compressed already
+        archive = ZipStream(sized=True)  # not compressed: photographs already are
         for number, file in enumerate(files, 1):
-            archive.add(_chunks_of(file), f"{number:03} {file.original_filename or 'file'}", size=file.size)
-        headers = {"Content-Disposition": f'attachment; filename="{filename}"', "Content-Length": str(len(archive))}
+            archive.add(
+                _chunks_of(file),
+                f"{number:03} {file.original_filename or 'file'}",
+                size=file.size,
+            )
+        headers = {
+            "Content-Disposition": f'attachment; filename="{filename}"',
+            "Content-Length": str(len(archive)),
+        }
         self._chunks = _in_thread(archive.finalize())
         super().__init__(self._chunks, media_type="application/zip", headers=headers)
 
@@ -45,11 +53,13 @@ def _chunks_of(file: Attachment) -> Iterator[bytes]:
             yield chunk
 
 
-async def _in_thread(chunks: Generator[bytes, None, None]) -> AsyncGenerator[bytes, None]:
+async def _in_thread(
+    chunks: Generator[bytes, None, None],
+) -> AsyncGenerator[bytes, None]:
     loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
     try:
         while chunk := await loop.run_in_executor(thread, next, chunks, b""):
             yield chunk
     finally:
-        thread.submit(chunks.close)  # after the step that a cancellation has left behind
+        thread.submit(chunks.close)  # after the step of a cancelled caller
         thread.shutdown(wait=False)

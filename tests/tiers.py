@@ -365,6 +365,11 @@ REPETITIONS = [
         _all_but_every(3, "test_a_copy", "test_a_read[", "test_a_write"),
     ),
     Repetition(
+        "tests/docs/test_conformance_example.py",
+        "`tests/backends` runs every case with the same backend",
+        _all_but_every(3),
+    ),
+    Repetition(
         "tests/docs/test_sqlite_backend.py",
         "the example is simple: what it does in one case of a matrix it does in the others",
         _all_but_every(3),

@@ -392,7 +392,9 @@ class _Judge:
 
     def _keep(self, kept: str, found: str, charset: str = "") -> Judged:
         if not _matches(kept, self.accept):
-            raise self._refusal(f"{_describe(kept)}; only {_or(self.accept)} is accepted")
+            # `image/*` would otherwise contradict the refusal of an SVG image.
+            but = ", except types that run scripts" if _wildcard(kept, self.accept) else ""
+            raise self._refusal(f"{_describe(kept)}; only {_or(self.accept)} is accepted{but}")
         return Judged(kept + charset, found, needs_tail=_is_archive(found) or found == OLE or found in _OLE_TYPES)
 
     def _refuse_mismatch(self) -> None:
@@ -421,8 +423,13 @@ def _or(accept: tuple[str, ...]) -> str:
 def _matches(kind: str, accept: tuple[str, ...]) -> bool:
     if any(canonical(one) == kind for one in accept):
         return True
+    return _wildcard(kind, accept) and not is_active(kind)
+
+
+def _wildcard(kind: str, accept: tuple[str, ...]) -> bool:
+    """Return whether a wildcard stands for the type, if a browser does not run it."""
     family = f"{kind.partition('/')[0]}/*" if kind != OPAQUE else "*/*"
-    return ("*/*" in accept or family in accept) and not is_active(kind)
+    return "*/*" in accept or family in accept
 
 
 def _read_declared(declared: str | None) -> tuple[str | None, str]:

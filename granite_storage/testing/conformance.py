@@ -59,9 +59,10 @@ class BackendConformance(
         supports_cleanup: It satisfies `SupportsCleanup`.
         supports_abort: It satisfies `SupportsAbort`.
         supports_presign: It satisfies `SupportsPresign`.
-        supports_batch_presign: It satisfies `SupportsBatchPresign`.
         supports_presigned_upload: It satisfies `SupportsPresignedUpload`, for a range of sizes.
-        supports_clock: It satisfies `SupportsClock`. None unless declared, like the next four: either may be the case.
+        supports_batch_presign: It satisfies `SupportsBatchPresign`. None unless declared, like the next five: either may be the
+            case.
+        supports_clock: It satisfies `SupportsClock`.
         supports_extra_keys: It satisfies `SupportsExtraKeys`.
         supports_mount_check: It satisfies `SupportsMountCheck`.
         supports_identity: It satisfies `SupportsIdentity`.

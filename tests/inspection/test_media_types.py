@@ -231,6 +231,18 @@ def test_empty_files(declared: str | None, filename: str | None, accept: tuple[s
         (b"hello", "image/png", EVERYTHING, "the file was declared as image/png, but its content is of another type"),
         (noise(400), "image/png", EVERYTHING, "the file was declared as image/png, but its content is of another type"),
         (noise(400), None, ("image/*",), "the file is of an unknown type (application/octet-stream); only image/* is accepted"),
+        (
+            b"<svg xmlns='http://www.w3.org/2000/svg'></svg>",
+            None,
+            ("image/*",),
+            "the file is an image (image/svg+xml); only image/* is accepted, except types that run scripts",
+        ),
+        (
+            b"<!doctype html><p>",
+            "text/html",
+            ("image/*", "text/plain"),
+            "the file is text (text/html); only image/* or text/plain is accepted",
+        ),
         (b"", "image/png", EVERYTHING, "the file is empty, so it is not image/png"),
     ],
 )

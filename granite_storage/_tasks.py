@@ -226,4 +226,5 @@ def is_async_callable(function: object) -> bool:
     """Return whether it is an async function, a part of one, or an object with an async `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(type(function), "__call__", None))
+    called = getattr(type(function), "__call__", None)  # noqa: B004  # what kind of function it is
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)

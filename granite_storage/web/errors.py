@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from granite_storage._words import count_of
 from granite_storage.exceptions import (
     BackendUnavailableError,
     CollectionFullError,
@@ -231,7 +232,8 @@ def _problem_of(error: StorageError) -> _Problem:
             limit = {"max_total_size": error.max_total_size}
             return _Problem(413, f"The files are larger than {error.max_total_size} bytes in total.", limit)
         case CollectionFullError():
-            return _Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
+            most = count_of(error.max_files or 0, "file")
+            return _Problem(413, f"There can be at most {most}.", {"max_files": error.max_files})
         case EmptyUploadError():
             return _Problem(422, "No file was chosen.")
         case UnsupportedContentError():

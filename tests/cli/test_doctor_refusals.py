@@ -17,9 +17,9 @@ from tests.cli.conftest import Shop, shop_in
 _OLD = time.time() - timedelta(days=2).total_seconds()
 
 
-def execute(shop: Shop, statement: str) -> None:
+def execute(shop: Shop, statement: str, *values: object) -> None:
     with contextlib.closing(sqlite3.connect(shop.folder / "shop.db")) as connection:
-        connection.execute(statement)
+        connection.execute(statement, values)
         connection.commit()
 
 
@@ -39,7 +39,7 @@ def test_nothing_would_be_refused(plain_shop: Shop) -> None:
 )
 def test_a_value_that_is_no_reference(plain_shop: Shop, value: str) -> None:
     plain_shop.fill(2)
-    execute(plain_shop, f"UPDATE shop_document SET file = '{value}' WHERE id = 2")
+    execute(plain_shop, "UPDATE shop_document SET file = ? WHERE id = 2", value)
     code, [(result, message)] = refusals(plain_shop)
     assert (code, result) == (1, "bad")
     assert "shop_document.file of the row 2 contains a value that is not a reference" in message

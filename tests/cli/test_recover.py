@@ -34,8 +34,8 @@ class TestPlans:
         shop.fill(3, **LATER)
         execute(
             shop,
-            "INSERT INTO granite_storage_job SELECT ?, table_name, column_name, backend, location, 'scan', '', '9999-01-01', 0, 0,"
-            " NULL, 0 FROM granite_storage_job LIMIT 1",
+            "INSERT INTO granite_storage_job SELECT ?, table_name, column_name, backend, location, 'scan', '', '9999-01-01', 0,"
+            " 0, NULL, 0 FROM granite_storage_job LIMIT 1",
             uuid4().hex,
         )
         execute(shop, "UPDATE granite_storage_job SET due = '9999-01-01' WHERE key = 'variant:quiet'")

@@ -198,7 +198,8 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
             if dry_run or is_idle or not context.confirm("Do what is due now?", yes=False):
                 return None
         if retry_dead_letters:
-            context.output.note(f"{await journal.retry_dead_letters():,} dead letters will be retried")
+            retried = count_of(await journal.retry_dead_letters(), "dead letter")
+            context.output.note(f"{retried} will be retried")
         report = await journal.recover()
         _show_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None

@@ -126,8 +126,9 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     variants, _ = unnest_variants(found.c[source], connection.dialect.name)
     nested = select(func.count()).select_from(found.join(variants, true()))
     if number := connection.execute(nested).scalar_one():
-        nested_too = count_of(number, "variant remains", "variants remain")
-        logger.warning("%s as well, for the garbage collector", nested_too)
+        originals = "this object" if kept == 1 else "these objects"
+        variants_too = count_of(number, f"variant of {originals} remains", f"variants of {originals} remain")
+        logger.warning("%s as well, for the garbage collector", variants_too)
     op.drop_column(table, source, schema=schema)
 
 

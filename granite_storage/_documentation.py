@@ -20,6 +20,7 @@ class Page(Enum):
     CONNECTIONS = "crash-safety.html#connections-and-poolers"
     DERIVED_FUNCTIONS = "derived.html#functions"
     DIRECT_UPLOADS = "direct-uploads.html#signed-requests-and-tokens"
+    EFFECTS = "derived-operations.html#effects"
     EXTRAS = "quickstart.html#extras"
     JOURNAL = "crash-safety.html#setup"
     JOURNAL_ON_SQLITE = "crash-safety.html#sqlite"

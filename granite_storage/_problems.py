@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from granite_storage._words import count_of
 from granite_storage.exceptions import (
     BackendUnavailableError,
     CollectionFullError,
@@ -89,7 +90,8 @@ def problem_of(error: StorageError) -> Problem:
             limit = {"max_total_size": error.max_total_size}
             return Problem(413, f"The files are larger than {error.max_total_size} bytes in total.", limit)
         case CollectionFullError():
-            return Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
+            most = count_of(error.max_files or 0, "file")
+            return Problem(413, f"There can be at most {most}.", {"max_files": error.max_files})
         case EmptyUploadError():
             return Problem(422, "No file was chosen.")
         case UnsupportedContentError():

@@ -12,6 +12,7 @@ from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import require_concurrency
 from granite_storage._tasks import run_bounded
+from granite_storage._words import count_of
 from granite_storage.alembic._transactions import Op, closing, columns_of, count, key_pages, reflect_table, require_online, run
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
@@ -121,11 +122,14 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     found = reflect_table(connection, table, schema, refs=source, others=[target])
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
-    logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
+    objects = count_of(kept, f"object of {table}.{source} remains", f"objects of {table}.{source} remain")
+    logger.warning("%s in storage, and no row refers to %s any more", objects, "it" if kept == 1 else "them")
     variants, _ = unnest_variants(found.c[source], connection.dialect.name)
     nested = select(func.count()).select_from(found.join(variants, true()))
     if number := connection.execute(nested).scalar_one():
-        logger.warning("%d variants of these objects remain as well, for the garbage collector", number)
+        originals = "this object" if kept == 1 else "these objects"
+        variants_too = count_of(number, f"variant of {originals} remains", f"variants of {originals} remain")
+        logger.warning("%s as well, for the garbage collector", variants_too)
     op.drop_column(table, source, schema=schema)
 
 
@@ -136,8 +140,8 @@ def _require_done(
     number = count(connection, table, left)
     if number:
         raise ContentError(
-            f"{number} rows of {table.name} have a value in {source.name} and none in {target.name}: convert them first;"
-            " nothing was dropped"
+            f"{count_of(number, f'row of {table.name} has', f'rows of {table.name} have')} a value in {source.name} and none in"
+            f" {target.name}: convert them first; nothing was dropped"
         )
 
 

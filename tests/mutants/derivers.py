@@ -134,6 +134,22 @@ MUTANTS = [
         tests=(f"{_DERIVER}::TestFailures::test_refused[asyncpg]",),
     ),
     Mutant(
+        name="deriver-refused-is-a-failure",
+        rule="A variant that a recipe refuses is no failure of later passes.",
+        path=_QUEUE,
+        old="select(job).where(job.c.dead, ~is_refused)",
+        new="select(job).where(job.c.dead)",
+        tests=(f"{_DERIVER}::TestFailures::test_refused[asyncpg]",),
+    ),
+    Mutant(
+        name="deriver-waiting-is-an-attempt",
+        rule="Waiting for a worker process is no attempt.",
+        path=_JOBS,
+        old="            case DerivationUnavailableError():\n",
+        new="            case KeyError():\n",
+        tests=(f"{_DERIVER}::TestFailures::test_waiting_for_a_process_is_no_attempt[asyncpg]",),
+    ),
+    Mutant(
         name="deriver-attempts-without-end",
         rule="A variant that fails again and again is dead in the end.",
         path=_JOBS,

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import run_bounded
+from granite_storage._tasks import is_async_callable, run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import (
@@ -493,8 +493,9 @@ class StorageJournal:
                 recover_files.delay()  # a task that calls journal.recover()
             ```
         """
-        if not callable(callback):
-            raise ConfigurationError(f"on_work takes a function without arguments, not {callback!r}")
+        if not callable(callback) or is_async_callable(callback):
+            is_async = ", which is async: nothing would await it" if callable(callback) else ""
+            raise ConfigurationError(f"on_work takes a function without arguments, not {callback!r}{is_async}")
         self._callbacks.append(callback)
         return callback
 

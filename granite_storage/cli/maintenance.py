@@ -315,8 +315,8 @@ def gc_command(
     """Delete the objects that nothing refers to.
 
     The application may keep running. Without --yes the command shows what it has found, and asks; --dry-run ends there. The exit
-    code is 1 where something could not be deleted, a reference leads to no object, or the run is refused because what was found
-    can hardly be true.
+    code is 1 where something could not be deleted, a reference leads to no object, or a dry run shows that what was found can
+    hardly be true. It is 3 where a run is refused: then nothing is deleted.
     """
     accepted = {"allow_restored_database": allow_restored_database, "allow_no_references": allow_no_references}
 

@@ -61,7 +61,6 @@ _OPTIONS = {
     "allow_no_references=True": "--allow-no-references",
     "allow_restored_database=True": "--allow-restored-database",
     "await journal.allow_restored_database()": "granite-storage gc --allow-restored-database",
-    "await journal.retry_dead_letters()": "granite-storage recover --retry-dead-letters",
     "verify()": "granite-storage verify",
     "pass iter_references": "collect in Python with iter_references",
 }

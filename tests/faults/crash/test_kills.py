@@ -32,6 +32,8 @@ SETTINGS: dict[str, list[Point]] = {
     "rollback-local": SQLITE if is_exhaustive() else [],
     "threadswal-local": [],
     f"psycopg{TRIGGERS}-local": LOCAL if is_exhaustive() else LOCAL[5::18],
+    f"mariadb{TRIGGERS}-local": [],
+    f"wal{TRIGGERS}-local": SQLITE if is_exhaustive() else [],
 }
 """The databases and storages, each with the points that it comes to in turn before anything else: all of them, or some.
 

@@ -282,7 +282,7 @@ HARMLESS = {"docs/cors.md", "docs/urls.md", "docs/without-sqlalchemy.md"}
 PROGRAM = re.compile(
     r"Flask\(|FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|(Public|Signed)Files\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("
 )
-UNSAFE = re.compile(r"StreamingResponse|: UploadFile|FileResponse\(")
+UNSAFE = re.compile(r"StreamingResponse|: UploadFile|FileResponse\(|send_file\(")
 
 
 @pytest.mark.case("RE-08", "RB-21")

@@ -168,7 +168,7 @@ class PreparedUpload:
 
     def derived_as(self, content_type: str | None, filename: str | None, media: Mapping[str, Any] | None) -> PreparedUpload:
         """Return a variant with what its recipe says of the content, now that it is made."""
-        _require_content_type(content_type or None)
+        require_content_type(content_type or None)
         return replace(
             self, content_type=content_type or None, original_filename=clean_filename(filename), media=media or self.media
         )
@@ -226,7 +226,8 @@ def _can_be_kept(content_type: str) -> bool:
     return 0 < len(content_type) <= _LONGEST_CONTENT_TYPE and content_type.isascii() and content_type.isprintable()
 
 
-def _require_content_type(content_type: object) -> None:
+def require_content_type(content_type: object) -> None:
+    """Refuse what cannot be kept as a media type; None is none."""
     if content_type is not None and not (isinstance(content_type, str) and _can_be_kept(content_type)):
         raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")
 
@@ -536,7 +537,7 @@ class Engine:
         It is for what must know the location before there is anything at it, such as a journal. It is good for one object.
         """
         policy = self.policy(storage_key)
-        _require_content_type(content_type)
+        require_content_type(content_type)
         filename = clean_filename(original_filename)
         location_name = filename
         if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says

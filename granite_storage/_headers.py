@@ -48,6 +48,9 @@ INLINE_TYPES: frozenset[str] = frozenset(
 )
 """The media types that a browser may show in its window: none of them runs anything."""
 
+REVALIDATED = "private, no-cache"
+"""The Cache-Control with which clients keep an object, and ask each time whether it has changed."""
+
 _OPAQUE = "application/octet-stream"
 _SANDBOX = "sandbox; default-src 'none'"
 _PLAYER = "default-src 'none'; media-src 'self'"
@@ -142,6 +145,26 @@ def content_disposition(
     plain = _NOT_QUOTABLE.sub("_", name)
     encoded = "" if plain == name else f"; filename*=UTF-8''{quote(name, safe=_ATTR_CHARACTERS)}"
     return f'{kind}; filename="{plain}"{encoded}'
+
+
+def safe_headers(
+    content_type: str, filename: str | None, disposition: Disposition, inline_types: Collection[str] = INLINE_TYPES
+) -> dict[str, str]:
+    """Return the headers with which a browser runs nothing of an object, by lower-case names.
+
+    Args:
+        content_type: The Content-Type, as `served_type` returns it.
+        filename: The name for saving it.
+        disposition: How it is shown where that is safe.
+        inline_types: The media types for which that is so.
+    """
+    return {
+        "cache-control": REVALIDATED,
+        "content-disposition": content_disposition(disposition, filename, content_type, inline_types),
+        "content-security-policy": content_security_policy(content_type),
+        "content-type": content_type,
+        "x-content-type-options": "nosniff",
+    }
 
 
 def require_disposition(disposition: object) -> None:

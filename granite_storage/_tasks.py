@@ -7,6 +7,8 @@ what the task has already cleaned up. No cancellation is lost on the way.
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import logging
 import random
 import time
@@ -218,3 +220,11 @@ async def _outlast(future: asyncio.Future[Any], timeout: float | None) -> asynci
     if not future.cancelled():
         future.exception()
     return cancellation
+
+
+def is_async_callable(function: object) -> bool:
+    """Return whether it is an async function, a part of one, or an object with an async `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    called = getattr(type(function), "__call__", None)  # noqa: B004  # what kind of function it is
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)

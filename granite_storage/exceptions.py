@@ -27,6 +27,7 @@ __all__ = [
     "ContentTooLargeError",
     "DerivationFailedError",
     "DerivationRefusedError",
+    "DerivationUnavailableError",
     "EmptyUploadError",
     "InfectedContentError",
     "InfectedObjectError",
@@ -225,6 +226,10 @@ class DerivationFailedError(StorageError):
 
     Its process died, ran out of time or memory, or its function raised.
     """
+
+
+class DerivationUnavailableError(DerivationFailedError):
+    """Nothing was attempted: no worker process was free or could be started, or temporary files could not be written."""
 
 
 class ScanPendingError(StorageError):

@@ -25,6 +25,7 @@ from granite_storage._jobs import (
 from granite_storage.derived.base import require_choice
 from granite_storage.exceptions import (
     ConfigurationError,
+    DerivationRefusedError,
     InfectedObjectError,
     ObjectNotFoundError,
     ScanPendingError,
@@ -39,14 +40,25 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Rederivation", "RederivationReport", "RederivationStatus", "RederivedVariant", "rederive"]
+__all__ = [
+    "Rederivation",
+    "RederivationReport",
+    "RederivationStatus",
+    "RederivedVariant",
+    "rederive",
+    "require_columns",
+    "require_names",
+]
 
 _CONCURRENCY = 4
 _TRIES = 3
 
 
 class RederivationStatus(StrEnum):
-    """The outcome for a variant, or for an effect of a file."""
+    """The outcome for a variant, or for an effect of a file.
+
+    A variant is refused where its recipe can make none of the original, which is no failure.
+    """
 
     MADE = "made"
     DROPPED = "dropped"
@@ -54,6 +66,7 @@ class RederivationStatus(StrEnum):
     RECORDED = "left to the worker"
     HELD = "held for a scanner"
     CHANGED = "changed meanwhile"
+    REFUSED = "refused"
     FAILED = "failed"
 
 
@@ -219,7 +232,8 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             if is_same and not isinstance(error, StaleAttachmentError | SQLAlchemyError):
                 if isinstance(error, ObjectNotFoundError):
                     await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
-                return _processed(RederivationStatus.FAILED, held, wanted, error)
+                is_refused = isinstance(error, DerivationRefusedError)
+                return _processed(RederivationStatus.REFUSED if is_refused else RederivationStatus.FAILED, held, wanted, error)
             held = found
         return _processed(RederivationStatus.FAILED, held, wanted, error)
 
@@ -290,17 +304,30 @@ def rederive(
     """
     require_choice("which", which, Which)
     require_in_force(binding)
-    types = [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
-    known = sorted(f"{item.table.fullname}.{item.column.name}" for item in types)
+    require_columns(binding, columns)
+    require_names(binding, names, drop_undeclared=drop_undeclared)
+    concurrency = require_concurrency(concurrency)
+    return Rederivation(binding, which, columns, names, drop_undeclared, concurrency, after, Budget(bytes_per_second))
+
+
+def require_columns(binding: StorageBinding, columns: Collection[str]) -> None:
+    """Refuse what is not an attachment column of a binding, as `table.column`; raise `ConfigurationError`."""
+    known = sorted(f"{item.table.fullname}.{item.column.name}" for item in _attachment_types(binding))
     if unknown := sorted(set(columns).difference(known)):
         raise ConfigurationError(f"{unknown[0]!r} is not an attachment column (there are: {', '.join(known) or 'none'})")
-    declared = sorted({name for item in types for name in (*item.variants, *item.effects)})
+
+
+def require_names(binding: StorageBinding, names: Collection[str], *, drop_undeclared: bool) -> None:
+    """Refuse names of variants and effects that no column declares, unless such are to be dropped; raise `ConfigurationError`."""
+    declared = sorted({name for item in _attachment_types(binding) for name in (*item.variants, *item.effects)})
     if (unknown := sorted(set(names).difference(declared))) and not drop_undeclared:
         raise ConfigurationError(
             f"no column declares a variant or an effect {unknown[0]!r} (there are: {', '.join(declared) or 'none'})"
         )
-    concurrency = require_concurrency(concurrency)
-    return Rederivation(binding, which, columns, names, drop_undeclared, concurrency, after, Budget(bytes_per_second))
+
+
+def _attachment_types(binding: StorageBinding) -> list[AttachmentType]:
+    return [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
 
 
 def _processed(status: RederivationStatus, held: RowValue, wanted: _Wanted, message: object = "") -> RederivedVariant:

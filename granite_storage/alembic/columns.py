@@ -12,11 +12,15 @@ from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import require_concurrency
 from granite_storage._tasks import run_bounded
+from granite_storage._words import count_of
 from granite_storage.alembic._transactions import Op, closing, columns_of, count, key_pages, reflect_table, require_online, run
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.columns import (
+    INDEXED_LOCATION,
+    LONGEST_LOCATION,
+    generated_location,
     location_column_name,
     location_index_name,
     location_of,
@@ -35,8 +39,6 @@ __all__ = [
     "drop_restored_column",
 ]
 
-_LONGEST_LOCATION = 1024
-_INDEXED = 255
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -120,11 +122,14 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     found = reflect_table(connection, table, schema, refs=source, others=[target])
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
-    logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
+    objects = count_of(kept, f"object of {table}.{source} remains", f"objects of {table}.{source} remain")
+    logger.warning("%s in storage, and no row refers to %s any more", objects, "it" if kept == 1 else "them")
     variants, _ = unnest_variants(found.c[source], connection.dialect.name)
     nested = select(func.count()).select_from(found.join(variants, true()))
     if number := connection.execute(nested).scalar_one():
-        logger.warning("%d variants of these objects remain as well, for the garbage collector", number)
+        originals = "this object" if kept == 1 else "these objects"
+        variants_too = count_of(number, f"variant of {originals} remains", f"variants of {originals} remain")
+        logger.warning("%s as well, for the garbage collector", variants_too)
     op.drop_column(table, source, schema=schema)
 
 
@@ -135,8 +140,8 @@ def _require_done(
     number = count(connection, table, left)
     if number:
         raise ContentError(
-            f"{number} rows of {table.name} have a value in {source.name} and none in {target.name}: convert them first;"
-            " nothing was dropped"
+            f"{count_of(number, f'row of {table.name} has', f'rows of {table.name} have')} a value in {source.name} and none in"
+            f" {target.name}: convert them first; nothing was dropped"
         )
 
 
@@ -163,7 +168,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
     """Create an index on the locations of a column of refs, unless it exists already.
 
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
-    reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
+    reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a stored column that
     `SELECT *` does not show. Autogenerate leaves it alone with `include_storage`. Batch operations of SQLite that rebuild the
     table drop it; create it again after them.
 
@@ -194,10 +199,10 @@ def drop_location_index(op: Op, table: str, column: str, *, schema: str | None =
 def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bool) -> Index:
     dialect = op.get_context().dialect.name
     refs = Column(column, portable_storage_ref_type())
-    generated = Column(location_column_name(column), mysql.VARCHAR(_LONGEST_LOCATION))
+    generated = Column(location_column_name(column), mysql.VARCHAR(LONGEST_LOCATION))
     Table(table, MetaData(), refs, generated, schema=schema)
     if dialect in ("mysql", "mariadb"):
-        length = {generated.name: _INDEXED}
+        length = {generated.name: INDEXED_LOCATION}
         return Index(location_index_name(table, column), generated, mysql_length=length, mariadb_length=length)
     return Index(location_index_name(table, column), location_of(refs, dialect)[1], postgresql_concurrently=concurrently)
 
@@ -205,16 +210,14 @@ def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bo
 def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -> None:
     name = location_column_name(column)
     context = op.get_context()
-    if not context.as_sql and _has_generated_column(op, table, column, schema):
+    found = None if context.as_sql else columns_of(op.get_bind(), table, schema).get(name)
+    if found is not None and found.get("computed", {}).get("persisted"):
         return
     preparer = context.dialect.identifier_preparer
     qualified = preparer.format_table(Table(table, MetaData(), schema=schema))
-    # The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column.
-    op.execute(
-        f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} VARCHAR({_LONGEST_LOCATION})"
-        f" CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-        f" GENERATED ALWAYS AS (json_value({preparer.quote(column)}, '$.location')) VIRTUAL INVISIBLE"
-    )
+    if found is not None:  # a virtual one, of an earlier version
+        op.drop_column(table, name, schema=schema)
+    op.execute(f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} {generated_location(preparer.quote(column))}")
 
 
 def _has_generated_column(op: Op, table: str, column: str, schema: str | None) -> bool:

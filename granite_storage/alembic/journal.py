@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, MetaData, func, insert, inspect, select, update
 
+from granite_storage._words import count_of
 from granite_storage.alembic._transactions import Op, count, require_online
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
@@ -111,6 +112,6 @@ def _require_nothing_pending(connection: Connection, tables: JournalTables) -> N
     pending = sum(count(connection, table, table.c.id.is_not(None)) for table in used)
     if pending:
         raise ConfigurationError(
-            f"the journal still has {pending} objects to delete, to check or to scan: let its worker finish, or pass"
+            f"the journal still has {count_of(pending, 'object')} to delete, to check or to scan: let its worker finish, or pass"
             " discard_pending=True to leave them as orphans"
         )

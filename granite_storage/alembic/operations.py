@@ -32,6 +32,7 @@ from granite_storage.alembic.sources import (
     all_or_none,
     copy_content,
     copy_object,
+    naming,
     remove,
     store_bytes,
 )
@@ -344,14 +345,16 @@ def paths_to_storage(
 
     Raises:
         InvalidLocationError: A location is not valid in the library.
+        InvalidReferenceError: A media type that the mapping returns cannot be kept.
         ObjectNotFoundError: The object of a path is missing.
+        TypeError: The mapping returns something else. A note at each error names the row.
     """
     storing = _Storing(manager, storage_key, target, require_concurrency(concurrency))
     owners: Owners | None = None
 
     def find(connection: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
         nonlocal owners
-        found = [mapping(row[source]) for row in rows]
+        found = [_map_path(mapping, row[source], _label(table, row)) for row in rows]
         owners = owners or Owners(connection, manager, table.c[target])
         taken = owners.find_taken(connection, [item for item in found if isinstance(item, InPlace)])
         works: list[Callable[[Place], StoreWork]] = []
@@ -435,8 +438,15 @@ def storage_to_paths(
         progress: Called with a report after each step.
     """
 
-    def work(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
-        return [Made(mapping(StoredObjectRef.from_dict(row[source]))) for row in rows]
+    def path_of(row: Row, label: str) -> str:
+        with naming(label):
+            path: object = mapping(StoredObjectRef.from_dict(row[source]))
+            if not isinstance(path, str):
+                raise TypeError(f"mapping must return a str, not {path!r:.120}")
+            return path
+
+    def work(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
+        return [Made(path_of(row, _label(table, row))) for row in rows]
 
     return convert(op, Conversion(table, source, target, schema, source, (), _ROWS_OF_PATHS), work, progress)
 
@@ -448,8 +458,12 @@ def _restore(
     read: Callable[[StoredObjectRef], Coroutine[Any, Any, Any]],
     progress: Progress | None,
 ) -> ConversionReport:
-    def restore(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
-        return [Made(run(read(StoredObjectRef.from_dict(row[conversion.source])))) for row in rows]
+    def content_of(row: Row, label: str) -> Any:
+        with naming(label):
+            return run(read(StoredObjectRef.from_dict(row[conversion.source])))
+
+    def restore(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
+        return [Made(content_of(row, _label(table, row))) for row in rows]
 
     with closing(manager):
         return convert(op, conversion, restore, progress)
@@ -469,8 +483,8 @@ class _Storing:
         """Store an object for each row, or none of them: what its work stores at the place of the row."""
         named: list[tuple[str, Callable[[], StoreWork]]] = []
         for row, work in zip(rows, works, strict=True):
-            key = tuple(row[column.name] for column in table.primary_key)
-            named.append((f"{table.name} {key}", partial(work, Place(self._storage_key, table.name, key, self._target))))
+            place = Place(self._storage_key, table.name, _key(table, row), self._target)
+            named.append((_label(table, row), partial(work, place)))
         return [self._to_made(stored) for stored in run(all_or_none(self.manager, named, self._concurrency))]
 
     def _to_made(self, stored: Stored | None) -> Made:
@@ -490,15 +504,33 @@ def _store_contents(
     filename: Of,
     progress: Progress | None,
 ) -> ConversionReport:
-    def work_of(row: Row) -> Callable[[Place], StoreWork]:
-        content, kind, name = encode(row), _resolve(content_type, row), _resolve(filename, row)
+    def work_of(row: Row, label: str) -> Callable[[Place], StoreWork]:
+        with naming(label):
+            content, kind, name = encode(row), _resolve(content_type, row), _resolve(filename, row)
         return lambda place: store_bytes(storing.manager, place, content, kind, name)
 
     def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
-        return storing.store(table, rows, [work_of(row) for row in rows])
+        return storing.store(table, rows, [work_of(row, _label(table, row)) for row in rows])
 
     with closing(storing.manager):
         return convert(op, conversion, store, progress)
+
+
+def _key(table: Table, row: Row) -> tuple[Any, ...]:
+    return tuple(row[column.name] for column in table.primary_key)
+
+
+def _label(table: Table, row: Row) -> str:
+    """Return a row as it is named in messages."""
+    return f"{table.name} {_key(table, row)}"
+
+
+def _map_path(mapping: Callable[[Any], InPlace | CopyOf | None], value: Any, label: str) -> InPlace | CopyOf | None:
+    with naming(label):
+        item: object = mapping(value)
+        if item is None or isinstance(item, InPlace | CopyOf):
+            return item
+        raise TypeError(f"mapping must return an InPlace, a CopyOf or None, not {item!r:.120}")
 
 
 async def _store_item(

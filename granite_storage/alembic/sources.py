@@ -8,14 +8,16 @@ import hashlib
 import mimetypes
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from granite_storage._engine import require_content_type
 from granite_storage._tasks import run_bounded, shielded, shielded_cleanup
 from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError, ScannerUnavailableError
-from granite_storage.locations import check_location, check_segment, uuid7_hex
+from granite_storage.locations import check_location, check_segment, clean_filename, uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.refs import StoredObjectRef, canonical_timestamp, is_held
 
@@ -109,6 +111,16 @@ async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
     await shielded_cleanup(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
+@contextmanager
+def naming(row: str) -> Iterator[None]:
+    """Note the row that is converted at an error."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while converting {row}")
+        raise
+
+
 async def all_or_none(
     manager: StorageManager, works: Sequence[tuple[str, Callable[[], Work]]], concurrency: int
 ) -> list[Stored | None]:
@@ -117,11 +129,8 @@ async def all_or_none(
 
     async def store(labelled: tuple[str, Callable[[], Work]]) -> Stored | None:
         label, work = labelled
-        try:
+        with naming(label):
             stored = await work()
-        except Exception as error:
-            error.add_note(f"while converting {label}")
-            raise
         if stored is not None and stored.is_own:
             own.append(stored.ref)
         return stored
@@ -170,7 +179,7 @@ class InPlace:
         backend: The backend's key in the manager.
         location: Its address there.
         content_type: Its media type; None for the backend's, or a guess by the name.
-        filename: The name to keep; None for the last part of the location.
+        filename: The name to keep, without path and control characters; None for the last part of the location.
     """
 
     backend: str
@@ -308,7 +317,8 @@ async def _close(file: IO[bytes]) -> None:
 
 
 async def _ref_of(manager: StorageManager, place: Place, item: InPlace) -> StoredObjectRef:
-    name = item.filename or item.location.rpartition("/")[2]
+    require_content_type(item.content_type)
+    name = clean_filename(item.filename or item.location.rpartition("/")[2])
     found = StoredObjectRef(place.storage_key, item.backend, item.location, 0, "", original_filename=name)
     info = await manager.stat(found)
     content_type = item.content_type or info.content_type or await _guess_type(name)

@@ -10,15 +10,18 @@ from alembic.operations import ops
 from sqlalchemy import Column, Connection, MetaData, Table, inspect
 
 from granite_storage.alembic._transactions import Op, require_online
-from granite_storage.orm._interfaces import are_triggers_declared
+from granite_storage.orm._interfaces import are_triggers_declared, tables_of
 from granite_storage.orm.columns import attachment_tables, portable_storage_ref_type
-from granite_storage.orm.journal.tables import journal_tables, tables_of
+from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.journal.triggers import (
     create_triggers,
     drop_triggers,
     find_sources,
+    find_triggers_in_the_way,
     has_current_triggers,
     has_some_triggers,
+    have_triggers,
+    require_rolled_out,
 )
 
 if TYPE_CHECKING:
@@ -38,9 +41,13 @@ def create_storage_triggers(
 ) -> None:
     """Create the journal's triggers, or replace those of another version or for other columns, with the indexes they need.
 
-    They are those that `storage_triggers` declares. Each index over locations that is missing is created, which keeps writers
-    out for as long; on large tables create it before, by `create_location_index(..., concurrently=True)`. Partitions that are
-    made later lack some of the triggers: call it again after them. It is for PostgreSQL.
+    They are those that `storage_triggers` declares, on the same databases. Each index over locations that is missing is created,
+    which keeps writers out for as long; on large tables of PostgreSQL create it before, by `create_location_index(...,
+    concurrently=True)`. Partitions that are made later lack some of the triggers, and on SQLite unique indexes are not known to
+    them: call it again after those.
+
+    On SQLite a batch operation fails on a table that a trigger names, and the triggers of the table go with it: call
+    `drop_storage_triggers` for all tables before it, and this afterwards, as autogenerate does.
 
     Args:
         op: Alembic's `op`.
@@ -49,15 +56,17 @@ def create_storage_triggers(
         journal_schema: The schema of the journal's tables, as passed to `journal_tables`.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, a table has no primary key, or the migration is rendered as SQL.
+        ConfigurationError: The database has none, a table has no primary key, a worker of an older version was at work lately, or
+            the migration is rendered as SQL.
     """
     connection = require_online(op, "creating triggers")
     metadata = MetaData()
     columns = _declare(connection, metadata, tables)
     others = _declare(connection, metadata, plain or {})
-    create_triggers(
-        connection, find_sources(connection, columns, [*columns, *others], journal_tables(metadata, schema=journal_schema))
-    )
+    journal = journal_tables(metadata, schema=journal_schema)
+    sources = find_sources(connection, columns, [*columns, *others], journal)
+    require_rolled_out(connection, sources, journal)
+    create_triggers(connection, sources)
 
 
 def drop_storage_triggers(op: Op, tables: Iterable[str]) -> None:
@@ -142,7 +151,7 @@ def _render_drop(autogen_context: AutogenContext, operation: _DropTriggersOp) ->
 def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
     """Let a migration drop triggers before the columns that they depend on, and create what the models declare after all else."""
     connection, metadata = autogen_context.connection, autogen_context.metadata
-    if connection is None or connection.dialect.name != "postgresql" or not isinstance(metadata, MetaData):
+    if connection is None or not have_triggers(connection.dialect.name) or not isinstance(metadata, MetaData):
         return
     journal = tables_of(metadata)
     if journal is None:
@@ -151,14 +160,18 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
     columns = found.all_attachments() if are_triggers_declared(metadata) else []
     guarded = {column.table for column in columns}
     shrinking = {name for operation in upgrade_ops.ops for name in _shrinking(operation)}
-    dropped = [
-        fullname
-        for fullname, table in _named(metadata, shrinking).items()
-        if (table not in guarded or fullname in shrinking) and has_some_triggers(connection, table)
-    ]
+    changed = {name for operation in upgrade_ops.ops for name in _changed(operation)}
+    dropped = {
+        *(
+            fullname
+            for fullname, table in _named(metadata, shrinking).items()
+            if (table not in guarded or fullname in shrinking) and has_some_triggers(connection, table)
+        ),
+        *find_triggers_in_the_way(connection, changed),
+    }
     if dropped:
         upgrade_ops.ops.insert(0, _DropTriggersOp(sorted(dropped)))
-    if columns and not _are_current(connection, metadata):
+    if columns and (dropped or not _are_current(connection, metadata)):
         plain = [column for column in found.refs() if column not in set(columns)]
         upgrade_ops.ops.append(_CreateTriggersOp(_by_table(columns), _by_table(plain), journal.intent.schema))
 
@@ -192,6 +205,13 @@ def _shrinking(operation: ops.MigrateOperation) -> list[str]:
             return [_fullname(operation.schema, operation.table_name)]
         case _:
             return []
+
+
+def _changed(operation: ops.MigrateOperation) -> list[str]:
+    """Return the table that an operation changes in any way, or drops."""
+    if isinstance(operation, ops.DropTableOp | ops.ModifyTableOps):
+        return [_fullname(operation.schema, operation.table_name)]
+    return []
 
 
 def _fullname(schema: str | None, name: str) -> str:

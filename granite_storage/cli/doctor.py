@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,17 +21,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage._jobs import require_mounted
 from granite_storage._tasks import shielded_cleanup
+from granite_storage._words import count_of, describe_duration
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.output import escape_text
-from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
-from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, DerivationRefusedError, StorageError
-from granite_storage.gc.database import DatabaseReferences
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, in_options, run
+from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
+from granite_storage.gc import StorageGarbageCollector
+from granite_storage.gc.database import ELSEWHERE, DatabaseReferences
 from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
-from granite_storage.orm._interfaces import are_triggers_declared
+from granite_storage.orm._interfaces import are_triggers_declared, tables_of
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
-from granite_storage.orm.journal.tables import clock, tables_of
+from granite_storage.orm.journal.tables import clock
 
 __all__ = ["doctor_command"]
 
@@ -90,12 +93,20 @@ async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncItera
         yield check
     async for check in _check_database(binding):
         yield check
-    async for check in _check_references(binding):
+    referenced: set[str] = set()
+    checks = await _check_references(binding, referenced)
+    for check in checks:
         yield check
+    if all(check.result is CheckResult.GOOD for check in checks):
+        async for check in _check_collections(binding):
+            yield check
     async for check in _check_journal(binding):
         yield check
     for key, backend in binding.manager.backends.items():
         prefixes = [policy.key_prefix for policy in binding.manager.policies.values() if policy.backend_key == key]
+        if key in referenced and (unmounted := await _check_mounted(key, backend)) is not None:
+            yield unmounted  # a probe would make the marker, which says that the disk is mounted
+            continue
         async for check in _check_backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
             yield check
 
@@ -105,7 +116,9 @@ def _check_configuration(binding: StorageBinding) -> list[Check]:
     managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
     checks = [
         Check(
-            CheckResult.GOOD, "models", f"{len(managed)} attachment columns, {len(columns) - len(managed)} plain columns of refs"
+            CheckResult.GOOD,
+            "models",
+            f"{count_of(len(managed), 'attachment column')}, {count_of(len(columns) - len(managed), 'plain column')} of refs",
         )
     ]
     if not columns:
@@ -141,51 +154,103 @@ async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
                 yield _check_clock("the database's clock", now)
             yield await connection.run_sync(_check_tables, binding)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        yield Check(
-            CheckResult.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
-        )
+        yield Check(CheckResult.BAD, "database", f"{type(error).__name__}: {_first_line(error)}")
 
 
-async def _check_references(binding: StorageBinding) -> AsyncIterator[Check]:
-    """Check for rows that lead to another store than before, and for what would stop the garbage collector."""
+async def _check_references(binding: StorageBinding, referenced: set[str]) -> list[Check]:
+    """Check for rows that lead to another store than before, and for what would stop the garbage collector.
+
+    Args:
+        binding: The binding.
+        referenced: Gets the keys of the backends that rows refer to.
+    """
     manager = binding.manager
     if binding.session_factory is None or not manager.backends or not binding.ref_columns():
-        return
-    source = DatabaseReferences(binding, binding.session_factory, next(iter(manager.backends)))
+        return []
     checks: list[Check] = []
+    refusals: dict[str, CheckResult] = {}
+    misled: list[Check | None] = []
+    counted: Counter[tuple[str, str | None]] = Counter()
+    collected = dict.fromkeys(policy.backend_key for policy in manager.policies.values())
     try:
         async with asyncio.timeout(_TIMEOUT):
-            try:
-                await source.require_fit(allow_restored_database=False)
-            except CollectionRefusedError as error:
-                checks.append(Check(CheckResult.NOTE, "garbage collection", f"would be refused: {error}"))
-            counted = await source.count_by_store()
-            misled = [await _check_store(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
+            # By backend: each has its identities, and its own bases whose rows may refer to its objects.
+            for number, backend_key in enumerate(collected or list(manager.backends)[:1]):
+                source = DatabaseReferences(binding, binding.session_factory, backend_key)
+                try:
+                    await source.require_fit(allow_restored_database=False)
+                except CollectionRefusedError as error:
+                    refusals.setdefault(str(error), CheckResult.NOTE)
+                if number == 0:
+                    counted = await source.count_by_store()
+                    referenced.update(key for key, _ in counted)
+                    misled = [await _check_store(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
+                for kind, refusal in await source.find_refusals():
+                    # The others are counted above, of this base; rows of another one may have them alone.
+                    if kind == ELSEWHERE or not any(misled):
+                        refusals.setdefault(refusal, CheckResult.BAD)
+            said = ((result, in_options(f"would be refused: {refusal}")) for refusal, result in refusals.items())
+            checks += [Check(result, "garbage collection", message) for result, message in said]
             checks += [check for check in misled if check is not None] + await _find_overlaps(manager)
         if not checks:
-            checks.append(
-                Check(CheckResult.GOOD, "references", f"all {counted.total()} lead to the store that they were written to")
-            )
+            total = counted.total()
+            led = "reference leads to the store that it was", "references lead to the store that they were"
+            said_of_all = f"{count_of(total, *led)} written to" if total else "no row has any yet"
+            checks.append(Check(CheckResult.GOOD, "references", said_of_all))
     except TimeoutError:
         checks.append(Check(CheckResult.NOTE, "references", f"could not be counted within {_TIMEOUT:.0f} s"))
     except (StorageError, SQLAlchemyError, OSError) as error:
-        said = str(error).splitlines()[0] if str(error) else "no answer"
-        checks.append(Check(CheckResult.BAD, "references", f"{type(error).__name__}: {said}"))
-    for check in checks:
-        yield check
+        checks.append(Check(CheckResult.BAD, "references", f"{type(error).__name__}: {_first_line(error)}"))
+    return checks
+
+
+async def _check_collections(binding: StorageBinding) -> AsyncIterator[Check]:
+    """Say what a collection of each policy would be refused for once it compares the references with the objects."""
+    collector = StorageGarbageCollector(binding.manager, binding=binding)
+    checks: dict[Check, list[str]] = {}
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            for storage_key in sorted(binding.manager.policies):
+                if (check := await _check_collection(collector, storage_key)) is not None:
+                    checks.setdefault(check, []).append(storage_key)
+        if not checks:
+            checks[Check(CheckResult.GOOD, "garbage collection", "a dry run with the defaults is not refused")] = []
+    except TimeoutError:
+        said = f"a dry run took longer than {_TIMEOUT:.0f} s: granite-storage gc --dry-run shows what would be refused"
+        checks[Check(CheckResult.NOTE, "garbage collection", said)] = []
+    for check, storage_keys in checks.items():
+        of = f" (of {', '.join(storage_keys)})" if storage_keys else ""
+        yield Check(check.result, check.what, f"{check.message}{of}")
+
+
+async def _check_collection(collector: StorageGarbageCollector, storage_key: str) -> Check | None:
+    what = "garbage collection"
+    try:
+        report = await collector.collect(storage_key=storage_key)
+    except CollectionRefusedError as error:
+        return Check(CheckResult.NOTE, what, in_options(f"would be refused: {error}"))
+    except (StorageError, SQLAlchemyError, OSError) as error:
+        return Check(CheckResult.BAD, what, f"would fail: {type(error).__name__}: {_first_line(error)}")
+    return None if report.refusal is None else Check(CheckResult.NOTE, what, in_options(f"would be refused: {report.refusal}"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else "no answer"
 
 
 async def _check_store(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Check | None:
     backend = binding.manager.backends.get(backend_key)
     if backend is None:
         known = ", ".join(sorted(binding.manager.backends))
-        said = f"{number} references name the backend {backend_key!r}, which the manager does not have (there are: {known})"
+        names = count_of(number, "reference names", "references name")
+        said = f"{names} the backend {backend_key!r}, which the manager does not have (there are: {known})"
         return Check(CheckResult.BAD, "references", said)
     identities = None if identity is None else await identities_of(backend)
     if identities is None or identity is None or identity in identities:
         return None
     mismatch = describe_mismatch(backend_key, identity, next(iter(identities), None))
-    return Check(CheckResult.BAD, "references", f"{number} references lead to another store than before: {mismatch}")
+    leads = count_of(number, "reference leads", "references lead")
+    return Check(CheckResult.BAD, "references", f"{leads} to another store than before: {mismatch}")
 
 
 async def _find_overlaps(manager: StorageManager) -> list[Check]:
@@ -223,7 +288,7 @@ def _check_tables(connection: Connection, binding: StorageBinding) -> Check:
     ]
     if missing or lacking:
         return Check(CheckResult.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}: create them, or run the migrations")
-    return Check(CheckResult.GOOD, "tables", f"all {len(tables)} exist")
+    return Check(CheckResult.GOOD, "tables", count_of(len(tables), "table exists", "tables exist"))
 
 
 async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
@@ -235,19 +300,21 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
             await binding.journal.check()
             report = await binding.journal.count_jobs()
             problems = await binding.journal.find_trigger_problems()
-        yield Check(
-            CheckResult.GOOD, "journal", f"the database meets the journal's requirements; leases of {binding.journal.lease}"
-        )
+        lease = describe_duration(binding.journal.lease)
+        yield Check(CheckResult.GOOD, "journal", f"the database meets the journal's requirements; a lease lasts {lease}")
         for problem in problems:
             yield Check(CheckResult.BAD, "triggers", problem)
         if are_triggers_declared(binding.metadata) and not problems:
             yield Check(CheckResult.GOOD, "triggers", "every table with files has them")
-        refused = [item for item in report.failed if DerivationRefusedError.__name__ in item.error]
-        failed = len(report.failed) - len(refused)
-        if report.held or report.failed:
-            said = f"{report.held} objects are held until they are scanned; {failed} jobs have failed for good"
-            refused_too = f"; {len(refused)} variants cannot be made of their originals" if refused else ""
-            yield Check(CheckResult.BAD if failed else CheckResult.NOTE, "jobs", said + refused_too)
+        said: list[str] = []
+        if report.held:
+            said.append(f"{count_of(report.held, 'object is', 'objects are')} held until scanned")
+        if report.failed:
+            said.append(f"{count_of(len(report.failed), 'job has', 'jobs have')} failed for good")
+        if report.underivable:
+            said.append(f"{count_of(report.underivable, 'variant')} cannot be made: the recipes refuse the originals")
+        if said:
+            yield Check(CheckResult.BAD if report.failed else CheckResult.NOTE, "jobs", "; ".join(said))
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 
@@ -291,6 +358,17 @@ async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) 
         return
     yield Check(CheckResult.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
     yield _check_clock(f"clock of {key}", modified)
+
+
+async def _check_mounted(key: str, backend: StorageBackend) -> Check | None:
+    """Return what is wrong with a backend that rows refer to, and whose folder has no marker."""
+    try:
+        await require_mounted(key, backend)
+    except BackendUnavailableError as error:
+        return Check(CheckResult.BAD, f"backend {key}", f"rows refer to it, and {error}")
+    except (StorageError, OSError):
+        return None  # the check of the backend says more
+    return None
 
 
 async def _check_unwritten(what: str, key: str, backend: StorageBackend, begun: float) -> Check:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
-from sqlalchemy import func, select
+from sqlalchemy import case, func, literal, select
 
 from granite_storage._documentation import Page
+from granite_storage._words import count_of
 from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import (
     AFTER,
@@ -23,15 +25,26 @@ from granite_storage.cli.runtime import (
     Duration,
     Exit,
     Settings,
+    in_options,
+    require_key,
     run,
+    usage_of,
 )
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc import CollectedObject, CollectionRun, GarbageCollectionReport, OrphanStatus, StorageGarbageCollector
 from granite_storage.migration import MigratedObject, Migration, MigrationStatus, migrate
+from granite_storage.orm.journal.jobs import EFFECT, SCAN, VARIANT
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.journal.tables import RecoveryReport, clock
+from granite_storage.orm.journal.tables import DELETE, STAGING, UPLOAD, FailedReclaim, RecoveryReport, clock
 from granite_storage.orm.variants import Which
-from granite_storage.rederivation import Rederivation, RederivationStatus, RederivedVariant, rederive
+from granite_storage.rederivation import (
+    Rederivation,
+    RederivationStatus,
+    RederivedVariant,
+    rederive,
+    require_columns,
+    require_names,
+)
 from granite_storage.verification import Finding, Verification, verify
 
 if TYPE_CHECKING:
@@ -41,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["derive_command", "gc_command", "migrate_command", "recover_command", "verify_command"]
 
 _MOST_SHOWN = 20
+_STATES = ("due", "later", "dead")
+_WORK = {UPLOAD: "upload to check", STAGING: "direct upload to check", DELETE: "delete", SCAN: "scan"}
 _ALWAYS_SHOWN = ("scanned", "referenced", "orphaned")
 
 
@@ -75,6 +90,13 @@ def _show_waiting(
         context.output.line(nothing)
 
 
+def _require_policy(context: CommandContext, storage_key: str | None) -> None:
+    """Refuse a --storage-key that no policy has."""
+    if storage_key is not None:
+        with usage_of("--storage-key"):
+            context.binding.manager.policy(storage_key)
+
+
 # verify
 
 
@@ -102,6 +124,8 @@ def verify_command(
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
     async def work(context: CommandContext) -> Exit | None:
+        _require_policy(context, storage_key)
+        require_key(context.binding, after)
         verification = verify(context.binding, storage_key=storage_key, deep=deep, after=after, bytes_per_second=rate, **more)
         try:
             await _verify(context, verification)
@@ -151,10 +175,13 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
 @JSON
 @click.pass_obj
 def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Let the journal delete everything that is due.
+    """Let the journal do everything that is due.
 
-    It deletes uploads that no transaction has kept, and objects that rows have released. Without --yes it shows what is due, and
-    asks.
+    It deletes uploads that no transaction has kept, and objects that rows have released; it has held files scanned, makes
+    variants and calls effects. Without --yes it shows what is due now and later, and asks where something is due now.
+
+    The exit code is 1 while something has failed. A file of which a recipe can make no variant is no failure: the run that finds
+    it says so, and no later one does.
     """
 
     async def work(context: CommandContext) -> Exit | None:
@@ -164,11 +191,15 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
                 "the application has no journal: pass journal=StorageJournal(engine) to bind_storage()", see=Page.JOURNAL
             )
         if dry_run or not yes:
-            await _show_due(context, journal)
-        if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
-            return None
+            plan = await _show_due(context, journal)
+            is_idle = not any(item["due"] or (retry_dead_letters and item["dead"]) for item in plan)
+            if is_idle and plan:
+                context.output.note("nothing is due now")
+            if dry_run or is_idle or not context.confirm("Do what is due now?", yes=False):
+                return None
         if retry_dead_letters:
-            context.output.note(f"{await journal.retry_dead_letters():,} dead letters will be retried")
+            retried = count_of(await journal.retry_dead_letters(), "dead letter")
+            context.output.note(f"{retried} will be retried")
         report = await journal.recover()
         _show_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None
@@ -176,62 +207,78 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
     run(settings, work, as_json=as_json)
 
 
-async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
+async def _show_due(context: CommandContext, journal: StorageJournal) -> list[dict[str, Any]]:
+    """Show, and return, what the journal has to do, by backend and kind of work."""
     await journal.check()
-    intent, reclaim = journal.tables.intent, journal.tables.reclaim
-    rows: list[dict[str, Any]] = []
     sessions = context.binding.session_factory
     if sessions is None:
         raise ConfigurationError("the binding has no sessions: pass session_factory= to bind_storage()", see=Page.BINDING)
+    tables = journal.tables
     async with sessions() as session:
-        connection = await session.connection(bind_arguments={"clause": intent})
-        rows += await _count_due(connection, intent, reclaim, journal.execution_options)
+        connection = await session.connection(bind_arguments={"clause": tables.intent})
+        counted = await _count_due(connection, [tables.intent, tables.reclaim, tables.job], journal.execution_options)
     if journal.sidecar is not None:
-        tables = journal.sidecar.tables
+        beside = journal.sidecar.tables
         async with journal.sidecar.looking() as (_, connection):
-            rows += await _count_due(connection, tables.intent, tables.reclaim, {})
-    headers = ["backend", "kind", "state", "due", "of"]
-    _show_waiting(context, rows, headers, [list(row.values()) for row in rows], "nothing is waiting")
+            counted += await _count_due(connection, [beside.intent, beside.reclaim], {})
+    plan = [
+        {"backend": backend, "work": work, **{state: counted[backend, work, state] for state in _STATES}}
+        for backend, work in sorted({(backend, work) for backend, work, _ in counted})
+    ]
+    headers = ["backend", "work", "due now", "later", "dead letters"]
+    _show_waiting(context, plan, headers, [list(row.values()) for row in plan], "nothing is waiting")
+    return plan
 
 
 async def _count_due(
-    connection: AsyncConnection, intent: Table, reclaim: Table, options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for state, table in (("recorded", intent), ("claimed", reclaim)):
-        due = (
-            func.count().filter(table.c.due <= clock())
-            if connection.dialect.name == "postgresql"
-            else func.sum(table.c.due <= clock())
-        )
-        statement = select(table.c.backend, table.c.kind, due, func.count()).group_by(table.c.backend, table.c.kind)
-        for backend, kind, number, of in await connection.execute(statement, execution_options=dict(options)):
-            rows.append({"backend": backend, "kind": kind, "state": state, "due": int(number or 0), "of": of})
-    return rows
+    connection: AsyncConnection, tables: Sequence[Table], options: Mapping[str, Any]
+) -> Counter[tuple[str, str, str]]:
+    """Count the rows of tables by backend, work, and whether they are due, due later, or dead letters."""
+    counted: Counter[tuple[str, str, str]] = Counter()
+    for table in tables:
+        is_due = case((table.c.due <= clock(), 1), else_=0)
+        is_dead = case((table.c.dead, 1), else_=0) if "dead" in table.c else literal(0)
+        is_late = case((table.c.emptied, 1), else_=0) if "emptied" in table.c else literal(0)
+        kind = table.c.key if "key" in table.c else table.c.kind
+        # Grouped by what they are called: PostgreSQL takes equal parameters for different ones.
+        found = select(table.c.backend, kind.label("kind"), is_late.label("late"), is_dead.label("dead"), is_due.label("due"))
+        rows = found.subquery("found")
+        statement = select(*rows.c, func.count()).group_by(*rows.c)
+        for row in await connection.execute(statement, execution_options=dict(options)):
+            backend, name, late, dead, due, number = tuple(row)
+            state = "dead" if dead else "due" if due else "later"
+            counted[backend, "upload to check again" if late else _describe_work(name), state] += number
+    return counted
+
+
+def _describe_work(kind: str) -> str:
+    if kind in _WORK:
+        return _WORK[kind]
+    what = "variant" if kind.startswith(VARIANT) else "effect"
+    return f"{what} {kind.removeprefix(VARIANT).removeprefix(EFFECT)}"
 
 
 def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
-    failed = [
-        {
-            "backend": item.backend,
-            "location": item.location,
-            "error": item.error,
-            "attempts": item.attempts,
-            "next": item.next_attempt,
-        }
-        for item in report.failed
-    ]
+    failed, refused = ([_describe_failure(item) for item in items] for items in (report.failed, report.refused))
     counts = {name: number for name, number in asdict(report).items() if isinstance(number, int)}
     if context.output.as_json:
-        context.output.record({"report": {**counts, "failed": failed, "unknown_backends": sorted(report.unknown_backends)}})
+        unknown = sorted(report.unknown_backends)
+        context.output.record({"report": {**counts, "failed": failed, "refused": refused, "unknown_backends": unknown}})
         return
-    facts: dict[str, object] = {name: f"{number:,}" for name, number in counts.items()}
+    facts: dict[str, object] = {name.replace("_", " "): f"{number:,}" for name, number in counts.items()}
     if report.unknown_backends:
         facts["unknown backends"] = ", ".join(sorted(report.unknown_backends))
     context.output.facts({**facts, "failed": len(failed)})
     for item in failed:
         later = "a dead letter" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
         context.output.line(f"failed: {item['backend']}:{item['location']}: {item['error']} ({later})", "red")
+    for item in refused:
+        context.output.line(f"refused: {item['backend']}:{item['location']}: {item['error']} (no failure)", "yellow")
+
+
+def _describe_failure(item: FailedReclaim) -> dict[str, Any]:
+    known = {"backend": item.backend, "location": item.location, "error": item.error}
+    return {**known, "attempts": item.attempts, "next": item.next_attempt}
 
 
 # gc
@@ -268,8 +315,8 @@ def gc_command(
     """Delete the objects that nothing refers to.
 
     The application may keep running. Without --yes the command shows what it has found, and asks; --dry-run ends there. The exit
-    code is 1 where something could not be deleted, a reference leads to no object, or the run is refused because what was found
-    can hardly be true.
+    code is 1 where something could not be deleted, a reference leads to no object, or a dry run shows that what was found can
+    hardly be true. It is 3 where a run is refused: then nothing is deleted.
     """
     accepted = {"allow_restored_database": allow_restored_database, "allow_no_references": allow_no_references}
 
@@ -278,8 +325,9 @@ def gc_command(
             context.binding.manager, binding=context.binding, grace_period=grace, max_deleted_share=max_share
         )
         wrong = False
+        for storage_key in storage_keys:
+            _require_policy(context, storage_key)
         for storage_key in storage_keys or sorted(context.binding.manager.policies):
-            context.binding.manager.policy(storage_key)
             if dry_run or not yes:
                 looked = collector.collection(storage_key=storage_key, dry_run=True, **accepted)
                 await _collect(context, looked)
@@ -305,14 +353,19 @@ async def _collect(context: CommandContext, collection: CollectionRun) -> None:
                 shown += 1
                 if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
                     _show_object(context, item)
-    finally:
+    except CollectionRefusedError:
+        _show_report(context, report, is_refused=True)
+        raise
+    except BaseException:
         _show_report(context, report)
+        raise
+    _show_report(context, report)
 
 
 def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> bool:
     if report.refusal is not None or not report.orphaned:
         return False
-    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({format_size(report.orphaned_bytes)})?"
+    question = f"Delete {count_of(report.orphaned, 'orphan')} of {report.storage_key!r} ({format_size(report.orphaned_bytes)})?"
     return context.confirm(question, yes=False)
 
 
@@ -330,13 +383,14 @@ def _show_object(context: CommandContext, item: CollectedObject) -> None:
     context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)}){error}", style)
 
 
-def _show_report(context: CommandContext, report: GarbageCollectionReport) -> None:
+def _show_report(context: CommandContext, report: GarbageCollectionReport, *, is_refused: bool = False) -> None:
     if context.output.as_json:
         failures = [{"location": item.location, "error": item.error} for item in report.failures]
-        context.output.record({"report": {**asdict(report), "failures": failures}})
-    else:
+        refusal = None if report.refusal is None else in_options(report.refusal)
+        context.output.record({"report": {**asdict(report), "failures": failures, "refusal": refusal}})
+    elif report.scanned or not is_refused:
         _show_facts(context, report)
-    if not report.complete:
+    if not report.complete and not is_refused:
         context.output.note("not complete; no referenced object was deleted. To continue, run the same command")
 
 
@@ -364,7 +418,7 @@ def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> Non
     if report.unfinished_error is not None:
         context.output.line(f"unfinished writes could not be removed: {report.unfinished_error}", "red")
     if report.refusal is not None and report.dry_run:
-        context.output.line(f"nothing would be deleted: {report.refusal}", "yellow")
+        context.output.line(f"nothing would be deleted: {in_options(report.refusal)}", "yellow")
 
 
 # migrate
@@ -400,6 +454,10 @@ def migrate_command(
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
     async def work(context: CommandContext) -> Exit | None:
+        _require_policy(context, storage_key)
+        with usage_of("--to"):
+            context.binding.manager.backend(to_backend)
+        require_key(context.binding, after)
         migration = migrate(
             context.binding, storage_key=storage_key, to_backend=to_backend, after=after, bytes_per_second=rate, **more
         )
@@ -463,9 +521,9 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
 
 
 @click.command("derive")
-@click.option("--only-missing", "which", flag_value="missing", default=True, help="Make what is missing.  [default]")
-@click.option("--stale", "which", flag_value="stale", help="Also replace what another recipe, or version of an effect, has made.")
-@click.option("--all", "which", flag_value="all", help="Make everything again.")
+@click.option("--only-missing", is_flag=True, help="Make what is missing.  [default]")
+@click.option("--stale", is_flag=True, help="Also replace what another recipe, or version of an effect, has made.")
+@click.option("--all", "everything", is_flag=True, help="Make everything again.")
 @click.option("--column", "columns", multiple=True, metavar="TABLE.COLUMN", help="Only this column; may be repeated.")
 @click.option("--variant", "names", multiple=True, metavar="NAME", help="Only this variant or effect; may be repeated.")
 @click.option("--drop-undeclared", is_flag=True, help="Also delete variants that their columns no longer declare.")
@@ -478,7 +536,9 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
 @click.pass_obj
 def derive_command(
     settings: Settings,
-    which: Which,
+    only_missing: bool,
+    stale: bool,
+    everything: bool,
     columns: Sequence[str],
     names: Sequence[str],
     drop_undeclared: bool,
@@ -496,9 +556,17 @@ def derive_command(
     there is to do, and asks. The rate counts the bytes of the originals.
     """
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
+    if only_missing + stale + everything > 1:
+        raise click.UsageError("--only-missing, --stale and --all exclude each other: pass one of them")
+    which: Which = "all" if everything else "stale" if stale else "missing"
     deletes = which != "missing" or drop_undeclared
 
     async def work(context: CommandContext) -> Exit | None:
+        with usage_of("--column"):
+            require_columns(context.binding, columns)
+        with usage_of("--variant"):
+            require_names(context.binding, names, drop_undeclared=drop_undeclared)
+        require_key(context.binding, after)
         derivation = rederive(
             context.binding,
             which=which,
@@ -535,10 +603,10 @@ async def _derive(context: CommandContext, derivation: Rederivation) -> None:
     total = await derivation.count()
     with context.stoppable(derivation.stop), context.output.progress("deriving", total) as bar:
         async for item in derivation.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
-            if context.output.as_json or item.status is RederivationStatus.FAILED:
-                _show_row(
-                    context, "object", item.status.value, item, "red", column=f"{item.column} {item.name}", variant=item.name
-                )
+            if context.output.as_json or item.status in (RederivationStatus.FAILED, RederivationStatus.REFUSED):
+                style = "red" if item.status is RederivationStatus.FAILED else "yellow"
+                where = f"{item.column} {item.name}"
+                _show_row(context, "object", item.status.value, item, style, column=where, variant=item.name)
 
 
 def _show_rederivation(context: CommandContext, derivation: Rederivation) -> None:

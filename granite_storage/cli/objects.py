@@ -15,7 +15,7 @@ from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader, close_listing
 from granite_storage.cli.output import format_size
-from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run, usage_of
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -42,6 +42,8 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
             _list_policies(context)
             return
         key, prefix = _address(address, context.binding.manager)
+        with usage_of(f"the prefix {prefix!r}"):
+            check_location(f"{prefix}x")  # a prefix of nothing but locations that cannot be would list nothing
         number = 0
         objects = context.binding.manager.backend(key).iter_objects(prefix)
         try:
@@ -101,8 +103,7 @@ def stat_command(settings: Settings, address: str, as_json: bool) -> None:
         try:
             info = await context.binding.manager.backend(key).stat(location)
         except ObjectNotFoundError:
-            context.output.note(f"no object exists at {key}:{location}", "red")
-            return Exit.FOUND
+            return _note_missing(context, key, location)
         if as_json:
             context.output.record({"backend": key, **_facts(info)})
         else:
@@ -111,6 +112,11 @@ def stat_command(settings: Settings, address: str, as_json: bool) -> None:
         return None
 
     run(settings, work, as_json=as_json)
+
+
+def _note_missing(context: CommandContext, key: str, location: str) -> Exit:
+    context.output.note(f"no object exists at {key}:{location}", "red")
+    return Exit.FOUND
 
 
 @click.command("cp")
@@ -140,25 +146,36 @@ def cp_command(
 
     Out: SOURCE is BACKEND:LOCATION, TARGET a file, a folder, or - for the standard output. The file appears when it is complete.
 
-    In: TARGET is the name of a policy and a colon. The new object's ref is printed as JSON. No row refers to it: store the ref
-    in a plain column of refs, or the garbage collector deletes the object after its grace period.
+    In: TARGET is the name of a policy and a colon, with nothing behind it: the location is generated. The new object's ref is
+    printed as JSON. No row refers to it: store the ref in a plain column of refs, or the garbage collector deletes the object
+    after its grace period.
 
     A file whose name has a colon is written as ./a:b.
     """  # noqa: D301  # click wants the backspace
 
-    async def work(context: CommandContext) -> None:
+    async def work(context: CommandContext) -> Exit | None:
         manager = context.binding.manager
         if _leads_to(source, manager.backends) and not _leads_to(target, manager.policies):
             key, location = _object_address(source, manager)
-            await _copy_out(context, key, location, target, force=force)
+            try:
+                await _copy_out(context, key, location, target, force=force)
+            except ObjectNotFoundError:
+                return _note_missing(context, key, location)
         elif _leads_to(target, manager.policies):
+            storage_key, _, rest = target.partition(":")
+            if rest:
+                raise click.UsageError(
+                    f"the location of a new object is generated, and cannot be {rest!r}: write {storage_key}: alone, and --model,"
+                    " --entity and --field for its parts"
+                )
             names = {"model_name": model_name, "entity_id": entity_id or uuid7_hex(), "field_name": field_name}
-            await _copy_in(context, Path(source), target.partition(":")[0], content_type, names)
+            await _copy_in(context, Path(source), storage_key, content_type, names)
         else:
             raise click.UsageError(
                 f"SOURCE or TARGET must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
                 f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
             )
+        return None
 
     run(settings, work)
 
@@ -181,6 +198,8 @@ async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Pat
     """Write beside the target and rename it at the end; an error leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
+    if not await asyncio.to_thread(path.parent.is_dir):
+        raise click.UsageError(f"there is no folder {path.parent}: create it, or correct TARGET")
     file = await shielded(asyncio.to_thread(_open_beside, path), undo=_discard)
     try:
         await _pump(context, reader, file)
@@ -230,7 +249,11 @@ async def _copy_in(
 ) -> None:
     # Its first call reads the tables of the system.
     guessed = content_type or (await asyncio.to_thread(mimetypes.guess_type, path.name))[0]
-    file = await asyncio.to_thread(path.open, "rb")
+    try:
+        file = await asyncio.to_thread(path.open, "rb")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        found = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+        raise click.UsageError(f"SOURCE must be a file, and {str(path)!r} {found}") from error
     try:
         ref = await context.binding.manager.put_stream(
             storage_key=storage_key, stream=file, content_type=guessed, original_filename=path.name, **names
@@ -250,7 +273,8 @@ def _leads_to(address: str, keys: Any) -> bool:
 
 def _address(address: str, manager: StorageManager) -> tuple[str, str]:
     key, _, rest = address.partition(":")
-    manager.backend(key)
+    with usage_of(f"the address {address!r}"):
+        manager.backend(key)
     return key, rest
 
 
@@ -258,5 +282,6 @@ def _object_address(address: str, manager: StorageManager) -> tuple[str, str]:
     key, location = _address(address, manager)
     if not location:
         raise click.UsageError(f"{address!r} has no location: write BACKEND:LOCATION")
-    check_location(location)
+    with usage_of(f"the address {address!r}"):
+        check_location(location)
     return key, location

@@ -26,8 +26,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from granite_storage._documentation import Page
 from granite_storage.cli.output import Output
-from granite_storage.exceptions import ConfigurationError, StorageError
+from granite_storage.exceptions import ConfigurationError, InvalidLocationError, StorageError
 from granite_storage.orm.binding import StorageBinding
+from granite_storage.orm.references import Scan
 
 __all__ = [
     "AFTER",
@@ -41,14 +42,29 @@ __all__ = [
     "Duration",
     "Exit",
     "Settings",
+    "in_options",
     "load_binding",
+    "require_key",
     "run",
+    "usage_of",
 ]
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+# What a context of Flask, or of Quart, says that is missing.
+_NEEDS_CONTEXT = "outside of application context"
+_OPTIONS = {
+    "raise max_deleted_share": "raise --max-share",
+    "allow_no_references=True": "--allow-no-references",
+    "allow_restored_database=True": "--allow-restored-database",
+    "await journal.allow_restored_database()": "granite-storage gc --allow-restored-database",
+    "verify()": "granite-storage verify",
+    "pass iter_references": "collect in Python with iter_references",
+}
+"""What messages of the library tell to do, and the command line calls otherwise."""
 
 # Finding the application's binding.
 
@@ -235,14 +251,49 @@ def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     if isinstance(error, StorageError):
-        output.note(f"error: {error}", "red")
+        output.note(f"error: {in_options(str(error))}", "red")
         if error.docs is not None:
             output.note(f"see {error.docs}")
+        return
+    if isinstance(error, RuntimeError) and _NEEDS_CONTEXT in str(error):
+        output.note(
+            "error: the sessions of the application need an application context: let --app name a function that pushes one, as by"
+            " app.app_context().push(), and returns the binding",
+            "red",
+        )
+        output.note(f"see {Page.COMMAND_LINE.url}")
+        return
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        output.note(f"error: {error.filename}: {error.strerror}", "red")
         return
     said = str(error).split("\n(Background on this error", 1)[0]
     output.note(f"error: {type(error).__name__}: {said}", "red")
     if not debug and not isinstance(error, SQLAlchemyError | OSError):
         output.note("this error is unexpected: pass --debug to see its traceback")
+
+
+def in_options(text: str) -> str:
+    """Return a message of the library in the words of the command line: options and commands instead of arguments and calls."""
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    return text
+
+
+@contextmanager
+def usage_of(option: str) -> Iterator[None]:
+    """Report an error in the block as one of the command's usage: an option, or an argument, has a value that cannot be."""
+    try:
+        yield
+    except (ConfigurationError, InvalidLocationError) as error:
+        raise click.UsageError(f"{option}: {in_options(str(error))}") from error
+
+
+def require_key(binding: StorageBinding, after: str | None) -> None:
+    """Refuse a key for --after that is none of a row of the application."""
+    scan = Scan(binding)
+    if after is not None:
+        with usage_of("--after"):
+            scan.require_key(after)
 
 
 async def _run_command(app: str, work: Work, output: Output) -> int:

@@ -86,7 +86,7 @@ class AttachmentField(FileField):
         """
         known: _Known = request.state.granite_storage
         if self.id == self.name:
-            value, views = await self.read(request, next(iter(known.rows), None))
+            value, views = await self.read(request, known.rows[0]) if known.rows else (None, [])
         elif self.multiple:
             raise ValueError("Several files cannot be edited in an inline row: edit the row on its own page.")
         else:
@@ -117,8 +117,6 @@ class AttachmentField(FileField):
 
     async def read(self, request: Request, row: Any) -> tuple[Any, list[_panels.FileView]]:
         """Return the value of the attribute of a row, which is loaded where it is not yet, and what is shown of it."""
-        if row is None:
-            return None, []
         session = request.state.session
         run = session.run_sync if isinstance(session, AsyncSession) else run_sync
         value = await run(lambda *_: getattr(row, self.name))
@@ -155,6 +153,8 @@ class _Known:
 
 async def _find(find: Callable[..., Any], request: Request, pk: Any) -> Any:
     row = await _panels.existing(find(request, pk))
+    if row is None:  # it may have been deleted while the form was received
+        raise HTTPException(404)
     request.state.granite_storage.rows.append(row)
     return row
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
+from granite_storage._documentation import Page
+from granite_storage._tasks import is_async_callable
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.inspection.base import require_positive
 from granite_storage.refs import StoredObjectRef
@@ -132,6 +134,10 @@ class Effect:
             the policy's retention is longer than the queue. It may be called without a `put` before.
         version: Another one lets `granite-storage derive --stale` call `put` again for every row.
         timeout: The longest that a call may take, in seconds; it is cancelled then, and tried again.
+
+    Raises:
+        ConfigurationError: A handler is not an async function, nor an object with an async `__call__`, or another argument is
+            invalid.
     """
 
     put: EffectHandler
@@ -141,8 +147,13 @@ class Effect:
 
     def __post_init__(self) -> None:
         for argument in ("put", "remove"):
-            if not callable(handler := getattr(self, argument)):
-                raise ConfigurationError(f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}")
+            if not is_async_callable(handler := getattr(self, argument)):
+                found = "a synchronous function" if callable(handler) else "no function"
+                raise ConfigurationError(
+                    f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}, which is {found}:"
+                    " declare it with 'async def'",
+                    see=Page.EFFECTS,
+                )
         if isinstance(self.version, bool) or not isinstance(self.version, int | str):
             raise ConfigurationError(f"the version of an effect must be a number or a string, not {self.version!r}")
         require_positive("the timeout of an effect", self.timeout, (int, float))

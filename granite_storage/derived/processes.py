@@ -39,7 +39,12 @@ from granite_storage._tasks import shielded_cleanup, wait_uncancelled
 from granite_storage._threads import ThreadPool
 from granite_storage.derived import _worker
 from granite_storage.derived.base import Derivation, DerivationSource
-from granite_storage.exceptions import DerivationFailedError, DerivationRefusedError, InvalidReferenceError
+from granite_storage.exceptions import (
+    DerivationFailedError,
+    DerivationRefusedError,
+    DerivationUnavailableError,
+    InvalidReferenceError,
+)
 from granite_storage.inspection.base import require_positive
 from granite_storage.refs import read_only
 
@@ -140,8 +145,8 @@ class WorkerProcesses:
 
         Raises:
             DerivationRefusedError: The function raised it, or the original is too large.
-            DerivationFailedError: The process died or was killed at a limit, the function raised something else, or no process
-                was free for as long as the call may take.
+            DerivationFailedError: The process died or was killed at a limit, or the function raised something else.
+            DerivationUnavailableError: No process was free for as long as the call may take, or nothing could be attempted.
         """
         if source.ref.size > limits.max_source:
             raise DerivationRefusedError(f"the file has {source.ref.size} bytes; at most {limits.max_source} can be processed")
@@ -178,7 +183,7 @@ class WorkerProcesses:
                     for one in places.background if in_background.get() else places.all:
                         await stack.enter_async_context(one)
             except TimeoutError as error:
-                raise DerivationFailedError(_NO_PROCESS.format(timeout)) from error
+                raise DerivationUnavailableError(_NO_PROCESS.format(timeout)) from error
             yield
 
     async def _call(self, function: str, arguments: Mapping[str, Any], files: _Files, limits: Limits) -> dict[str, Any]:
@@ -312,7 +317,7 @@ async def _use_disk(function: Any, *args: Any, undo: Any = None) -> Any:
     try:
         return await _file_threads.run(function, *args, undo=undo)
     except OSError as error:
-        raise DerivationFailedError(f"the folder for temporary files cannot be used: {error.strerror}") from error
+        raise DerivationUnavailableError(f"the folder for temporary files cannot be used: {error.strerror}") from error
 
 
 async def _copy(source: DerivationSource, file: IO[bytes], max_source: int) -> None:
@@ -368,7 +373,7 @@ class _Call:
     def perform(self) -> dict[str, Any]:
         """Call the function and return the answer."""
         if time.monotonic() > self._deadline:
-            return {"error": _NO_PROCESS.format(self._request["timeout"])}
+            raise DerivationUnavailableError(_NO_PROCESS.format(self._request["timeout"]))
         worker = self._processes.take()
         is_healthy = False
         try:
@@ -413,7 +418,7 @@ class _Worker:
                 )
         except OSError as error:
             self._socket.close()
-            raise DerivationFailedError("no worker process can be started") from error
+            raise DerivationUnavailableError("no worker process can be started") from error
         self._socket.settimeout(_START_SECONDS)
         with suppress(OSError):  # it has died already, which the first call finds
             self._send({"path": [os.path.abspath(path) for path in sys.path], "idle": idle_timeout}, [])

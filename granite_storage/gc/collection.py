@@ -26,6 +26,7 @@ from granite_storage._jobs import MOST_KEPT, Run, require_mounted
 from granite_storage._portal import blocking, enter_blocking
 from granite_storage._tasks import background, run_bounded
 from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
+from granite_storage._words import count_of
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
@@ -547,15 +548,16 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         if not report.orphaned:
             return None
         if not report.referenced and not self._allow_no_references:
+            among = "the only object" if report.scanned == 1 else f"any of the {report.scanned:,} objects"
             return (
-                f"no reference leads to any of the {report.scanned} objects of {report.storage_key!r}: the database is empty or"
-                " the wrong one. If it is the right one, pass allow_no_references=True"
+                f"no reference leads to {among} of {report.storage_key!r}: the database is empty or the wrong one. If it is the"
+                " right one, pass allow_no_references=True"
             )
         if report.share > self._max_deleted_share:
             return (
-                f"{report.orphaned} of the {report.scanned} objects of {report.storage_key!r} ({report.share:.0%}) are orphans,"
-                f" more than the {self._max_deleted_share:.0%} that one run may delete. Check the orphans of a dry run; if they"
-                " may go, raise max_deleted_share"
+                f"{report.orphaned:,} of the {count_of(report.scanned, 'object')} of {report.storage_key!r} ({report.share:.0%})"
+                f" {'is an orphan' if report.orphaned == 1 else 'are orphans'}, more than the {self._max_deleted_share:.0%} that"
+                " one run may delete. Check the orphans of a dry run; if they may go, raise max_deleted_share"
             )
         return None
 

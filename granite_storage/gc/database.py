@@ -43,10 +43,11 @@ from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
+from granite_storage._words import describe_duration
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
-from granite_storage.orm._interfaces import JournalTables, active_bindings
+from granite_storage.orm._interfaces import JournalTables, active_bindings, tables_of
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, unnest_variants, value_in
 from granite_storage.orm.discovery import (
@@ -60,7 +61,7 @@ from granite_storage.orm.discovery import (
     resolve,
 )
 from granite_storage.orm.journal.database import find_gap, find_sidecar
-from granite_storage.orm.journal.tables import journal_tables, tables_of
+from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.references import (
     UTF_8,
     as_text,
@@ -599,6 +600,16 @@ class DatabaseReferences:
                         counted[named] += number
         return counted
 
+    async def find_refusals(self) -> list[tuple[int, str]]:
+        """Return why values of rows would end a collection, without sorting all references: a row of each kind, and its kind.
+
+        A value that is no reference is of the kind `ELSEWHERE`. `require_fit` comes before.
+        """
+        if not self._ref_columns:  # it was refused before they were found
+            return []
+        found = [(kind, await self._find_refusal(kind)) for kind in (ELSEWHERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY)]
+        return [(kind, refusal) for kind, refusal in found if refusal is not None]
+
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Accept: every column was read, whatever its policy."""
 
@@ -660,6 +671,10 @@ class DatabaseReferences:
 
     async def _refuse(self, kind: int) -> None:
         """Raise an error that names a row whose value is not a reference, or leads to an unknown place."""
+        raise CollectionRefusedError(await self._find_refusal(kind) or _describe_illegible("a row that has changed since"))
+
+    async def _find_refusal(self, kind: int) -> str | None:
+        """Return what is wrong with a row whose value is not a reference, or leads to an unknown place; None without one."""
         async with self._connection() as connection:
             dialect = connection.dialect.name
             for item in self._ref_columns:
@@ -670,8 +685,8 @@ class DatabaseReferences:
                     *key, backend, identity = found
                     where = f"{item.label} of the row {', '.join(map(str, key))}"
                     said = as_text(backend, self._encoding), as_text(identity, self._encoding)
-                    raise CollectionRefusedError(self._describe(kind, where, *said))
-        raise CollectionRefusedError(_describe_illegible("a row that has changed since"))
+                    return self._describe(kind, where, *said)
+        return None
 
     def _describe(self, kind: int, where: str, backend: str, identity: str) -> str:
         if kind < UNKNOWN_BACKEND:
@@ -783,9 +798,9 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, 
     gap = await find_gap(connection, tables)
     if gap is not None:
         raise CollectionRefusedError(
-            f"no worker of the journal was running for {gap}: the database may have been restored from a backup, and objects"
-            " without a row may belong to rows that are still to be restored. Once you are sure that it is the right one, pass"
-            " allow_restored_database=True"
+            f"no worker of the journal was running for {describe_duration(gap)}: the database may have been restored from a"
+            " backup, and objects without a row may belong to rows that are still to be restored. Once you are sure that it is"
+            " the right one, pass allow_restored_database=True"
         )
 
 

@@ -31,13 +31,30 @@ if TYPE_CHECKING:
 
 ObjectKey: TypeAlias = tuple[int, str, str]
 
+JOURNAL_KEY = "granite_storage.journal"
+"""The key by which a metadata's `info` has the journal's tables."""
+
 TRIGGERS_KEY = "granite_storage.triggers"
 """The key by which a metadata's `info` says that triggers are declared for its tables."""
+
+CLAIMING_KEY = "granite_storage.claiming"
+"""The key by which the `info` of a connection to MariaDB says that its variable may name locations for the triggers."""
+
+FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
+"""Clears that variable."""
+
+REFUSAL = ("granite_storage: the object ", " is gone or going")
+"""The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 
 
 def are_triggers_declared(metadata: MetaData) -> bool:
     """Return whether `storage_triggers` was called for a metadata."""
     return metadata.info.get(TRIGGERS_KEY) is True
+
+
+def tables_of(metadata: MetaData) -> JournalTables | None:
+    """Return the journal's tables of a metadata, where they are declared."""
+    return metadata.info.get(JOURNAL_KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +65,7 @@ class JournalTables:
         intent: Objects that are being stored, until the transaction of their row, and displaced objects, until they are deleted.
         reclaim: Intents that a worker is processing; no transaction can consume them any more.
         decision: Whether a transaction or a worker decided on an upload first, for transactions whose snapshot is older than its
-            intent.
+            intent. On SQLite the locations of the uploads of a flush while it writes their rows, for the triggers.
         meta: The version of the tables, and when a worker last ran.
         job: What is still to be done for the object of a row, such as a scan.
     """
@@ -230,8 +247,18 @@ class UploadLease(Protocol):
 class JournalIntents(Protocol):
     """The operations of a transaction on the intents of a journal."""
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads before their rows are written, where triggers would refuse them otherwise."""
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads before their rows are written, where triggers would refuse them otherwise.
+
+        Args:
+            connection: The connection of the transaction.
+            ids: The intents of the uploads.
+            locations: The locations of the objects, and of their variants.
+        """
+        ...
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded for the triggers, after the rows are written."""
         ...
 
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:

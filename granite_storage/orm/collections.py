@@ -31,6 +31,7 @@ from sqlalchemy.orm.collections import collection
 from sqlalchemy.orm.exc import DetachedInstanceError
 
 from granite_storage._engine import require_positive
+from granite_storage._words import count_of
 from granite_storage.derived import Effect, Recipe
 from granite_storage.exceptions import CollectionFullError, ConfigurationError
 from granite_storage.inspection.base import Validator
@@ -458,7 +459,8 @@ class _Declared:
         """Raise `CollectionFullError` if a parent may not have so many files or bytes."""
         if self.max_files is not None and count > self.max_files:
             raise CollectionFullError(
-                f"{self.label} takes at most {self.max_files} files, and there would be {count}", max_files=self.max_files
+                f"{self.label} takes at most {count_of(self.max_files, 'file')}, and there would be {count}",
+                max_files=self.max_files,
             )
         if self.max_total_size is not None and total_size > self.max_total_size:
             raise CollectionFullError(

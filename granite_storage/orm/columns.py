@@ -750,6 +750,10 @@ def as_found(schema: str, table: str, name: str, *, keys: tuple[Column[Any], ...
 
 LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
 LOCATION_COLUMN_PREFIX = "granite_storage_location_"
+LONGEST_LOCATION = 1024
+INDEXED_LOCATION = 255
+"""How many characters of a location an index has on MariaDB."""
+
 _LONGEST_NAME = 63
 _DIGITS = 8
 
@@ -762,6 +766,19 @@ def location_index_name(table: str, column: str) -> str:
 def location_column_name(column: str) -> str:
     """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
     return fitting_name(LOCATION_COLUMN_PREFIX, column)
+
+
+def generated_location(column: str) -> str:
+    """Return the type of the generated column with the locations of a column of refs, which is given as SQL, on MariaDB.
+
+    The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column. It
+    is stored, because MariaDB can crash with an index over a virtual column when deletes cascade to its rows (MDEV-21153 is one
+    of several such errors; 10.11.19 does while tables are flushed).
+    """
+    return (
+        f"VARCHAR({LONGEST_LOCATION}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        f" GENERATED ALWAYS AS (json_value({column}, '$.location')) STORED INVISIBLE"
+    )
 
 
 def location_of(

@@ -222,6 +222,7 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
         taken_by = [change for change in flush.taken if change.binding.journal is journal]
         journal.intents.cancel(connection, moved)
+        journal.intents.end_claim(connection, _claimed_locations(flush))
         written = [(change.slot.column, change.attachment.ref) for change in taken_by]
         if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
             frame.wakes.add(journal)
@@ -402,8 +403,13 @@ def _claim_uploads(flush: FlushState) -> None:
     """Claim the objects that a flush has stored before it writes their rows, where triggers ask for that."""
     for journal, connection in flush.connections.items():
         ids = [intent.id for stored, _ in flush.puts for intent in stored.intents if intent.journal is journal]
-        if ids:
-            journal.intents.claim(connection, ids)
+        if locations := _claimed_locations(flush):
+            journal.intents.claim(connection, ids, locations)
+
+
+def _claimed_locations(flush: FlushState) -> list[str]:
+    """Return the locations of the objects that the statements of a flush may write into rows, with the variants."""
+    return [one.location for attachment in flush.claims for one in iter_refs(attachment.ref)]
 
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
@@ -905,6 +911,7 @@ _MARIADB = text("""
     SELECT EXISTS (
         SELECT 1 FROM information_schema.triggers
         WHERE event_object_schema = COALESCE(:schema, DATABASE()) AND event_object_table = :table
+            AND LOCATE('granite_storage_', trigger_name) <> 1
     )
 """)
 _answers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], tuple[float, bool]]] = WeakKeyDictionary()
@@ -935,7 +942,7 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
             schemas = {"temp", *attached_databases(connection)}
             parts = [
                 f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted
-                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
+                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE AND substr(name, 1, 16) <> 'granite_storage_'"
                 for one in sorted(schemas)
             ]
             found = connection.execute(text(" UNION ALL ".join(parts)), {"table": table}, execution_options=UNTRANSLATED).first()

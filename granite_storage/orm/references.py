@@ -215,6 +215,14 @@ class Scan:
             if not len(table.primary_key):
                 raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
 
+    def require_key(self, key: str) -> None:
+        """Refuse what is not the key of a row.
+
+        Raises:
+            ConfigurationError: It is none of this base's.
+        """
+        self._place(key)
+
     async def rows(self, *, after: str | None = None) -> AsyncGenerator[RowValues, None]:
         """Yield the rows with a value in a column of refs, table by table.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -33,6 +34,9 @@ from sqlalchemy.util import greenlet_spawn
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm._interfaces import (
+    CLAIMING_KEY,
+    FORGET_CLAIMS,
+    REFUSAL,
     Binding,
     Intent,
     Journal,
@@ -659,6 +663,7 @@ def _on_commit_prepared(connection: Connection, _: Any, is_prepared: bool) -> No
 
 
 def _on_rollback(connection: Connection, *_: Any) -> None:
+    _forget_claims(connection)
     found = _watches.get(connection)
     if found is None:
         return
@@ -681,6 +686,7 @@ def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
 
     If work was done partly before the savepoint, it is unknown which part is undone, so none of it is deleted.
     """
+    _forget_claims(connection)
     found = _watches.get(connection)
     if found is None or not found.joined:
         return
@@ -706,6 +712,7 @@ def _on_begin(connection: Connection, *_: Any) -> None:
 
 def _on_checkin(driver_connection: Any, record: Any) -> None:
     """The connection goes back to its pool, so its transaction has ended."""
+    _forget_claims_at_last(driver_connection, record)
     found = record.info.pop(_INFO_KEY, None)
     if found is None:
         return
@@ -720,6 +727,28 @@ def _on_checkin(driver_connection: Any, record: Any) -> None:
         _resolve(found, Outcome.ROLLED_BACK)
     else:
         _resolve(found, Outcome.COMMITTED if found.committing else Outcome.UNKNOWN)
+
+
+def _forget_claims(connection: Connection) -> None:
+    """Clear what a flush that has failed has left on a connection to MariaDB, whose ROLLBACK reverts no variables."""
+    if not connection.closed and not connection.invalidated and CLAIMING_KEY in connection.info:
+        with suppress(DBAPIError):  # it is tried again when the connection goes back
+            connection.exec_driver_sql(FORGET_CLAIMS)
+            del connection.info[CLAIMING_KEY]
+
+
+def _forget_claims_at_last(driver_connection: Any, record: Any) -> None:
+    """Clear it before the next user of the connection, or drop the connection."""
+    if driver_connection is None or record.info.pop(CLAIMING_KEY, None) is None:
+        return
+    try:
+        cursor = driver_connection.cursor()
+        cursor.execute(FORGET_CLAIMS)
+        cursor.close()
+    except BaseException as error:
+        record.invalidate(error)
+        if not isinstance(error, Exception):
+            raise
 
 
 def _roll_back(driver_connection: Any, record: Any) -> None:
@@ -770,20 +799,21 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
     """Return what a session raises for an error of a guard: its own, or a conflict that its lock has run into."""
-    if not isinstance(error, DBAPIError) or codes_of(error).isdisjoint(_OF_GUARD):
+    if not isinstance(error, DBAPIError):
         return None
     said = str(error.orig)
-    cause = getattr(error.orig, "diag", error.orig.__cause__ if error.orig is not None else None)
-    if _REFUSAL not in said and "granite_storage_" not in (getattr(cause, "context", None) or ""):
-        return None
+    if REFUSAL[0] not in said:
+        cause = getattr(error.orig, "diag", error.orig.__cause__ if error.orig is not None else None)
+        is_of_guard = "granite_storage_" in (getattr(cause, "context", None) or "")
+        if not is_of_guard or codes_of(error).isdisjoint(_CONFLICTS):
+            return None
     return StaleAttachmentError(
         f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no row and no pending delete"
         " vouches for it; the transaction may be tried again"
     )
 
 
-_REFUSAL = "granite_storage: the object "
-_OF_GUARD = ("23503", "40001")
+_CONFLICTS = ("23503", "40001")
 
 
 def _see_refused_commit(context: ExceptionContext) -> None:

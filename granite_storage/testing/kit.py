@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from granite_storage._portal import run_blocking
+from granite_storage._portal import require_no_loop, run_blocking
 from granite_storage._tasks import shielded
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.memory import MemoryStorageBackend
@@ -119,7 +119,8 @@ class bound_storage:  # noqa: N801  # it is called as a function
             of.
 
     Raises:
-        ConfigurationError: `bind_storage` refuses the base with these policies, or the engine is not of the kind of the block.
+        ConfigurationError: `bind_storage` refuses the base with these policies, the engine is not of the kind of the block, or
+            `with` is used where an event loop runs.
 
     Example:
         ```python
@@ -186,6 +187,7 @@ class bound_storage:  # noqa: N801  # it is called as a function
         return await self._opened.__aexit__(*raised)
 
     def __enter__(self) -> SyncBoundStorage:
+        require_no_loop("bound_storage", "'async with bound_storage(...)'")
         self._opened_synchronously = self._open_synchronously()
         return self._opened_synchronously.__enter__()
 

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from granite_storage.exceptions import (
-    BackendUnavailableError,
-    CollectionFullError,
-    ContentRejectedError,
-    ContentTooLargeError,
-    DerivationFailedError,
-    DerivationRefusedError,
-    EmptyUploadError,
-    InfectedContentError,
-    InfectedObjectError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    ScannerUnavailableError,
-    ScanPendingError,
-    StaleAttachmentError,
-    StorageError,
-    StorageFullError,
-    StreamTimeoutError,
-    UnknownVariantError,
-    UnsupportedContentError,
-)
+from granite_storage._problems import MEDIA_TYPE, RETRY_AFTER, Problem, as_sentence, problem_of
+from granite_storage.exceptions import StorageError
 from granite_storage.web._openapi import describe_bodies
 
 __all__ = [
@@ -51,13 +28,6 @@ __all__ = [
     "install_error_handlers",
     "problem_response",
 ]
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-RETRY_AFTER = 5
-"""When a client may try again where the storage is unavailable, in seconds."""
-
-_TITLES = {413: "Content Too Large"}
 
 # Errors of a request. Their messages are for the client: they name nothing of the server.
 
@@ -76,7 +46,7 @@ class RequestError(StorageError, HTTPException):
     def __init__(self, message: str = "") -> None:
         Exception.__init__(self, message)
         self.status_code: int = self.status
-        self.detail: str = _as_sentence(message)
+        self.detail: str = as_sentence(message)
         self.headers: Mapping[str, str] | None = None
 
     def __str__(self) -> str:
@@ -84,11 +54,6 @@ class RequestError(StorageError, HTTPException):
 
     def __repr__(self) -> str:
         return Exception.__repr__(self)
-
-
-def _as_sentence(message: str) -> str:
-    end = "" if message.endswith((".", "!", "?")) else "."
-    return f"{message[:1].upper()}{message[1:]}{end}"
 
 
 class MalformedRequestError(RequestError):
@@ -152,14 +117,6 @@ class UploadMismatchError(RequestError):
 # The responses.
 
 
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    status: int
-    detail: str
-    more: dict[str, Any] = field(default_factory=dict)
-    retry: bool = False
-
-
 def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) -> None:
     """Make a Starlette or FastAPI application answer the library's errors with problem details.
 
@@ -197,11 +154,7 @@ def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> 
         retry_after: The value of Retry-After, in seconds.
     """
     problem = _logged_problem_of(error)
-    status = HTTPStatus(problem.status)
-    title = _TITLES.get(problem.status, status.phrase)
-    content = {"type": "about:blank", "title": title, "status": problem.status, "detail": problem.detail, **problem.more}
-    headers = {"Cache-Control": "no-store"} | ({"Retry-After": str(retry_after)} if problem.retry else {})
-    return Response(json.dumps(content), problem.status, headers, "application/problem+json")
+    return Response(problem.body, problem.status, problem.headers(retry_after), MEDIA_TYPE)
 
 
 def client_message(error: StorageError) -> str:
@@ -212,51 +165,13 @@ def client_message(error: StorageError) -> str:
     return _logged_problem_of(error).detail
 
 
-def _logged_problem_of(error: StorageError) -> _Problem:
-    problem = _problem_of(error)
-    if problem.status >= 500:
-        logger.error("a request failed with status %d", problem.status, exc_info=error)
-    return problem
-
-
-def _problem_of(error: StorageError) -> _Problem:
+def _logged_problem_of(error: StorageError) -> Problem:
     match error:
         case RequestTooLargeError():
-            return _Problem(error.status, error.detail, {"limit": error.limit, "maximum": error.maximum})
+            problem = Problem(error.status, error.detail, {"limit": error.limit, "maximum": error.maximum})
         case RequestError():
-            return _Problem(error.status, error.detail)
-        case ContentTooLargeError():
-            return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
-        case CollectionFullError(max_files=None):
-            limit = {"max_total_size": error.max_total_size}
-            return _Problem(413, f"The files are larger than {error.max_total_size} bytes in total.", limit)
-        case CollectionFullError():
-            return _Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
-        case EmptyUploadError():
-            return _Problem(422, "No file was chosen.")
-        case UnsupportedContentError():
-            return _Problem(415, _as_sentence(str(error)), {"accept": list(error.accept)} if error.accept else {})
-        case ContentRejectedError() | DerivationRefusedError():
-            return _Problem(422, _as_sentence(str(error)))
-        case InfectedContentError():
-            return _Problem(422, "The file was refused, because a virus scanner has found it infected.")
-        case ScannerUnavailableError():
-            return _Problem(503, "The file could not be scanned for viruses at the moment.", retry=True)
-        case DerivationFailedError():
-            return _Problem(503, "The file could not be processed at the moment.", retry=True)
-        case ScanPendingError():
-            return _Problem(409, "The file has not been scanned for viruses yet.", retry=True)
-        case InfectedObjectError():  # 451 is for what the law forbids (RFC 7725); to a client, this file is not there
-            return _Problem(404, "The file does not exist.")
-        case StreamTimeoutError():
-            return _Problem(408, "The file did not arrive in time.")
-        case ObjectNotFoundError() | UnknownVariantError():
-            return _Problem(404, "The file does not exist.")
-        case ObjectExistsError() | StaleAttachmentError():
-            return _Problem(409, "The file or its row has changed meanwhile; the request may be tried again.")
-        case BackendUnavailableError():
-            return _Problem(503, "The storage is not available at the moment.", retry=True)
-        case StorageFullError():
-            return _Problem(507, "The storage is full.")
+            problem = Problem(error.status, error.detail)
         case _:
-            return _Problem(500, "The file could not be processed.")
+            problem = problem_of(error)
+    problem.log(error)
+    return problem

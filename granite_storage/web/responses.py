@@ -22,11 +22,11 @@ from starlette.types import Message, Receive, Scope, Send
 from granite_storage._engine import require_ref
 from granite_storage._headers import (
     INLINE_TYPES,
+    REVALIDATED,
     Disposition,
-    content_disposition,
-    content_security_policy,
     require_disposition,
     require_inline_types,
+    safe_headers,
     served_type,
     url_path,
 )
@@ -93,7 +93,6 @@ _OF_THE_OBJECT = _COMPUTED | {
     "expires",
     "last-modified",
 }
-_REVALIDATED = "private, no-cache"
 _UNCACHED = {"cache-control": "no-store"}
 _IMMUTABLE = "private, max-age=31536000, immutable"
 
@@ -314,7 +313,8 @@ class Offload:
             `{"local": "/stored"}`, or the folder for `X-Sendfile`. Objects of other backends are streamed by the application.
 
     Raises:
-        ConfigurationError: The header is not known, or a root does not begin with a slash.
+        ConfigurationError: The header is not known, or a root does not begin with a slash or has control characters. A response
+            also refuses a key that its manager has no backend for.
     """
 
     header: Literal["X-Accel-Redirect", "X-Sendfile"]
@@ -323,9 +323,25 @@ class Offload:
     def __post_init__(self) -> None:
         if self.header not in ("X-Accel-Redirect", "X-Sendfile"):
             raise ConfigurationError(f"header of an Offload must be 'X-Accel-Redirect' or 'X-Sendfile', not {self.header!r}")
+        if not isinstance(self.roots, Mapping):
+            raise ConfigurationError(f"roots of an Offload must be a mapping of backend keys to paths, not {self.roots!r}")
         for key, root in self.roots.items():
-            if not isinstance(root, str) or not root.startswith("/"):
-                raise ConfigurationError(f"the root of {key!r} must be a path that begins with a slash, not {root!r}")
+            if not isinstance(key, str) or not key:
+                raise ConfigurationError(f"the roots of an Offload are by the keys of backends, which {key!r} cannot be")
+            if not isinstance(root, str) or not root.startswith("/") or not root.isprintable():
+                raise ConfigurationError(
+                    f"the root of {key!r} must be a path that begins with a slash and has no control characters, not {root!r}"
+                )
+
+    def require_backends(self, manager: StorageManager) -> None:
+        """Refuse roots of backends that a manager does not have, whose objects would never be sent by the web server."""
+        unknown = sorted(set(self.roots).difference(manager.backends))
+        if unknown:
+            known = ", ".join(sorted(manager.backends))
+            raise ConfigurationError(
+                f"the Offload has roots of {', '.join(map(repr, unknown))}, which is no backend of the manager (there are:"
+                f" {known}): name the backends of its own manager only"
+            )
 
     def target_of(self, ref: StoredObjectRef) -> str | None:
         """Return the value of the header for an object; None where the application sends it."""
@@ -369,7 +385,8 @@ class StoredObjectResponse(Response):
 
     Raises:
         UnboundAttachmentError: The attachment is not stored yet.
-        ConfigurationError: A ref has no manager, or `inline_types` has one that must not be shown.
+        ConfigurationError: A ref has no manager, `inline_types` has one that must not be shown, or `offload` has the root of a
+            backend that the manager does not have.
         ValueError: The disposition is not known, or `headers` has one that the response computes, or an invalid ETag or
             Last-Modified.
     """
@@ -399,6 +416,8 @@ class StoredObjectResponse(Response):
         self._asked = Headers(scope=request.scope)
         self._compressed = _is_compressed(request.scope, self._asked)
         self._verify = verify
+        if offload is not None:
+            offload.require_backends(self._manager)
         self._offload = None if verify else offload
         self.status_code = 200
         self.background = background
@@ -408,11 +427,8 @@ class StoredObjectResponse(Response):
         self.raw_headers: list[tuple[bytes, bytes]] = [
             (key.encode("latin-1"), value.encode("latin-1"))
             for key, value in {
-                "cache-control": cache_control or (_IMMUTABLE if immutable else _REVALIDATED),
-                "content-disposition": content_disposition(disposition, name, content_type, types),
-                "content-security-policy": content_security_policy(content_type),
-                "content-type": content_type,
-                "x-content-type-options": "nosniff",
+                **safe_headers(content_type, name, disposition, types),
+                "cache-control": cache_control or (_IMMUTABLE if immutable else REVALIDATED),
                 **given,
             }.items()
         ]

@@ -84,10 +84,10 @@ class Project:
             check=False,
         )
 
-    def autogenerate(self, message: str) -> str:
-        """Let Alembic write a migration, and return it."""
+    def autogenerate(self, message: str, *, filters: str = "error") -> str:
+        """Let Alembic write a migration, and return it; `filters` is what becomes of warnings."""
         before = self.versions()
-        self.alembic("revision", "--autogenerate", "-m", message)
+        self.alembic("revision", "--autogenerate", "-m", message, filters=filters)
         return (self.versions() - before).pop().read_text()
 
     def versions(self) -> set[Path]:

@@ -282,6 +282,6 @@ def test_the_way_back_says_what_becomes_of_variants(op: Operations, tmp_path: Pa
     with caplog.at_level("WARNING"):
         drop_restored_column(op, "page", "photo_file", "photo")
     said = [record.getMessage() for record in caplog.records]
-    assert "1 objects of page.photo_file remain in storage, and no row refers to them any more" in said
-    assert "2 variants of these objects remain as well, for the garbage collector" in said
+    assert "1 object of page.photo_file remains in storage, and no row refers to it any more" in said
+    assert "2 variants of this object remain as well, for the garbage collector" in said
     assert {path.name for path in tmp_path.glob("*.png")} == set(names)

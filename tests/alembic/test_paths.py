@@ -103,6 +103,34 @@ def test_a_missing_object_is_an_error_or_skipped(sqlite: Target, tmp_path: Path)
     assert "report 2 2 2" in project.alembic("upgrade", "head", env={"SKIP": "1"})
 
 
+@pytest.mark.parametrize(
+    ("mapping", "error"),
+    [
+        ("lambda path: path and 'a/cat.png'", "TypeError: mapping must return an InPlace, a CopyOf or None, not 'a/cat.png'"),
+        ("{None: None}.__getitem__", "KeyError"),
+        ("lambda path: PATH(path and path + chr(0))", "null byte"),
+        ("lambda path: InPlace('local', 'a/cat.png', 'text/html\\r\\nX: y') if path else None", "InvalidReferenceError"),
+    ],
+)
+def test_what_a_mapping_does_wrong_names_the_row(sqlite: Target, tmp_path: Path, mapping: str, error: str) -> None:
+    project = with_photos(sqlite, tmp_path)
+    project.replace("migrations/versions/paths.py", "mapping=PATH,", f"mapping={mapping},")
+    before = objects(tmp_path)
+    said = project.alembic("upgrade", "head", fails=True)
+    assert error in said
+    assert "while converting photo (0,)" in said
+    assert objects(tmp_path) == before
+
+
+def test_a_name_is_kept_without_path_and_control_characters(sqlite: Target, tmp_path: Path) -> None:
+    project = with_photos(sqlite, tmp_path)
+    mapping = "lambda path: InPlace('local', 'a/cat.png', filename='/../../../evil\\n\\u202e.txt') if path else None"
+    project.replace("migrations/versions/paths.py", "mapping=PATH,", f"mapping={mapping},")
+    project.alembic("upgrade", "head")
+    names = {decoded(row[0])["original_filename"] for row in sqlite.ask("SELECT file FROM photo WHERE file IS NOT NULL")}
+    assert names == {"evil.txt"}
+
+
 def test_two_rows_that_were_done_in_different_runs_share_nothing(sqlite: Target, tmp_path: Path) -> None:
     """A row of an earlier step has the object."""
     project = with_photos(sqlite, tmp_path, *["/media/a/cat.png"] * 205)

@@ -63,15 +63,15 @@ class Shop:
         return {**kept, **own, **({"JOURNAL": "1"} if self.journaled else {}), **given}
 
     @contextlib.contextmanager
-    def application(self) -> Iterator[ModuleType]:
+    def application(self, **environment: str) -> Iterator[ModuleType]:
         """Import the application's module again."""
-        with program(self.folder, self.environment()), contextlib.redirect_stdout(io.StringIO()):
+        with program(self.folder, self.environment(**environment)), contextlib.redirect_stdout(io.StringIO()):
             sys.path.insert(0, str(self.folder))
             yield importlib.import_module("shop")
 
-    def fill(self, count: int = 3, filename: str = "Jährlicher Bericht.pdf") -> None:
+    def fill(self, count: int = 3, filename: str = "Jährlicher Bericht.pdf", **environment: str) -> None:
         """Create the tables again, with so many rows that have a file."""
-        with self.application() as module:
+        with self.application(**environment) as module:
             asyncio.run(module.fill(count, filename))
 
     def drop(self) -> None:

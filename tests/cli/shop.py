@@ -23,7 +23,8 @@ from granite_storage import (
     journal_tables,
 )
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.derived import Derivation, DerivationSource
+from granite_storage.derived import Derivation, DerivationSource, Effect, EffectEvent
+from granite_storage.exceptions import DerivationRefusedError
 from granite_storage.testing import FaultInjectingBackend
 
 print("an application may print what it likes")  # noqa: T201
@@ -32,7 +33,7 @@ print("an application may print what it likes")  # noqa: T201
 class Shout:
     """Makes a file again, in capitals and slowly."""
 
-    when, missing = "flush", "nothing"
+    when, missing = os.environ.get("WHEN", "flush"), "nothing"
 
     def digest(self, name: str, /) -> str:
         return f"{name}:{os.environ['RECIPE']}"
@@ -41,11 +42,18 @@ class Shout:
     async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:
         async with source.open() as chunks:
             content = b"".join([chunk async for chunk in chunks])
+        if os.environ.get("REFUSE"):
+            raise DerivationRefusedError("it is no text")
         await asyncio.sleep(float(os.environ.get("DERIVING", "0")))
         yield Derivation(content.upper() + os.environ["RECIPE"].encode(), "text/plain")
 
 
+async def index(event: EffectEvent) -> None:
+    """Update nothing."""
+
+
 variants: dict[str, Any] = {name: Shout() for name in os.environ.get("VARIANTS", "").split()}
+effects = {name: Effect(put=index, remove=index) for name in os.environ.get("EFFECTS", "").split()}
 
 
 class Base(DeclarativeBase):
@@ -55,7 +63,7 @@ class Base(DeclarativeBase):
 class Document(Base):
     __tablename__ = "shop_document"
     id: Mapped[int] = mapped_column(primary_key=True)
-    file: Mapped[Attachment | None] = attachment("documents", variants=variants)
+    file: Mapped[Attachment | None] = attachment("documents", variants=variants, effects=effects)
 
 
 journal_tables(Base.metadata)

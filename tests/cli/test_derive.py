@@ -65,7 +65,7 @@ def test_all_and_undeclared(plain_shop: Shop) -> None:
 def test_refused(plain_shop: Shop) -> None:
     plain_shop.fill(1)
     answer = plain_shop.run("derive", "--variant", "laud", **LOUD)
-    assert (answer.code, "no column declares a variant or an effect 'laud'" in answer.err) == (3, True)
+    assert (answer.code, "no column declares a variant or an effect 'laud'" in answer.err) == (2, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -109,6 +109,14 @@ class TestAtTheSameTime:
             assert (answer.status_code, names_of(user)) == (panel.refused, ["a.png"])
             assert "Another user has deleted this row, or a file of it" in text_of(answer.text)
 
+    async def test_row_is_deleted_while_it_is_edited(self, panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+        await panel.create(avatar=png())
+        self.meanwhile(panel, monkeypatch, delete(User).where(User.id == 1))
+        data = {**panel.constant, "name": "Ada", "avatar-action": "replace"}
+        answer = await panel.client.post(panel.path("edit"), data=data, files={"avatar": png("other.png"), "cv": NOTHING})
+        assert answer.status_code in (404, panel.refused)
+        assert await panel.check() == []
+
     async def test_forms_sent_twice(self, panel: Panel) -> None:
         async def send(action: str, number: int, **data: str) -> int:
             form = {**panel.constant, "name": "Ada", **data}

@@ -25,7 +25,12 @@ from granite_storage._portal import portal
 from granite_storage.derived import Derivation, DerivationSource, Derived, limit_processes
 from granite_storage.derived import processes as module
 from granite_storage.derived.processes import Limits, WorkerProcesses, in_background
-from granite_storage.exceptions import ConfigurationError, DerivationFailedError, DerivationRefusedError
+from granite_storage.exceptions import (
+    ConfigurationError,
+    DerivationFailedError,
+    DerivationRefusedError,
+    DerivationUnavailableError,
+)
 from tests.core.support import PROJECT, eventually
 from tests.derived import functions
 from tests.derived.support import derive, source_of
@@ -151,7 +156,7 @@ class TestFailures:
 
     async def test_no_process_can_be_started(self, pool: WorkerProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-        with pytest.raises(DerivationFailedError, match="no worker process can be started"):
+        with pytest.raises(DerivationUnavailableError, match="no worker process can be started"):
             await call(pool, functions.shout)
         monkeypatch.setattr(sys, "executable", "/bin/true")
         with pytest.raises(DerivationFailedError, match="ended with status 0"):
@@ -159,7 +164,7 @@ class TestFailures:
 
     async def test_no_room_for_temporary_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
-        with pytest.raises(DerivationFailedError, match="the folder for temporary files cannot be used: No such file"):
+        with pytest.raises(DerivationUnavailableError, match="the folder for temporary files cannot be used: No such file"):
             await derive(recipe(functions.shout), b"")
 
 
@@ -212,7 +217,7 @@ class TestWaiting:
         await asyncio.to_thread(wait_for, lambda: len(pool.workers) == 2)
         late = [call(pool, functions.shout, limits=Limits(timeout=0.5)) for _ in range(4)]
         for result in await asyncio.gather(*late, return_exceptions=True):
-            assert isinstance(result, DerivationFailedError)
+            assert isinstance(result, DerivationUnavailableError)
             assert str(result).endswith("no worker process was free for 0.5 s")
         for task in slow:
             task.cancel()

@@ -163,6 +163,16 @@ async def synchronous(names: Mapping[str, Any]) -> None:
                 whole = require_harmless(await client.get(f"/documents/{answer.json()['id']}"))
                 assert whole.content == file.content
         await post_too_large(client, "/documents", 50 * MIB, params={"title": "large"})
+    await asyncio.to_thread(flask, names["app"])
+
+
+def flask(app: Any) -> None:
+    with httpx.Client(transport=httpx.WSGITransport(app), base_url="http://test") as client:
+        for file in HOSTILE:
+            answer = require_harmless(client.post("/documents", data={"title": file.name[:50]}, **form_of(file)))
+            if answer.is_success:
+                whole = require_harmless(client.get(f"/documents/{answer.json()['id']}"))
+                assert whole.content == file.content
 
 
 async def derived(names: Mapping[str, Any]) -> None:
@@ -270,7 +280,7 @@ HARMLESS = {"docs/cors.md", "docs/urls.md", "docs/without-sqlalchemy.md"}
 """Programs that accept no files; what is public is tried in `tests/web/test_public_files.py`."""
 
 PROGRAM = re.compile(
-    r"FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|(Public|Signed)Files\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("
+    r"Flask\(|FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|(Public|Signed)Files\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("
 )
 UNSAFE = re.compile(r"StreamingResponse|: UploadFile|FileResponse\(")
 

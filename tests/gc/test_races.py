@@ -336,7 +336,7 @@ async def test_a_database_restored_from_a_backup(journaled_env: GcEnvironment) -
         await env.collect()
     async with env.journal.worker(interval=timedelta(seconds=30)):
         await asyncio.sleep(0.3)
-    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was running for 2:00"):
+    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was running for 2 hours"):
         await env.collect()
     assert len(await env.locations()) == 2
     assert (await env.collect(allow_restored_database=True)).deleted == 1

@@ -55,9 +55,9 @@ MUTANTS = [
         name="deriver-intent-consumed-apart",
         rule="The upload's intent is consumed in the transaction that lets the row have the variant.",
         path=_JOBS,
-        old="                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))\n",
+        old="                await connection.run_sync(intents.consume, stored)\n",
         new="""                async with self._pool.reading() as own:
-                    await own.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
+                    await own.run_sync(intents.consume, stored)
 """,
         tests=(f"{_DERIVER}::TestFailures::test_the_transaction_fails[asyncpg]",),
     ),
@@ -65,8 +65,8 @@ MUTANTS = [
         name="deriver-fence-ignored",
         rule="A variant whose intent was fenced is being deleted, so no row takes it.",
         path=_JOBS,
-        old="            if chosen:\n                await connection.run_sync(self._journal.intents.consume",
-        new="            if False:\n                await connection.run_sync(self._journal.intents.consume",
+        old="            if chosen:\n                await connection.run_sync(intents.consume",
+        new="            if False:\n                await connection.run_sync(intents.consume",
         tests=(f"{_DERIVER}::TestFailures::test_reclaimed_before_it_is_set[asyncpg]",),
     ),
     Mutant(
@@ -132,6 +132,22 @@ MUTANTS = [
         old="            case ContentError() | ObjectNotFoundError():\n",
         new="            case ObjectNotFoundError():\n",
         tests=(f"{_DERIVER}::TestFailures::test_refused[asyncpg]",),
+    ),
+    Mutant(
+        name="deriver-refused-is-a-failure",
+        rule="A variant that a recipe refuses is no failure of later passes.",
+        path=_QUEUE,
+        old="select(job).where(job.c.dead, ~is_refused)",
+        new="select(job).where(job.c.dead)",
+        tests=(f"{_DERIVER}::TestFailures::test_refused[asyncpg]",),
+    ),
+    Mutant(
+        name="deriver-waiting-is-an-attempt",
+        rule="Waiting for a worker process is no attempt.",
+        path=_JOBS,
+        old="            case DerivationUnavailableError():\n",
+        new="            case KeyError():\n",
+        tests=(f"{_DERIVER}::TestFailures::test_waiting_for_a_process_is_no_attempt[asyncpg]",),
     ),
     Mutant(
         name="deriver-attempts-without-end",

@@ -149,8 +149,8 @@ MUTANTS = [
         name="inspection-wildcard-accepts-svg",
         rule="A wildcard does not accept what a browser runs.",
         path="granite_storage/inspection/media_types.py",
-        old="_wildcard(kind, accept) and not is_active(kind)",
-        new="_wildcard(kind, accept)",
+        old="    return _wildcard(kind, accept) and not is_active(kind)\n",
+        new="    return _wildcard(kind, accept)\n",
         tests=("tests/inspection/test_served.py",),
     ),
     Mutant(

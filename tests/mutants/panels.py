@@ -148,6 +148,14 @@ MUTANTS = [
         tests=("tests/contrib/test_hostile_panels.py::TestAtTheSameTime::test_photo_is_deleted_while_it_is_moved",),
     ),
     Mutant(
+        name="panels-row-deleted-meanwhile",
+        rule="A row that is deleted while its form is being saved is a 404.",
+        path="granite_storage/contrib/starlette_admin.py",
+        old="    if row is None:  # it may have been deleted while the form was received\n        raise HTTPException(404)\n",
+        new="",
+        tests=("tests/contrib/test_hostile_panels.py::TestAtTheSameTime::test_row_is_deleted_while_it_is_edited",),
+    ),
+    Mutant(
         name="panels-order-of-a-refused-form",
         rule="A form that is shown again has the order that was made.",
         path="granite_storage/contrib/starlette_admin.py",

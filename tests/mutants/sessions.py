@@ -67,8 +67,8 @@ MUTANTS = [
         name="sessions-moved-object-deleted",
         rule="An object is displaced only if no row holds it at the end of the transaction.",
         path="granite_storage/orm/transactions.py",
-        old="dropped = [stored for stored, held in latest.values() if not held]",
-        new="dropped = [stored for one in frames for stored, held in one.log if not held]",
+        old="lost = self._without_row([frame])\n",
+        new="lost = [*self._without_row([frame]), *(stored for stored, held in frame.log if not held)]\n",
         tests=("tests/orm/test_scenarios.py::TestValues::test_move_in_two_flushes[sqlite-begin]",),
     ),
     Mutant(

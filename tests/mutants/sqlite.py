@@ -8,6 +8,8 @@ __all__ = ["MUTANTS"]
 
 _SQLITE = "granite_storage/orm/journal/sqlite.py"
 _TESTS = "tests/orm/journal/test_sqlite.py"
+_TRIGGERS = "granite_storage/orm/journal/_sqlite_triggers.py"
+_OF_TRIGGERS = "tests/orm/journal/test_sqlite_triggers.py"
 
 MUTANTS = [
     Mutant(
@@ -97,5 +99,117 @@ MUTANTS = [
         old="        if named != names:\n",
         new="        if False:\n",
         tests=(f"{_TESTS}::TestCollector::test_another_sidecar_than_the_database_names",),
+    ),
+    Mutant(
+        name="sqlite-trigger-ignores-fences",
+        rule="A location that is fenced is refused, whatever else says that its object is there.",
+        path=_TRIGGERS,
+        old='return f"""EXISTS (SELECT 1 FROM {self._reclaim} r WHERE r.location = w.location)',
+        new='return f"""0 = 1',
+        tests=(f"{_OF_TRIGGERS}::TestGuard::test_a_newer_intent_of_what_is_being_deleted",),
+    ),
+    Mutant(
+        name="sqlite-trigger-lets-the-unknown-in",
+        rule="A location that nothing vouches for is refused.",
+        path=_TRIGGERS,
+        old='OR NOT ({" OR ".join(evidence)})"""',
+        new='OR 0 = 1"""',
+        tests=(f"{_OF_TRIGGERS}::TestGuard::test_an_object_that_is_unknown",),
+    ),
+    Mutant(
+        name="sqlite-trigger-rows-vouch-for-themselves",
+        rule="A guard runs before its row is written.",
+        path=_TRIGGERS,
+        old='"guardinsert": ("BEFORE INSERT"',
+        new='"guardinsert": ("AFTER INSERT"',
+        tests=(f"{_OF_TRIGGERS}::TestGuard::test_an_object_that_is_unknown",),
+    ),
+    Mutant(
+        name="sqlite-trigger-updated-rows-vouch-for-themselves",
+        rule="A guard runs before its row is written.",
+        path=_TRIGGERS,
+        old='"guardupdate": (f"BEFORE UPDATE {of_column}"',
+        new='"guardupdate": (f"AFTER UPDATE {of_column}"',
+        tests=(f"{_OF_TRIGGERS}::TestGuard::test_an_object_that_is_unknown",),
+    ),
+    Mutant(
+        name="sqlite-trigger-variant-of-another-original",
+        rule="A variant is in the rows of one original, where a worker looks for it.",
+        path=_TRIGGERS,
+        old="OR EXISTS ({intents} AND i.source IS NOT {source})",
+        new="OR 0 = 1",
+        tests=(f"{_OF_TRIGGERS}::TestVariants::test_that_are_not_those_of_the_original",),
+    ),
+    Mutant(
+        name="sqlite-trigger-nominates-twice",
+        rule="An object has one intent to delete it.",
+        path=_TRIGGERS,
+        old="SELECT coalesce((SELECT i.id FROM {self._intent} i WHERE {is_same}), lower(hex(randomblob(16)))),",
+        new="SELECT lower(hex(randomblob(16))),",
+        tests=(f"{_OF_TRIGGERS}::test_what_is_nominated_twice[ABORT]",),
+    ),
+    Mutant(
+        name="sqlite-trigger-keeps-the-first-due-time",
+        rule="The latest due time of an object counts.",
+        path=_TRIGGERS,
+        old="ON CONFLICT (id) DO UPDATE SET due = max(due, excluded.due)",
+        new="ON CONFLICT (id) DO NOTHING",
+        tests=(f"{_OF_TRIGGERS}::test_what_is_nominated_twice[ABORT]",),
+    ),
+    Mutant(
+        name="sqlite-trigger-misses-unique-indexes",
+        rule="What REPLACE pushes out by any unique index is nominated.",
+        path=_TRIGGERS,
+        old="        if parts and all(row[2] is not None for row in parts):",
+        new="        if False:",
+        tests=(f"{_OF_TRIGGERS}::test_what_a_statement_takes_out_of_rows[REPLACE INTO doc (code) VALUES ('b')-False]",),  # noqa: S608
+    ),
+    Mutant(
+        name="sqlite-trigger-misses-collations",
+        rule="A unique index compares as its collation does.",
+        path=_TRIGGERS,
+        old='{new}.{name} COLLATE {collation}"',
+        new='{new}.{name} COLLATE BINARY"',
+        tests=(f"{_OF_TRIGGERS}::test_what_a_statement_takes_out_of_rows[REPLACE INTO word VALUES ('WORD', NULL)-False]",),  # noqa: S608
+    ),
+    Mutant(
+        name="sqlite-library-keeps-the-ids-of-triggers",
+        rule="What the library nominates after a trigger has one intent, whose id it derives.",
+        path="granite_storage/orm/journal/deletes.py",
+        old='    if connection.dialect.name == "sqlite" and are_triggers_declared(intent.metadata):\n',
+        new="    if False:\n",
+        tests=(f"{_OF_TRIGGERS}::TestSessions::test_one_intent_for_one_object",),
+    ),
+    Mutant(
+        name="sqlite-uploads-not-claimed",
+        rule="A flush notes its uploads for the guard, which cannot look into the sidecar.",
+        path="granite_storage/orm/journal/intents.py",
+        old="        elif self._has_sidecar:\n            self._pool.require_here(connection)\n",
+        new="        elif False:\n            self._pool.require_here(connection)\n",
+        tests=(f"{_OF_TRIGGERS}::TestSessions::test_its_uploads",),
+    ),
+    Mutant(
+        name="sqlite-claims-are-committed",
+        rule="What a flush notes for the guard is deleted in the same transaction.",
+        path="granite_storage/orm/journal/intents.py",
+        old="if locations and self._has_triggers and self._has_sidecar:",
+        new="if False:",
+        tests=(f"{_OF_TRIGGERS}::TestSessions::test_its_uploads",),
+    ),
+    Mutant(
+        name="sqlite-claims-outlive-their-objects",
+        rule="What a failed flush has noted vouches for nothing once a worker has fenced the object.",
+        path=_SQLITE,
+        old="                await main.execute(_TABLES.decision.delete())\n",
+        new="                pass\n",
+        tests=(f"{_OF_TRIGGERS}::TestSessions::test_what_it_notes_and_does_not_delete",),
+    ),
+    Mutant(
+        name="sqlite-migrations-meet-triggers",
+        rule="Before batch mode changes a table, all triggers that name it are dropped.",
+        path="granite_storage/alembic/triggers.py",
+        old="        *find_triggers_in_the_way(connection, changed),\n",
+        new="",
+        tests=("tests/alembic/test_triggers.py::test_on_sqlite",),
     ),
 ]

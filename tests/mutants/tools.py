@@ -17,8 +17,8 @@ MUTANTS = [
         name="cli-dry-run-recovers",
         rule="recover --dry-run changes nothing.",
         path="granite_storage/cli/maintenance.py",
-        old='if dry_run or not context.confirm("Delete what is due',
-        new='if not context.confirm("Delete what is due',
+        old='if dry_run or is_idle or not context.confirm("Do what is due',
+        new='if is_idle or not context.confirm("Do what is due',
         tests=("tests/cli/test_commands.py::TestRecover::test_it_shows_and_asks_and_deletes",),
     ),
     Mutant(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-_SQL = "granite_storage/orm/journal/trigger_functions.py"
+_SQL = "granite_storage/orm/journal/_postgresql_triggers.py"
 _TESTS = "tests/orm/journal/test_storage_triggers.py"
 
 MUTANTS = [
@@ -43,6 +43,48 @@ MUTANTS = [
         tests=(f"{_TESTS}::TestGuard::test_a_newer_intent_of_what_is_being_deleted[asyncpg]",),
     ),
     Mutant(
+        name="trigger-fence-beside-evidence",
+        rule="A worker fences no intent of an object while a transaction has locked another one.",
+        path="granite_storage/orm/journal/recovery.py",
+        old="            if rows and self._have_guards:",
+        new="            if False:",
+        tests=(f"{_TESTS}::TestUploadsThatStayPending::test_an_older_snapshot_of_it[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-undecided-uploads-beside",
+        rule="A worker fences nothing about an object whose upload a transaction in progress has decided for.",
+        path="granite_storage/orm/journal/recovery.py",
+        old="return [row for row in rows if row.id not in taken and row.location not in in_progress]",
+        new="return [row for row in rows if row.id not in taken and (row.kind != UPLOAD or row.location not in in_progress)]",
+        tests=(f"{_TESTS}::TestUploadsThatStayPending::test_while_another_one_decides[asyncpg]",),
+    ),
+    Mutant(
+        name="adopted-beside-a-worker",
+        rule="An object that a worker is deleting cannot be adopted.",
+        path="granite_storage/orm/journal/intents.py",
+        old="if (location := fenced.first()) is not None:",
+        new="if (location := fenced.first()) is not None and not location:",
+        tests=("tests/orm/journal/test_adoption.py::test_what_a_worker_is_deleting[asyncpg-_check]",),
+    ),
+    Mutant(
+        name="older-worker-is-forgotten",
+        rule="A worker notes the beat of an older version before it overwrites it, so that triggers are not created beside that.",
+        path="granite_storage/orm/journal/database.py",
+        old="""new[f"{_WORKER}{_WITHOUT_VERSION}"] = (last.value, last.changed)""",
+        new="pass",
+        tests=(
+            "tests/orm/journal/test_rollout.py::TestBeats::test_an_older_one_is_noted_before_its_beat_is_overwritten[asyncpg-newer]",
+        ),
+    ),
+    Mutant(
+        name="renamed-table-loses-jobs",
+        rule="While a table of the models cannot be found, no job is taken for one whose row is gone.",
+        path="granite_storage/orm/journal/references.py",
+        old="        if missing := _describe_missing(catalogue, wanted):",
+        new="        if missing := None:",
+        tests=("tests/orm/journal/test_renamed.py::test_no_job_is_lost[asyncpg-the table doc]",),
+    ),
+    Mutant(
         name="trigger-rows-vouch-for-themselves",
         rule="A row that no guard has seen yet is no evidence, neither for itself nor for others of its statement.",
         path=_SQL,
@@ -78,28 +120,22 @@ MUTANTS = [
         name="trigger-uploads-not-claimed",
         rule="A session whose snapshot does not see its uploads decides on them before it writes their rows.",
         path="granite_storage/orm/journal/intents.py",
-        old="""if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":""",
-        new="if ids:",
+        old="""if self._pool.is_postgresql:
+            self._claim_unseen(connection, ids)""",
+        new="""if self._pool.is_postgresql:
+            return""",
         tests=(f"{_TESTS}::TestSessions::test_an_older_snapshot[asyncpg-REPEATABLE READ]",),
     ),
     Mutant(
         name="deriver-consumes-before-it-writes",
         rule="The intents of variants are consumed after their rows are written, whose triggers look for them.",
         path="granite_storage/orm/journal/variant_jobs.py",
-        old="""            try:
-                displaced = await connection.run_sync(write_variants, chosen, made)
-            except DBAPIError as error:
-                if (refused := refused_ref(error)) is None:
-                    raise
-                raise refused from error
-            # After the rows are written, whose triggers look for the intents.
-            if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
-""",
-        new="""            if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
-            displaced = await connection.run_sync(write_variants, chosen, made)
-""",
+        old="""                if chosen:
+                    await connection.run_sync(intents.claim, stored, locations)
+                displaced""",
+        new="""                if chosen:
+                    await connection.run_sync(intents.consume, stored)
+                displaced""",
         tests=(f"{_TESTS}::TestSessions::test_variants_that_a_worker_makes[asyncpg]",),
     ),
 ]

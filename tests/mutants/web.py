@@ -128,10 +128,10 @@ MUTANTS = [
     Mutant(
         name="web-sniffing-allowed",
         rule="Every object is served with nosniff.",
-        path="granite_storage/web/responses.py",
-        old='                "x-content-type-options": "nosniff",\n',
+        path="granite_storage/_headers.py",
+        old='        "x-content-type-options": "nosniff",\n',
         new="",
-        tests=("tests/web/test_delivery.py::test_a_disguise",),
+        tests=("tests/web/test_delivery.py::test_a_disguise", "tests/contrib/test_flask.py::test_a_browser_runs_nothing"),
     ),
     Mutant(
         name="web-one-key-for-every-purpose",

@@ -39,7 +39,17 @@ from sqlalchemy.orm import sessionmaker
 from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 from tests.pooled import keep, keep_files_below
 
-__all__ = ["DATABASES", "WITH_JOURNAL", "Database", "crash_postgres", "mariadb", "postgres", "postgres_database", "sqlite"]
+__all__ = [
+    "DATABASES",
+    "WITH_JOURNAL",
+    "Database",
+    "crash_postgres",
+    "mariadb",
+    "mariadb_admin",
+    "postgres",
+    "postgres_database",
+    "sqlite",
+]
 
 DATABASES = ["sqlite", "sqlite-begin", "asyncpg", "psycopg", "mariadb"]
 """SQLite as Python's driver has it, and with the BEGIN recipe of SQLAlchemy's documentation; PostgreSQL with two drivers."""
@@ -257,13 +267,12 @@ def mariadb() -> Iterator[Database]:
     Raises:
         LookupError: There is none.
     """
-    given = os.environ.get("GRANITE_TEST_MARIADB")
-    if given is None:
+    if "GRANITE_TEST_MARIADB" not in os.environ:
         try:
             socket.create_connection(("127.0.0.1", 3306), timeout=1).close()
         except OSError as error:
             raise LookupError(f"no MariaDB answers on 127.0.0.1:3306 ({error}); start one or set GRANITE_TEST_MARIADB") from None
-    url = make_url(given or "mysql+asyncmy://root@127.0.0.1:3306/mysql")
+    url = mariadb_admin()
     with contextlib.ExitStack() as stack:
         try:
             name = stack.enter_context(_made(url, f"granite_{uuid.uuid4().hex[:12]}"))
@@ -271,6 +280,11 @@ def mariadb() -> Iterator[Database]:
         except Exception as error:
             raise LookupError(f"MariaDB does not let the tests in: {error}") from error
         yield Database("mariadb", own.set(database=name))
+
+
+def mariadb_admin() -> URL:
+    """Return the URL of the role that makes databases and roles on MariaDB."""
+    return make_url(os.environ.get("GRANITE_TEST_MARIADB", "mysql+asyncmy://root@127.0.0.1:3306/mysql"))
 
 
 @contextlib.contextmanager

@@ -154,8 +154,21 @@ async def test_an_engine_of_the_other_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="needs an AsyncEngine"):
         async with bound_storage(Base, engine=synchronous):
             pass
-    with pytest.raises(ConfigurationError, match="needs a synchronous engine"), bound_storage(Base, engine=asynchronous):
-        pass
+
+    def enter() -> None:
+        with bound_storage(Base, engine=asynchronous):
+            pass
+
+    with pytest.raises(ConfigurationError, match="needs a synchronous engine"):
+        await asyncio.to_thread(enter)
+
+
+async def test_the_synchronous_block_is_refused_on_an_event_loop_before_its_body_runs(folder: Path) -> None:
+    entered = False
+    with pytest.raises(ConfigurationError, match=r"use 'async with bound_storage\(...\)' instead"), bound_storage(Base):
+        entered = True
+    assert not entered
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])

@@ -54,6 +54,13 @@ async def test_other_servers(manager: StorageManager) -> None:
     assert response.headers["x-sendfile"] == f"/srv/caf%C3%A9%20files/{ref.location}"
 
 
+async def test_a_root_of_a_backend_that_the_manager_does_not_have(manager: StorageManager) -> None:
+    scope = {"type": "http", "method": "GET", "headers": []}
+    misspelled = Offload("X-Accel-Redirect", {"locl": "/stored"})
+    with pytest.raises(ConfigurationError, match=r"'locl', which is no backend of the manager \(there are: local, memory\)"):
+        StoredObjectResponse(await put(manager), Request(scope), manager=manager, offload=misspelled)
+
+
 async def test_what_the_application_sends_all_the_same(manager: StorageManager) -> None:
     elsewhere, ref = await put(manager, storage_key="elsewhere"), await put(manager)
     for app in (serving(manager, elsewhere, offload=NGINX), serving(manager, ref, offload=NGINX, verify=True)):
@@ -102,6 +109,9 @@ def test_the_value_is_one_path(location: str) -> None:
 def test_what_it_may_be() -> None:
     with pytest.raises(ConfigurationError, match="X-Accel-Redirect"):
         Offload("X-Redirect", {})  # type: ignore[arg-type]
-    for root in ("stored", "", None, b"/stored"):
+    for roots in ({"": "/stored"}, {1: "/stored"}, ["local"]):
+        with pytest.raises(ConfigurationError, match="root"):
+            Offload("X-Sendfile", roots)  # type: ignore[arg-type]
+    for root in ("stored", "", None, b"/stored", "/a\r\nb", "/a\x00"):
         with pytest.raises(ConfigurationError, match="root of 'local'"):
             Offload("X-Sendfile", {"local": root})  # type: ignore[dict-item]

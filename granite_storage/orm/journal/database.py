@@ -35,6 +35,7 @@ from granite_storage.orm.journal.tables import (
     SCHEMA_VERSION,
     SIDECAR_NAME,
     VERSION_NAME,
+    WORKER_VERSION,
     clock,
 )
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
     from granite_storage.policies import StoragePolicy
 
+
+_Row: TypeAlias = "Row[*tuple[Any, ...]]"
 
 _ISOLATION: Final = "READ COMMITTED"
 
@@ -148,6 +151,11 @@ class JournalPool:
             ids: The intents of the uploads.
         """
         return False
+
+    @property
+    def is_mariadb(self) -> bool:
+        """Whether it is MariaDB."""
+        return self.dialect in ("mysql", "mariadb")
 
     @property
     def is_postgresql(self) -> bool:
@@ -381,30 +389,91 @@ def _small_pool(pool: Pool, size: int, *, is_async: bool) -> Pool:
 
 _HEARTBEAT = "heartbeat"
 _GAP = "heartbeat gap"
+_WORKER = "worker:"
+"""Followed by a version of the workers' protocol: the last beat of a worker of that version."""
+
 _SHORTEST_GAP = timedelta(hours=1)
 _MISSED = 4
+_WITHOUT_VERSION = 1
+"""The version of workers that write the heartbeat alone."""
 
 
 async def beat(pool: JournalPool, tables: JournalTables, *, within: timedelta) -> None:
     """Note that a worker is at work, and that none was where the last beat is long overdue.
+
+    The row of the version gets the very moment that the heartbeat gets. A heartbeat with another one is that of a version which
+    writes no such row, and is noted before it is overwritten.
 
     Args:
         pool: The journal's connections.
         tables: The journal's tables.
         within: When the next beat is to be expected.
     """
-    meta = tables.meta
+    meta, own = tables.meta, f"{_WORKER}{WORKER_VERSION}"
     async with pool.writing() as connection:
-        last = await _last_beat(connection, tables)
-        new = {"value": f"{within.total_seconds():.0f}", "changed": clock()}
-        if last is None:
-            await insert_if_absent(connection, tables, {"name": _HEARTBEAT, **new})
-            return
-        silence = _silence(last)
-        if silence is not None:
-            said = {"name": _GAP, "value": f"{silence.total_seconds():.0f}", "changed": clock()}
-            await insert_if_absent(connection, tables, said)
-        await connection.execute(meta.update().where(meta.c.name == _HEARTBEAT).values(new))
+        beats = {row.name: row for row in await connection.execute(_beats(tables))}
+        last = beats.get(_HEARTBEAT)
+        now = (await connection.execute(select(clock()))).scalar_one() if last is None else last.now
+        new = {_HEARTBEAT: (f"{within.total_seconds():.0f}", now), own: (f"{within.total_seconds():.0f}", now)}
+        if last is not None:
+            if (silence := _silence(last)) is not None:
+                said = {"name": _GAP, "value": f"{silence.total_seconds():.0f}", "changed": clock()}
+                await insert_if_absent(connection, tables, said)
+            if _has_no_version(beats):
+                new[f"{_WORKER}{_WITHOUT_VERSION}"] = (last.value, last.changed)
+        for name, (value, changed) in sorted(new.items()):
+            if name not in beats:
+                await insert_if_absent(connection, tables, {"name": name, "value": value, "changed": changed})
+            if last is not None:
+                await connection.execute(meta.update().where(meta.c.name == name).values(value=value, changed=changed))
+
+
+def find_older_worker(connection: Connection, tables: JournalTables) -> str | None:
+    """Return in words that a worker of an older version was at work, and may be still; None where none was for long enough."""
+    beats = {row.name: row for row in connection.execute(_beats(tables))}
+    older = [row for name, row in beats.items() if _version_of(name) < WORKER_VERSION]
+    if _has_no_version(beats):
+        older.append(beats[_HEARTBEAT])
+    running = [row for row in older if _silence(row) is None]
+    if not running:
+        return None
+    last = max(running, key=lambda row: _naive(row.changed))
+    begun, over = _naive(last.changed), _naive(last.changed) + _longest_silence(last)
+    row = f"the row {_WORKER}{_WITHOUT_VERSION} of {tables.meta.fullname}"
+    return (
+        f"a worker of an older version of the library was at work at {begun:%Y-%m-%d %H:%M} UTC, and beside triggers it can"
+        " delete objects that rows have taken: deploy this version wherever journal.worker(), journal.recover() or"
+        f" granite-storage recover runs. It counts as running until {over:%Y-%m-%d %H:%M} UTC. If you know that none is left,"
+        f" run granite-storage recover with this version, then delete {row}"
+    )
+
+
+def require_current_workers(connection: Connection, tables: JournalTables) -> None:
+    """Refuse to create triggers while a worker of an older version may run.
+
+    Raises:
+        ConfigurationError: One was at work lately.
+    """
+    found = find_older_worker(connection, tables)
+    if found is not None:
+        raise ConfigurationError(found, see=Page.TRIGGERS)
+
+
+def _beats(tables: JournalTables) -> Select[*tuple[Any, ...]]:
+    meta = tables.meta
+    are_beats = (meta.c.name == _HEARTBEAT) | meta.c.name.startswith(_WORKER)
+    return select(meta.c.name, meta.c.value, meta.c.changed, clock().label("now")).where(are_beats)
+
+
+def _has_no_version(beats: Mapping[str, _Row]) -> bool:
+    """Return whether a worker without a version has written the heartbeat."""
+    last = beats.get(_HEARTBEAT)
+    return last is not None and last.changed not in {row.changed for name, row in beats.items() if name != _HEARTBEAT}
+
+
+def _version_of(name: str) -> int:
+    version = name.removeprefix(_WORKER)
+    return int(version) if version.isdigit() else WORKER_VERSION
 
 
 async def find_gap(connection: AsyncConnection, tables: JournalTables) -> timedelta | None:
@@ -468,17 +537,21 @@ async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, v
         return
 
 
-async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> Row[Any, Any, Any] | None:
+async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> _Row | None:
     meta = tables.meta
     found = await connection.execute(select(meta.c.value, meta.c.changed, clock().label("now")).where(meta.c.name == _HEARTBEAT))
     return found.first()
 
 
-def _silence(last: Row[Any, Any, Any]) -> timedelta | None:
+def _silence(last: _Row) -> timedelta | None:
     """Return for how long there was no beat, where one is overdue, by the database's clock alone."""
     silence = _naive(last.now) - _naive(last.changed)
+    return silence if silence > _longest_silence(last) else None
+
+
+def _longest_silence(last: _Row) -> timedelta:
     expected = timedelta(seconds=float(last.value)) if last.value.isdigit() else timedelta(0)
-    return silence if silence > max(_SHORTEST_GAP, _MISSED * expected) else None
+    return max(_SHORTEST_GAP, _MISSED * expected)
 
 
 def _naive(moment: datetime) -> datetime:

@@ -5,7 +5,8 @@ nominates it when it is deleted. With random ids there would be two intents: a r
 would execute the other. With a derived id all transactions that nominate an object insert, or lock, the same row. An existing row
 is updated, because a worker may be about to remove it after finding another row that refers to the object.
 
-Earlier versions used random ids. Such an intent gets its derived id before a worker or a restore acts on it.
+Earlier versions used random ids, and so do the triggers of SQLite, which has no digest in SQL. Such an intent gets its derived id
+before a worker or a session nominates its object or acts on it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Insert, Row, Table, delete, func
+from sqlalchemy import Connection, Insert, Row, Table, Update, bindparam, delete, func, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from granite_storage.orm._interfaces import are_triggers_declared
 from granite_storage.orm._util import batches, try_briefly, upsert_rows
 from granite_storage.orm.journal.tables import DELETE, clock
 
@@ -79,8 +81,25 @@ def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDel
         pending: The objects, their due times in seconds from now.
         options: Execution options that say where the table is.
     """
-    for batch in batches(_latest(pending), _AT_A_TIME):
+    pending = _latest(pending)
+    if connection.dialect.name == "sqlite" and are_triggers_declared(intent.metadata):
+        take_over_ids(connection, intent, [(item.backend, item.location) for item in pending], options)
+    for batch in batches(pending, _AT_A_TIME):
         connection.execute(_upsert(connection.dialect.name, intent), _rows(batch), execution_options=options)
+
+
+def take_over_ids(connection: Connection, intent: Table, objects: Iterable[tuple[str, str]], options: dict[str, Any]) -> None:
+    """Give the intents that triggers on SQLite have recorded the derived ids of their objects.
+
+    Args:
+        connection: The connection of a transaction that writes.
+        intent: The journal's table of intents.
+        objects: The backends' keys and the locations of the objects.
+        options: Execution options that say where the table is.
+    """
+    rows = [{"own_id": delete_id(*one), "own_backend": one[0], "own_location": one[1]} for one in objects]
+    if rows:
+        connection.execute(_renaming(intent), rows, execution_options=options)
 
 
 def has_own_id(row: Row[Any]) -> bool:
@@ -116,6 +135,19 @@ def _upsert(dialect: str, intent: Table, *, has_moments: bool = False) -> Insert
     due = {} if has_moments else {"due": clock(_DELAY)}
     greatest = func.max if dialect == "sqlite" else func.greatest
     return upsert_rows(dialect, intent, {"kind": DELETE, **due}, lambda new: {"due": greatest(intent.c.due, new.due)})
+
+
+@lru_cache(maxsize=64)
+def _renaming(intent: Table) -> Update:
+    own = bindparam("own_id", type_=intent.c.id.type)
+    # Not by the index over backends and due times, which is all that the planner may take.
+    is_of_object = (intent.c.location == bindparam("own_location")) & (intent.c.backend + "" == bindparam("own_backend"))
+    return (
+        update(intent)
+        .prefix_with("OR IGNORE")  # where an earlier version has recorded another one
+        .where(is_of_object, intent.c.kind == DELETE, intent.c.id != own)
+        .values(id=own)
+    )
 
 
 def _rows(pending: Iterable[PendingDelete]) -> list[dict[str, Any]]:

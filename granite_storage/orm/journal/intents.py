@@ -26,10 +26,11 @@ from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Column, Connection, Table, any_, bindparam, delete, select, text, update
+from sqlalchemy import ARRAY, Column, Connection, String, Table, any_, bindparam, delete, select, text, type_coerce, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
@@ -37,13 +38,14 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, JournalTables, are_triggers_declared
-from granite_storage.orm._util import batches, codes_of, insert_rows, quoted_name, wait
+from granite_storage.orm._interfaces import CLAIMING_KEY, FORGET_CLAIMS, Intent, JournalTables
+from granite_storage.orm._util import UNTRANSLATED, again_after_deadlock, batches, codes_of, insert_rows, quoted_name, wait
 from granite_storage.orm.journal.database import JournalPool, effective
-from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber, take_over_ids
 from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
+from granite_storage.orm.journal.triggers import triggers_work
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 UploadPlace: TypeAlias = tuple[str, str, str | None]
@@ -53,6 +55,8 @@ Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
 
 _RETURNING = ("postgresql", "sqlite")
 """The databases on which one DELETE returns which intents it has found."""
+_ADOPTION_PATIENCE, _ADOPTION_PAUSE = 5.0, 0.1
+"""For how many seconds workers are waited for before an object is refused that is to be adopted, and how often one looks."""
 _MOST_AT_ONCE = 64
 _AT_A_TIME = 500
 _LEASE, _IDS = "lease", "ids"
@@ -195,16 +199,48 @@ class Intents:
         if result.rowcount != 1:
             raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
 
-    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Claim uploads that the transaction's snapshot does not see, before rows are written; only where there are triggers.
+    def claim(self, connection: Connection, ids: Sequence[UUID], locations: Sequence[str]) -> None:
+        """Claim uploads whose intents the triggers do not see, before rows are written; only where there are triggers.
 
-        A trigger sees no more than the snapshot does. So the transaction decides first, and records that in a setting.
-        ROLLBACK TO SAVEPOINT reverts the setting together with the decision.
+        On PostgreSQL a trigger sees no more than the transaction's snapshot does. So the transaction decides first, and records
+        that in a setting. ROLLBACK TO SAVEPOINT reverts the setting together with the decision. On SQLite the intents are in
+        another file. So the transaction records the locations until its rows are written; `consume` looks for the intents. On
+        MariaDB a variable of the connection names them for as long, because triggers that looked for the intents would lock what
+        the next upload needs. ROLLBACK does not revert it; those that listen to the connection do.
 
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.
         """
-        if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":
+        if not self._has_triggers:
+            return
+        if self._pool.is_postgresql:
+            self._claim_unseen(connection, ids)
+        elif self._pool.is_mariadb:
+            connection.info[CLAIMING_KEY] = True
+            listed = "".join(f"\n{item}\n" for item in locations)
+            connection.execute(_CLAIM_ON_MARIADB, {"locations": listed}, execution_options=UNTRANSLATED)
+        elif self._has_sidecar:
+            self._pool.require_here(connection)
+            new = _claims(self._tables.decision)
+            connection.execute(new, [{"location": item} for item in locations], execution_options=self._pool.options)
+
+    def end_claim(self, connection: Connection, locations: Sequence[str]) -> None:
+        """Delete what `claim` has recorded on MariaDB and SQLite, after the rows are written: it must not outlive them."""
+        if locations and self._has_triggers and self._has_sidecar:
+            decision = self._tables.decision
+            for batch in batches(locations, _AT_A_TIME):
+                ended = delete(decision).where(type_coerce(decision.c.id, String()).in_(batch))
+                connection.execute(ended, execution_options=self._pool.options)
+        elif locations and self._has_triggers and self._pool.is_mariadb:
+            connection.exec_driver_sql(FORGET_CLAIMS)
+            connection.info.pop(CLAIMING_KEY, None)
+
+    @property
+    def _has_sidecar(self) -> bool:
+        return self._uploads is not self._pool
+
+    def _claim_unseen(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        if not ids or connection.execute(_LEVEL).scalar_one() == "read committed":
             return
         intent, options = self._tables.intent, self._pool.options
         seen = connection.execute(select(intent.c.id).where(intent.c.id.in_(ids)), execution_options=options).scalars()
@@ -222,17 +258,26 @@ class Intents:
     def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:
         """Delete the intents that triggers have recorded about objects that a row of the transaction still refers to."""
         if moved and self._has_triggers:
-            intent = self._tables.intent
-            own = sorted(delete_id(one.backend, one.location) for ref in moved for one in iter_refs(ref))
-            connection.execute(delete(intent).where(intent.c.id.in_(own)), execution_options=self._pool.options)
+            intent, options = self._tables.intent, self._pool.options
+            objects = {(one.backend, one.location) for ref in moved for one in iter_refs(ref)}
+            if self._has_sidecar:
+                take_over_ids(connection, intent, objects, options)
+            own = sorted(delete_id(*one) for one in objects)
+            are_own = intent.c.id.in_(own)
+            if not self._pool.is_mariadb:
+                connection.execute(delete(intent).where(are_own), execution_options=options)
+                return
+            # One by one, and only those that are there: a list, or what is not there, may lock other rows.
+            for item in connection.execute(select(intent.c.id).where(are_own), execution_options=options).scalars().all():
+                connection.execute(delete(intent).where(intent.c.id == item), execution_options=options)
 
     @property
     def _has_triggers(self) -> bool:
-        return self._pool.is_postgresql and are_triggers_declared(self._tables.intent.metadata)
+        return triggers_work(self._pool.dialect, self._tables.intent.metadata)
 
     def _claimed(self, connection: Connection) -> set[UUID]:
         """Return the uploads that `claim` has claimed in this transaction."""
-        if not self._has_triggers:
+        if not self._has_triggers or not self._pool.is_postgresql:
             return set()
         return {UUID(item) for item in (connection.execute(_CLAIMED).scalar_one() or "").split()}
 
@@ -301,11 +346,56 @@ class Intents:
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once that no row can refer to; return its id."""
-        if self._uploads is not self._pool:  # the rows' database may be locked by the session that has stored it
+        if self._has_sidecar:  # the rows' database may be locked by the session that has stored it
             return (await self.record([(ref.backend, ref.location, None)], timedelta(0)))[0]
         async with self._pool.durable() as connection:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
         return delete_id(ref.backend, ref.location)
+
+    async def adopt(self, pending: Sequence[PendingDelete], lease: timedelta) -> None:
+        """Commit, durably, that objects are to be deleted, unless rows that are loaded during a lease refer to them.
+
+        A worker may have taken one of them over, only to find a row that refers to it; so that is waited for, for some seconds.
+
+        Args:
+            pending: The objects.
+            lease: How long the intents of their uploads, where those are pending still, last from now on.
+
+        Raises:
+            StaleAttachmentError: A worker is deleting one of them.
+        """
+        until = time.monotonic() + _ADOPTION_PATIENCE
+        while True:
+            try:
+                return await self._adopt(pending, lease)
+            except StaleAttachmentError:
+                if time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(_ADOPTION_PAUSE)
+
+    @again_after_deadlock
+    async def _adopt(self, pending: Sequence[PendingDelete], lease: timedelta) -> None:
+        locations = sorted({item.location for item in pending})
+        if self._uploads is not self._pool:
+            async with self._uploads.durable() as connection:
+                await self._keep(connection, self._pool.upload_tables(self._tables), locations, lease)
+        async with self._pool.durable() as connection:
+            await connection.run_sync(nominate, self._tables.intent, pending, self._pool.options)
+            await self._keep(connection, self._tables, locations, lease)
+
+    async def _keep(self, connection: AsyncConnection, tables: JournalTables, locations: Sequence[str], lease: timedelta) -> None:
+        """Renew the uploads of objects, then see that none of them is fenced: from then on none will be, during the lease."""
+        intent, reclaim = tables.intent, tables.reclaim
+        for batch in batches(locations, _AT_A_TIME):
+            end = clock(lease.total_seconds())
+            ends_earlier = (intent.c.kind == UPLOAD) & (intent.c.due < end)
+            await connection.execute(update(intent).where(intent.c.location.in_(batch), ends_earlier).values(due=end))
+            fenced = await connection.scalars(select(reclaim.c.location).where(reclaim.c.location.in_(batch)).limit(1))
+            if (location := fenced.first()) is not None:
+                raise StaleAttachmentError(
+                    f"a worker is deleting the object at {location!r}, so its row cannot be loaded; where its delete has failed,"
+                    " granite-storage recover says why"
+                )
 
     async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
         """Return the intents of the pending deletes of objects, for a restore to consume.
@@ -326,7 +416,9 @@ class Intents:
             rows = [
                 row for row in await connection.execute(select(intent).where(*same)) if (row.backend, row.location) in own_ids
             ]
-        if others := [row.id for row in rows if has_own_id(row)]:
+        if self._has_sidecar:  # where nobody else can consume them, and a session may hold the lock that renumbering them needs
+            own_ids |= {(row.backend, row.location): row.id for row in rows}
+        elif others := [row.id for row in rows if has_own_id(row)]:
             async with self._pool.durable() as connection:
                 outdated = select(intent).where(intent.c.id.in_(others)).with_for_update(skip_locked=True)
                 await renumber(connection, intent, list(await connection.execute(outdated)))
@@ -433,6 +525,7 @@ _CLAIM = text("""
         set_config('granite_storage.claimed_ids',
             concat(current_setting('granite_storage.claimed_ids', true), CAST(:ids AS text)), true)
 """)
+_CLAIM_ON_MARIADB = text("SET @granite_storage_claimed = :locations")
 _PLACE = text(
     "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
 )
@@ -441,6 +534,13 @@ _PLACE = text(
 @lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
 def _insertion(dialect: str, intent: Table) -> InsertStatement:
     return insert_rows(dialect, intent, {"kind": UPLOAD, "due": clock(_LEASE)})
+
+
+@lru_cache(maxsize=64)
+def _claims(decision: Table) -> InsertStatement:
+    """Return the INSERT of locations in place of ids, where the triggers on SQLite look for them."""
+    location = bindparam("location", type_=String())
+    return decision.insert().prefix_with("OR IGNORE").values(id=location, outcome=COMMIT)
 
 
 @lru_cache(maxsize=64)

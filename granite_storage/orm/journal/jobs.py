@@ -34,7 +34,7 @@ from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import derived_id
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock, describe_error
+from granite_storage.orm.journal.tables import REFUSED, FailedReclaim, RecoveryReport, clock, describe_error
 from granite_storage.refs import StoredObjectRef, is_held
 
 if TYPE_CHECKING:
@@ -322,9 +322,13 @@ class JobQueue:
             report.held = found.pop(SCAN, 0)
             report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
             report.underived = sum(found.values()) - report.pending_effects
-            dead = select(job).where(job.c.dead).order_by(job.c.due).limit(MOST_REPORTED)
+            # What a recipe refuses is known, and no fault that anything could mend.
+            is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
+            refused = select(func.count()).where(job.c.dead, is_refused)
+            report.underivable = (await connection.execute(refused)).scalar_one()
+            dead = select(job).where(job.c.dead, ~is_refused).order_by(job.c.due).limit(MOST_REPORTED)
             report.failed += [
-                FailedReclaim(row.backend, row.location, f"{_describe(row.key)}: {row.error}", row.attempts, None)
+                failure_of(LeasedJob.from_row(row, row.takeovers), row.error, attempts=row.attempts)
                 for row in await connection.execute(dead)
             ]
 
@@ -392,7 +396,7 @@ class JobQueue:
         due = clock(delay * random.uniform(1 - _JITTER, 1))  # noqa: S311  # not a secret
         await self._update_own(job, error=problem, dead=is_dead, due=due, attempts=attempts, takeovers=0)
         told = logger.info if is_outcome else logger.error if is_dead else logger.warning
-        onward = "a dead letter" if is_dead else "is tried again"
+        onward = "cannot succeed" if is_outcome else "a dead letter" if is_dead else "is tried again"
         told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem, extra=fields_of(job))
 
     async def _update_own(self, job: LeasedJob, **values: Any) -> None:
@@ -401,6 +405,12 @@ class JobQueue:
         is_own = (table.c.id == job.id) & (table.c.attempts == job.attempts) & (table.c.takeovers == job.takeovers)
         async with self._pool.writing() as connection:
             await connection.execute(update(table).where(is_own).values(values))
+
+
+def failure_of(job: LeasedJob, problem: str, *, attempts: int | None = None) -> FailedReclaim:
+    """Return what a report says of a job that is not tried again; by default after one more attempt."""
+    tried = job.attempts + 1 if attempts is None else attempts
+    return FailedReclaim(job.backend, job.location, f"{_describe(job.key)}: {problem}", tried, None)
 
 
 def _describe(key: str) -> str:

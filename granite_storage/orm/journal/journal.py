@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import run_bounded
+from granite_storage._tasks import is_async_callable, run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import (
@@ -29,9 +28,18 @@ from granite_storage.orm._interfaces import (
     JournalTables,
     active_bindings,
     are_triggers_declared,
+    tables_of,
 )
-from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
-from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
+from granite_storage.orm.journal.database import (
+    JournalPool,
+    KnownSchemas,
+    accept_gap,
+    beat,
+    check_database,
+    find_older_worker,
+    note_retentions,
+)
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
@@ -40,8 +48,8 @@ from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
-from granite_storage.orm.journal.tables import RecoveryReport, tables_of
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
+from granite_storage.orm.journal.tables import RecoveryReport
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -196,7 +204,7 @@ class StorageJournal:
                 backend,
                 extra=fields_of(backend=backend),
             )
-        if self._pool.is_postgresql:
+        if self._pool.is_postgresql or any(triggers_work(self._pool.dialect, item.metadata) for item in self._bindings):
             await note_retentions(self._bounded, self.tables, self.manager.policies.values())
             for problem in await self.find_trigger_problems():
                 logger.warning("SQL past the sessions is not covered: %s", problem)
@@ -205,18 +213,21 @@ class StorageJournal:
     async def find_trigger_problems(self) -> list[str]:
         """Return what is wrong with the triggers that `storage_triggers` declares, in words, table by table; `check` logs it.
 
-        A trigger may be missing, from a partition that was made since, disabled, or of another version of the library.
+        A trigger may be missing, from a partition that was made since, disabled, or of another version of the library. A worker
+        of an older version beside them is a problem as well.
         """
         declared = [item.metadata for item in self._bindings if are_triggers_declared(item.metadata)]
         if not declared:
             return []
 
         def find(connection: Connection) -> list[str]:
-            return [
+            older = find_older_worker(connection, self.tables)
+            found = [
                 problem
                 for item in dict.fromkeys(declared)
                 for problem in find_trigger_problems(connection, sources_of(connection, item))
             ]
+            return list(dict.fromkeys(([] if older is None else [older]) + found))
 
         async with self._bounded.reading() as connection:
             return await connection.run_sync(find)
@@ -234,6 +245,7 @@ class StorageJournal:
         Raises:
             InvalidReferenceError: One of them is not a `StoredObjectRef`.
             ObjectNotFoundError: An object does not exist; load none of the rows.
+            StaleAttachmentError: A worker is deleting an object; load none of the rows.
             ConfigurationError: As `check`.
         """
         await self._ensure_checked()
@@ -249,9 +261,8 @@ class StorageJournal:
         await self._require_objects(adopted)
         seconds = self._lease.total_seconds()
         pending = [PendingDelete(*place, seconds, source) for place, (_, source) in objects.items()]
-        async with self._bounded.durable() as connection:
-            await connection.run_sync(nominate, self.tables.intent, pending, self.execution_options)
-        # A worker may have deleted one in between: its intent must not be evidence for a row.
+        await self.intents.adopt(pending, self._lease)
+        # A worker may have deleted one before that: its intent must not be evidence for a row.
         await self._require_objects(adopted, withdraw=True)
 
     async def _require_objects(self, refs: Iterable[StoredObjectRef], *, withdraw: bool = False) -> None:
@@ -284,7 +295,7 @@ class StorageJournal:
         are retried by later passes, at growing intervals.
 
         Raises:
-            ConfigurationError: As `check`.
+            ConfigurationError: As `check`, or a table of the models cannot be found; nothing of a backend was deleted then.
         """
         await self._ensure_fit_for_workers()
         report = RecoveryReport()
@@ -296,11 +307,9 @@ class StorageJournal:
                 done.add(await work(backend))
             return done
 
-        async with asyncio.TaskGroup() as group:
-            works = (work(backend) for work in (self._recover, do_jobs) for backend in self.manager.backends)
-            passes = [group.create_task(work) for work in works]
-        for done in passes:
-            report.add(done.result())
+        works = [partial(work, backend) for work in (self._recover, do_jobs) for backend in self.manager.backends]
+        for done in await run_bounded(works, lambda work: work(), max(len(works), 1)):
+            report.add(done)
         report.failed.clear()  # they are counted with what failed before
         for recovery in self._recoveries():
             await recovery.count_waiting(report)
@@ -484,8 +493,9 @@ class StorageJournal:
                 recover_files.delay()  # a task that calls journal.recover()
             ```
         """
-        if not callable(callback):
-            raise ConfigurationError(f"on_work takes a function without arguments, not {callback!r}")
+        if not callable(callback) or is_async_callable(callback):
+            is_async = ", which is async: nothing would await it" if callable(callback) else ""
+            raise ConfigurationError(f"on_work takes a function without arguments, not {callback!r}{is_async}")
         self._callbacks.append(callback)
         return callback
 
@@ -523,7 +533,7 @@ class StorageJournal:
         try:
             for recovery in self._recoveries(self._hurried):
                 await recovery.settle(ids)
-        except (BackendUnavailableError, DBAPIError):
+        except (BackendUnavailableError, ConfigurationError, DBAPIError):
             with suppress(BackendUnavailableError, DBAPIError):  # the lease ends by itself then
                 await self.intents.expire(ids)
                 self._alarm.ring()

@@ -5,6 +5,9 @@ then on no transaction can consume the intent, so a check for references in a ne
 locks on the rows of their intents; such rows are skipped. An object that a row refers to nevertheless, under any backend key, is
 kept. A worker that dies between two steps leaves a row in `reclaim` that any other worker resumes, and each step is idempotent.
 
+Where triggers guard what SQL writes, any pending intent of an object lets it into a row. So a worker that fences one of them
+locks all, and fences the uploads among them with it.
+
 SQL can make rows share an object, which is then nominated more than once. A newer intent waits while an older one is fenced. A
 slow worker whose row was taken over by another one stops, because the fence that it relies on may have been lifted. So the check
 for references also checks, in its own snapshot, that the fenced row still belongs to the worker, and only the last worker of a
@@ -29,7 +32,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Insert, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -42,7 +45,18 @@ from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.jobs import FIRST_RETRY, LEFT_IN_COMPANY, LONGEST_RETRY, MOST_REPORTED, UNTRIED, take_over
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock, describe_error
+from granite_storage.orm.journal.tables import (
+    ABORT,
+    COMMIT,
+    DELETE,
+    STAGING,
+    UPLOAD,
+    FailedReclaim,
+    RecoveryReport,
+    clock,
+    describe_error,
+)
+from granite_storage.orm.journal.triggers import triggers_work
 
 if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
@@ -189,15 +203,29 @@ class Recovery:
             outdated = [row for row in rows if has_own_id(row)]
             renumbered = bool(outdated) and await renumber(connection, intent, outdated)
             rows = await self._unfenced(connection, [row for row in rows if row not in outdated])
+            if rows and self._have_guards:
+                rows = await self._with_evidence(connection, rows)
             if rows and self._pool.is_postgresql:
                 rows = await self._undecided(connection, rows)
             if not rows:
                 return [], renumbered
             claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False) for row in rows]
             new = [{name: getattr(item, name) for name in _COLUMNS} | {"dead": False} for item in claimed]
-            await connection.execute(insert(reclaim).values(due=clock(self._hold)), new)
+            if not await self._put_fences(connection, insert(reclaim).values(due=clock(self._hold)), new):
+                return [], renumbered
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
+
+    async def _put_fences(self, connection: AsyncConnection, statement: Insert, rows: Sequence[dict[str, Any]]) -> bool:
+        """Insert the fences; return False, with nothing done, if that would wait long for a transaction.
+
+        On MariaDB a trigger that lets a ref in at REPEATABLE READ holds up all fences until its transaction ends. The intents,
+        which are locked here, are needed by others: the next pass fences them.
+        """
+        if self._pool.is_mariadb and triggers_work(self._pool.dialect, self._tables.intent.metadata):
+            return await try_briefly(connection, statement, rows) is not None
+        await connection.execute(statement, rows)
+        return True
 
     async def _unfenced(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
         """Return the rows whose ids are not fenced; checked under their locks, so that no other worker can fence them."""
@@ -207,10 +235,40 @@ class Recovery:
         fenced = set((await connection.execute(select(reclaim.c.id).where(reclaim.c.id.in_([row.id for row in rows])))).scalars())
         return [row for row in rows if row.id not in fenced]
 
+    @property
+    def _have_guards(self) -> bool:
+        """Whether triggers let a row in whose object has a pending intent; on SQLite they ask no intents of uploads."""
+        return self._pool.uploads is self._pool and triggers_work(self._pool.dialect, self._tables.intent.metadata)
+
+    async def _with_evidence(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
+        """Return the rows of which no transaction has locked another intent, with the uploads that are pending beside them.
+
+        An upload stays pending beside the row that holds it where a session was above READ COMMITTED, or SQL has written it. A
+        guard that has locked it has let its object in, though the intent to delete it is of another transaction. It is fenced as
+        well, so that a transaction with an older snapshot cannot lock it any more.
+        """
+        intent = self._tables.intent
+        ids = {row.id for row in rows}
+        beside = select(intent.c.id, intent.c.location).where(intent.c.location.in_({row.location for row in rows}))
+        others = {
+            row.id: row.location for row in await connection.execute(beside.where(intent.c.kind != STAGING)) if row.id not in ids
+        }
+        for item in sorted(others):  # one by one: a list may lock other rows on MariaDB
+            lock = select(intent).where(intent.c.id == item).with_for_update(skip_locked=True)
+            for row in await connection.execute(lock):
+                if row.kind == UPLOAD and row.backend not in self._manager.backends:
+                    continue
+                del others[item]
+                if row.kind == UPLOAD:
+                    rows = [*rows, row]
+        busy = set(others.values())
+        return [row for row in rows if row.location not in busy]
+
     async def _undecided(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
         """Decide against uploads that no transaction has decided for; return those that may be fenced.
 
-        An intent whose transaction has decided and committed is finished. One whose transaction is in progress is skipped.
+        An intent whose transaction has decided and committed is finished. One whose transaction is in progress is skipped, and
+        so is all else about its object, which the transaction may bring into a row.
         """
         decision = self._tables.decision
         uploads = [row.id for row in rows if row.kind == UPLOAD]
@@ -220,7 +278,8 @@ class Recovery:
         taken = set(earlier.scalars())
         await self._forget(connection, self._tables.intent, taken)
         ours = await self._decide_against(connection, [item for item in uploads if item not in taken])
-        return [row for row in rows if row.kind != UPLOAD or row.id in ours]
+        in_progress = {row.location for row in rows if row.kind == UPLOAD and row.id not in ours | taken}
+        return [row for row in rows if row.id not in taken and row.location not in in_progress]
 
     async def _decide_against(self, connection: AsyncConnection, ids: list[UUID]) -> set[UUID]:
         """Insert the decisions that can be inserted without waiting: together, or one by one if one is locked."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqlalchemy import Column, Row, Select, column, literal_column, null, select, table, text, union_all
 from sqlalchemy.exc import DBAPIError
 
+from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
 from granite_storage.orm.columns import location_of, variant_locations, variants_in
@@ -59,6 +60,7 @@ class References:
 
         Raises:
             InvalidReferenceError: A row that holds an original has variants that this version cannot read.
+            ConfigurationError: A table or a column of the models is not there, or rows may be hidden from this role.
         """
         reclaim = self._tables.reclaim
         seen = (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
@@ -84,7 +86,14 @@ class References:
             # A table may have been dropped after the catalogue had named it.
             with suppress(DBAPIError):
                 return await self._ask(first, begin, *wanted)
-        return await self._ask(first, begin, *wanted)
+        try:
+            return await self._ask(first, begin, *wanted)
+        except DBAPIError as error:
+            async with self._pool.reading() as connection:
+                catalogue, own = await self._wanted(connection)
+            if missing := _describe_missing(catalogue, own):
+                raise ConfigurationError(missing, see=Page.RENAMED) from error
+            raise
 
     async def _ask(
         self, first: list[Select[*tuple[Any, ...]]], begin: _Begin, locations: Sequence[str], sources: Sequence[str]
@@ -147,9 +156,11 @@ class References:
         """Return which columns of the journal's own bases refer to an object now, in every schema that was made known.
 
         Raises:
-            ConfigurationError: Rows of one of them are, or may be, hidden from this role.
+            ConfigurationError: One of them is not there, or its rows are, or may be, hidden from this role.
         """
         catalogue, wanted = await self._wanted(connection)
+        if missing := _describe_missing(catalogue, wanted):
+            raise ConfigurationError(missing, see=Page.RENAMED)
         found = {place: item for schema, item in wanted if (place := catalogue.place(schema, item)) is not None}
         _require_visible(found)
         own = sorted(found.items(), key=lambda item: item[0].names)
@@ -174,6 +185,23 @@ class References:
             used = [one for one in maps if any(catalogue.has_table(effective(schema, one), name) for schema, name in tables)]
         wanted = dict.fromkeys((effective(item.table.schema, one), item) for one in used or [own] for item in self._columns)
         return catalogue, list(wanted)
+
+
+def _describe_missing(catalogue: Catalogue, wanted: Iterable[tuple[str | None, Column[Any]]]) -> str | None:
+    """Return in words which tables or columns of the models are not in the database, with the remedy; None where all are."""
+    names: set[str] = set()
+    for schema, item in wanted:
+        table = f"{schema}.{item.table.name}" if schema else item.table.name
+        if not catalogue.has_table(schema, item.table.name):
+            names.add(f"the table {table}")
+        elif catalogue.place(schema, item) is None:
+            names.add(f"the column {item.name} of the table {table}")
+    if not names:
+        return None
+    return (
+        f"{', '.join(sorted(names))} of the models cannot be found in the database. Its rows may refer to objects, so nothing is"
+        " deleted: if it was renamed or dropped, deploy models that say so, or else create it"
+    )
 
 
 def _require_visible(places: Iterable[Place]) -> None:

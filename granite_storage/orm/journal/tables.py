@@ -12,13 +12,19 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.type_api import TypeEngine
 
-from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import JournalTables
+from granite_storage.exceptions import ConfigurationError, DerivationRefusedError
+from granite_storage.orm._interfaces import JOURNAL_KEY, JournalTables
 
 SCHEMA_VERSION = 2
 """The version of the tables that this code requires; stored in the table `granite_storage_meta`.
 
 Version 2 added `granite_storage_job`, and to the intents and their reclaims the location of the original of what is derived.
+"""
+
+WORKER_VERSION = 2
+"""The version of what a worker does; each notes it with its heartbeat.
+
+Version 2 expects objects that rows share, which triggers need; version 1 notes none.
 """
 
 VERSION_NAME = "schema_version"
@@ -36,7 +42,6 @@ STAGING = "staging"
 """The kind of an intent whose object a client stores directly; its `upload_id` contains the state of the upload."""
 COMMIT, ABORT = "commit", "abort"
 
-_KEY = "granite_storage.journal"
 _LONGEST_LOCATION = 1024
 
 _Time = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
@@ -63,17 +68,12 @@ def journal_tables(metadata: MetaData, *, schema: str | None = None) -> JournalT
         'granite_storage_decision'
     """
     wanted = schema if schema is not None else metadata.schema
-    found: JournalTables | None = metadata.info.get(_KEY)
+    found: JournalTables | None = metadata.info.get(JOURNAL_KEY)
     if found is None:
-        found = metadata.info[_KEY] = _declare(metadata, wanted)
+        found = metadata.info[JOURNAL_KEY] = _declare(metadata, wanted)
     elif found.intent.schema != wanted:
         raise ConfigurationError(f"the journal's tables are already declared in the schema {found.intent.schema!r}")
     return found
-
-
-def tables_of(metadata: MetaData) -> JournalTables | None:
-    """Return the journal's tables of a metadata, where they are declared."""
-    return metadata.info.get(_KEY)
 
 
 def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
@@ -176,6 +176,15 @@ def describe_error(error: Exception) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[:_LONGEST_ERROR]
 
 
+REFUSED = f"{DerivationRefusedError.__name__}: "
+"""What the errors of jobs begin with that a recipe has refused."""
+
+
+def describe_refusal(error: Exception) -> str:
+    """Return what the journal keeps of a refusal, of whatever class."""
+    return describe_error(DerivationRefusedError(str(error)))
+
+
 # The report of a pass of recovery.
 
 
@@ -214,6 +223,9 @@ class RecoveryReport:
         held: How many are held until a scanner has judged them, and are tried again.
         derived: How many variants it made, which rows now have.
         underived: How many variants are still to be made.
+        refused: The variants that this pass has found not to be possible: their recipes refuse the originals. Only this pass
+            reports them, and they are no failures.
+        underivable: How many variants are not possible, as this pass and earlier ones have found.
         effects: How many effects it called for a file.
         pending_effects: How many are still to be called.
         unknown_backends: Backends that rows of the journal name and the manager does not have; nothing of theirs is touched.
@@ -229,9 +241,11 @@ class RecoveryReport:
     held: int = 0
     derived: int = 0
     underived: int = 0
+    underivable: int = 0
     effects: int = 0
     pending_effects: int = 0
     failed: list[FailedReclaim] = field(default_factory=list)
+    refused: list[FailedReclaim] = field(default_factory=list)
     unknown_backends: set[str] = field(default_factory=set)
 
     def add(self, other: RecoveryReport) -> None:
@@ -244,3 +258,4 @@ class RecoveryReport:
         self.derived += other.derived
         self.effects += other.effects
         self.failed += other.failed
+        self.refused += other.refused

@@ -1,30 +1,50 @@
-"""Triggers of PostgreSQL that keep the journal's promise for every program that writes the rows."""
+"""Triggers that keep the journal's promise for every program that writes the rows, on the databases that have them.
+
+Each database has a module of its own, such as `_postgresql_triggers`, which provides a `TriggerDialect`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
 
-from sqlalchemy import Column, Connection, MetaData, Table, bindparam, event, text
+from sqlalchemy import Column, Connection, MetaData, Table, event
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared
-from granite_storage.orm._util import UNTRANSLATED
-from granite_storage.orm.columns import attachment_tables, location_index_name
+from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
+from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
-from granite_storage.orm.journal.tables import tables_of
-from granite_storage.orm.journal.trigger_functions import TRIGGERS, GuardedTable, Holder, TriggerSource, quoted
+from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
+from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
+from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
+from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
+from granite_storage.orm.journal.database import require_current_workers
 
 __all__ = [
     "create_triggers",
     "drop_triggers",
     "find_sources",
     "find_trigger_problems",
+    "find_triggers_in_the_way",
     "has_current_triggers",
     "has_some_triggers",
+    "have_triggers",
+    "require_rolled_out",
     "sources_of",
     "storage_triggers",
+    "triggers_work",
 ]
+
+_DIALECTS: Final[Mapping[str, TriggerDialect]] = {
+    "mariadb": MariaDBTriggers(),
+    "mysql": MariaDBTriggers(),  # the name of SQLAlchemy's dialect for both, which can tell them apart
+    "postgresql": PostgreSQLTriggers(),
+    "sqlite": SQLiteTriggers(),
+}
+"""The databases that have triggers, by the names of SQLAlchemy's dialects."""
+
+_NAMES = "PostgreSQL, MariaDB and SQLite"
+"""The databases in messages."""
 
 
 def storage_triggers(metadata: MetaData) -> None:
@@ -32,14 +52,18 @@ def storage_triggers(metadata: MetaData) -> None:
 
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
-    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. It is for PostgreSQL.
+    locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. They are for PostgreSQL,
+    MariaDB and SQLite.
+
+    On MariaDB and SQLite every process that stores files must have this version of the library before they are created.
 
     Args:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is not PostgreSQL, or a table has
-            no primary key.
+        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is another one, a table has no
+            primary key, a worker of an older version was at work lately, on SQLite the journal's tables are not in the file of
+            the rows, or on MariaDB cascades of several tables lead in a circle.
 
     Example:
         ```python
@@ -55,12 +79,29 @@ def storage_triggers(metadata: MetaData) -> None:
         event.listen(metadata, "before_drop", _before_drop)
 
 
+def have_triggers(dialect: str) -> bool:
+    """Return whether a database, by the name of its dialect, can have these triggers."""
+    return dialect in _DIALECTS
+
+
+def triggers_work(dialect: str, metadata: MetaData) -> bool:
+    """Return whether triggers are declared for a metadata, and a database has them.
+
+    Args:
+        dialect: The name of the database.
+        metadata: The metadata.
+    """
+    return have_triggers(dialect) and are_triggers_declared(metadata)
+
+
 def _after_create(metadata: MetaData, connection: Connection, **_: Any) -> None:
-    create_triggers(connection, sources_of(connection, metadata))
+    sources = sources_of(connection, metadata)
+    require_rolled_out(connection, sources, tables_of(metadata))
+    create_triggers(connection, sources)
 
 
 def _before_drop(metadata: MetaData, connection: Connection, *, tables: Iterable[Table], **_: Any) -> None:
-    if connection.dialect.name == "postgresql":
+    if have_triggers(connection.dialect.name):
         dropped = set(tables)
         drop_triggers(connection, [table for table in _guarded_tables(metadata) if table in dropped])
 
@@ -73,7 +114,7 @@ def sources_of(connection: Connection, metadata: MetaData) -> list[TriggerSource
     """Return the triggers that the models of a metadata need, on those of their tables that are there.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, the journal's tables are not there, or a table has no primary key.
+        ConfigurationError: The database has no triggers, the journal's tables are not there, or a table has no primary key.
     """
     tables = attachment_tables(metadata)
     journal = tables_of(metadata)
@@ -96,28 +137,33 @@ def find_sources(
     Raises:
         ConfigurationError: As `sources_of`.
     """
-    if connection.dialect.name != "postgresql":
-        raise ConfigurationError(
-            f"storage_triggers are for PostgreSQL, and this database is {connection.dialect.name}: leave the call out there, and"
-            " let the garbage collector find what SQL past the sessions leaves behind"
-        )
+    dialect = _dialect_of(connection)
     place = resolve(connection, journal.intent)
     if place is None:
         raise ConfigurationError(
             f"triggers write into {journal.intent.fullname}, which is not there: create the journal's tables"
         )
-    names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
-    evidence = [Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None]
+    evidence = sorted(Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None)
     by_table: dict[Table, list[str]] = {}
     for column in columns:
         by_table.setdefault(column.table, []).append(column.name)
     return [
-        TriggerSource(GuardedTable(*found, _keys_of(table), tuple(sorted(names_in))), evidence, place[0], names)
-        for table, names_in in by_table.items()
+        dialect.source(connection, GuardedTable(*found, _keys_of(table), tuple(sorted(names))), evidence, journal, place[0])
+        for table, names in by_table.items()
         if (found := places[table]) is not None
     ]
+
+
+def _dialect_of(connection: Connection) -> TriggerDialect:
+    found = _DIALECTS.get(connection.dialect.name)
+    if found is None:
+        raise ConfigurationError(
+            f"storage_triggers are for {_NAMES}, and this database is {connection.dialect.name}: leave the call out there, and"
+            " let the garbage collector find what SQL past the sessions leaves behind"
+        )
+    return found
 
 
 def _keys_of(table: Table) -> tuple[str, ...]:
@@ -128,138 +174,47 @@ def _keys_of(table: Table) -> tuple[str, ...]:
     return tuple(column.name for column in table.primary_key)
 
 
+def require_rolled_out(connection: Connection, sources: Iterable[TriggerSource], journal: JournalTables | None) -> None:
+    """Refuse to create or replace triggers beside workers of an older version.
+
+    Raises:
+        ConfigurationError: One was at work lately, and triggers are to be created.
+    """
+    if journal is not None and not all(has_current_triggers(connection, source) for source in sources):
+        require_current_workers(connection, journal)
+
+
 def create_triggers(connection: Connection, sources: Iterable[TriggerSource]) -> None:
     """Create triggers that are missing, or replace those of another version or for other columns; and the indexes they need."""
     for source in sources:
-        for holder in _unindexed(connection, source.holders):
-            _run(connection, _create_index(holder))
-        outdated = _outdated(connection, source)
-        if not outdated:
-            continue
-        for statement in source.functions:
-            _run(connection, statement)
-        for relation, is_parent in outdated:
-            for statement in source.triggers(relation, is_parent=is_parent):
-                _run(connection, statement)
+        source.create(connection)
 
 
 def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
     """Drop the triggers of tables, and their functions; nothing happens where they are gone already."""
+    dialect = _dialect_of(connection)
     for table in tables:
         place = resolve(connection, table)
         if place is not None:
-            for statement in GuardedTable(*place, (), ()).drop_functions:
-                _run(connection, statement)
+            dialect.drop(connection, *place)
 
 
 def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSource]) -> list[str]:
     """Return what is wrong with triggers and their indexes, in words, relation by relation."""
-    problems: list[str] = []
-    for source in sources:
-        for relation, found in _read(connection, source.table).items():
-            problems += _describe(relation, found, source.digest)
-    holders = dict.fromkeys(holder for source in sources for holder in source.holders)
-    return problems + [
-        f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in:"
-        " create_location_index(op, ...) in a migration makes one"
-        for holder in _unindexed(connection, holders)
-    ]
+    return list(dict.fromkeys(problem for source in sources for problem in source.find_problems(connection)))
+
+
+def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
+    """Return the tables whose triggers are to be dropped before others are changed; see `TriggerDialect.find_in_the_way`."""
+    return _dialect_of(connection).find_in_the_way(connection, tables)
 
 
 def has_current_triggers(connection: Connection, source: TriggerSource) -> bool:
     """Return whether a table and its partitions have these very triggers."""
-    return not _outdated(connection, source)
+    return source.is_current(connection)
 
 
 def has_some_triggers(connection: Connection, table: Table) -> bool:
     """Return whether a table has any of these triggers."""
     place = resolve(connection, table)
-    return place is not None and any(_read(connection, GuardedTable(*place, (), ())).values())
-
-
-def _describe(relation: str, found: dict[str, tuple[str, str]], digest: str) -> list[str]:
-    missing = sorted(TRIGGERS.keys() - found.keys())
-    disabled = sorted(name for name, (state, _) in found.items() if state != "O")
-    outdated = sorted(name for name, (_, made) in found.items() if made != digest)
-    again = "create them with create_all, or by a migration with create_storage_triggers(op, ...)"
-    return [
-        *([f"{relation} lacks the triggers {', '.join(missing)}: {again}"] if missing else ()),
-        *(
-            [f"the triggers {', '.join(outdated)} of {relation} are of another version or for other columns: {again}"]
-            if outdated
-            else ()
-        ),
-        *([f"the triggers {', '.join(disabled)} of {relation} do not fire: ALTER TABLE ... ENABLE TRIGGER"] if disabled else ()),
-    ]
-
-
-def _outdated(connection: Connection, source: TriggerSource) -> list[tuple[str, bool]]:
-    """Return the relations whose triggers are not these, in SQL, the table before its partitions, and whether each is the table.
-
-    The trigger for each row is made on the table alone, so where that is outdated all of them are made.
-    """
-    found = _read(connection, source.table)
-    wrong = [
-        relation
-        for relation, triggers in found.items()
-        if triggers.keys() != TRIGGERS.keys() or any(made != source.digest for _, made in triggers.values())
-    ]
-    parent = source.table.qualified
-    if parent in wrong:
-        wrong = list(found)
-    return [(relation, relation == parent) for relation in wrong]
-
-
-_TRIGGERS = text("""
-    SELECT n.nspname, c.relname, t.tgname, t.tgenabled, encode(t.tgargs, 'escape')
-    FROM (
-        SELECT to_regclass(:name) AS relid, 0 AS level
-        UNION SELECT relid, level FROM pg_partition_tree(to_regclass(:name)) WHERE level > 0
-    ) r
-    JOIN pg_class c ON c.oid = r.relid AND c.relkind <> 'f'
-    JOIN pg_namespace n ON n.oid = c.relnamespace
-    LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname IN :triggers
-    ORDER BY r.level, n.nspname, c.relname
-""").bindparams(bindparam("triggers", value=list(TRIGGERS), expanding=True))
-
-_INDEXED = text("""
-    SELECT EXISTS (
-        SELECT FROM pg_index
-        WHERE indrelid = to_regclass(:name) AND indisvalid AND indpred IS NULL
-            AND trim(pg_get_indexdef(indexrelid, 1, false), '()') = quote_ident(:column) || ' ->> ''location''::text'
-    )
-""")
-
-
-def _read(connection: Connection, table: GuardedTable) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return the triggers of a table and of its partitions, by their names in SQL: whether they fire, and their argument."""
-    found: dict[str, dict[str, tuple[str, str]]] = {}
-    rows = connection.execute(_TRIGGERS, {"name": table.qualified}, execution_options=UNTRANSLATED)
-    for schema, name, trigger, state, argument in rows:
-        triggers = found.setdefault(f"{quoted(schema)}.{quoted(name)}", {})
-        if trigger is not None:
-            triggers[trigger] = (_text(state), argument.removesuffix("\\000"))
-    return found
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value  # drivers differ in the type "char"
-
-
-def _unindexed(connection: Connection, holders: Iterable[Holder]) -> list[Holder]:
-    return [
-        holder
-        for holder in holders
-        if not connection.execute(
-            _INDEXED, {"name": holder.qualified, "column": holder.column}, execution_options=UNTRANSLATED
-        ).scalar_one()
-    ]
-
-
-def _create_index(holder: Holder) -> str:
-    name = quoted(location_index_name(holder.table, holder.column))
-    return f"CREATE INDEX IF NOT EXISTS {name} ON {holder.qualified} (({quoted(holder.column)} ->> 'location'))"
-
-
-def _run(connection: Connection, statement: str) -> None:
-    connection.execute(text(statement.replace(":", r"\:")), execution_options=UNTRANSLATED)
+    return place is not None and _dialect_of(connection).has_some(connection, *place)

@@ -12,19 +12,21 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._tasks import background, run_bounded, shielded_cleanup
+from granite_storage._telemetry import fields_of
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
     ConfigurationError,
     ContentError,
     DerivationFailedError,
     DerivationRefusedError,
+    DerivationUnavailableError,
     InfectedObjectError,
     ObjectNotFoundError,
     ScanPendingError,
@@ -44,11 +46,12 @@ from granite_storage.orm.journal.jobs import (
     JobQueue,
     LeasedJob,
     StillHeldError,
+    failure_of,
     job_id,
     variant_key,
     variants_of,
 )
-from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
+from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock, describe_error, describe_refusal
 from granite_storage.orm.transactions import refused_ref
 from granite_storage.orm.uploads import make_variant, prepare_variant, require_lease
 from granite_storage.orm.variants import (
@@ -83,6 +86,10 @@ class VariantJobs(JobQueue):
 
     _column_type = AttachmentType
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._refused: list[FailedReclaim] = []
+
     async def derive(self, backend: str) -> RecoveryReport:
         """Make the variants that are due of objects on one backend, given by its key.
 
@@ -107,6 +114,7 @@ class VariantJobs(JobQueue):
                 async with background(*map(self._renew, jobs)):
                     await run_bounded(by_object.values(), work, CONCURRENCY)
         await self._forget_dead(backend, own)
+        report.refused = self._refused
         return report
 
     async def make(
@@ -289,7 +297,11 @@ class VariantJobs(JobQueue):
         async with self._pool.writing() as connection:
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
+            intents = self._journal.intents
+            stored, locations = sorted(ids[name] for name in chosen), [made[name].ref.location for name in chosen]
             try:
+                if chosen:
+                    await connection.run_sync(intents.claim, stored, locations)
                 displaced = await connection.run_sync(write_variants, chosen, made)
             except DBAPIError as error:
                 if (refused := refused_ref(error)) is None:
@@ -297,7 +309,8 @@ class VariantJobs(JobQueue):
                 raise refused from error
             # After the rows are written, whose triggers look for the intents.
             if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
+                await connection.run_sync(intents.consume, stored)
+                await connection.run_sync(intents.end_claim, locations)
             await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
             # What the rows held under its name has changed meanwhile: the job stays.
             overtaken = {job.variant for job in jobs if job.variant in made and _lacking(job, holdings)}.difference(chosen)
@@ -329,12 +342,18 @@ class VariantJobs(JobQueue):
         match error:
             case StaleAttachmentError():
                 await self._postpone([job], FIRST_RETRY, error)
+            case DerivationUnavailableError():
+                await self._postpone([job], FIRST_RETRY, error)
+                logger.warning("%s waits: %s", job.what, error, extra=fields_of(job))
             case ConfigurationError():
                 await self._leave_to_others(job, error)
             case ContentError() | ObjectNotFoundError():
                 if await self._publish_patiently([job]) is None:
                     is_refused = isinstance(error, DerivationRefusedError)
-                    await self._note(job, problem, is_dead=not await self._is_unmounted(job), is_outcome=is_refused)
+                    if is_refused:
+                        problem = describe_refusal(error)
+                        self._refused.append(failure_of(job, problem))
+                    await self._note(job, problem, is_dead=is_refused or not await self._is_unmounted(job), is_outcome=is_refused)
             case DerivationFailedError():
                 most = min(self._max_attempts, _MOST_DERIVATIONS)
                 await self._note(job, problem, is_dead=job.attempts + 1 >= most)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SAWarning
 
 from tests.faults.crash.models import Place, Setting
 from tests.faults.crash.points import Trap
+from tests.faults.crash.statements import Statements
 from tests.faults.crash.workload import Workload
 
 __all__ = ["Job", "run"]
@@ -36,6 +37,7 @@ class Job:
         count: At which time of coming there.
         signal: What happens to it: the name of a signal.
         tasks: How many transactions it has under way at a time.
+        sql: How many of these write SQL past every session.
         more: How many each of them does after that has happened, where the child survives it; None for as many as it can.
         worker: Whether it recovers what others have left, too.
         isolation_level: That of its transactions; None for the database's own.
@@ -48,6 +50,7 @@ class Job:
     count: int = 1
     signal: str = "SIGKILL"
     tasks: int = 3
+    sql: int = 0
     more: int | None = None
     worker: bool = False
     isolation_level: str | None = None
@@ -91,4 +94,5 @@ async def _work(job: Job, trap: Trap) -> None:
 async def _transactions(job: Job, place: Place, trap: Trap) -> None:
     async with asyncio.TaskGroup() as group:
         for number in range(job.tasks):
-            group.create_task(Workload(place, f"{job.seed}.{number}", trap).run(job.more))
+            kind = Statements if number < job.sql else Workload
+            group.create_task(kind(place, f"{job.seed}.{number}", trap).run(job.more))

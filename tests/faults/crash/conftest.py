@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 from tests.faults.crash.audit import Audit, audited
 from tests.faults.crash.children import ChildProcesses, child_processes
 from tests.faults.crash.models import Setting
-from tests.faults.crash.options import SEED
+from tests.faults.crash.options import SEED, TRIGGERS
 from tests.orm.databases import mariadb, postgres, postgres_database
 from tests.services import service
 
@@ -83,10 +83,10 @@ def threadswal_url(wal_url: str) -> str:
 
 @pytest.fixture(scope="session")
 def servers(request: pytest.FixtureRequest) -> tuple[str, Any]:
-    """The address of a database and the server of a storage, by their names: `asyncpg-local`, `psycopg-moto`."""
+    """The address of a database and the server of a storage, by their names: `asyncpg-local`, `psycopg+triggers-moto`."""
     database, _, storage = request.param.partition("-")
     server = None if storage == "local" else request.getfixturevalue(f"{storage}_server")
-    return request.getfixturevalue(f"{database}_url"), server
+    return request.getfixturevalue(f"{database.removesuffix(TRIGGERS)}_url"), server
 
 
 @pytest.fixture
@@ -100,6 +100,7 @@ def setting(request: pytest.FixtureRequest, servers: tuple[str, Any], tmp_path: 
             {"root": str(tmp_path / "store")},
             is_synchronous=name.startswith("threads"),
             journal_mode="DELETE" if name.startswith("rollback") else "WAL",
+            has_triggers=TRIGGERS in name,
         )
         return
     bucket = server.new_bucket()

@@ -20,16 +20,12 @@ from granite_storage.derived import Derivation, DerivationSource, Missing, When
 from granite_storage.exceptions import ScannerUnavailableError
 from granite_storage.inspection import ScanResult
 from granite_storage.inspection.base import OnUnavailable
-from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
+from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables, storage_triggers
 from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 
-__all__ = ["MIB", "Base", "Book", "Place", "Setting", "Shelf", "content_of"]
+__all__ = ["MIB", "PLAIN", "Models", "Place", "Setting", "content_of"]
 
 MIB = 1 << 20
-
-
-class Base(DeclarativeBase):
-    pass
 
 
 @dataclass(frozen=True)
@@ -51,28 +47,49 @@ class Sum:
         yield Derivation(found.hexdigest().encode(), "text/plain")
 
 
-class Shelf(Base):
-    """Takes its books along when it is deleted."""
+@dataclass(frozen=True)
+class Models:
+    """The models of one base.
 
-    __tablename__ = "shelf"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    file: Mapped[Attachment | None] = attachment("plain")
-    file_says: Mapped[str | None] = mapped_column(String(60))
+    Attributes:
+        Base: The base.
+        Shelf: Takes its books along when it is deleted.
+        Book: Has two files: one that goes at once where it is replaced, and one that is kept for a while; both have a variant.
+    """
 
-
-class Book(Base):
-    """Has two files: one that goes at once where it is replaced, and one that is kept for a while; both have a variant."""
-
-    __tablename__ = "book"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    shelf_id: Mapped[int | None] = mapped_column(ForeignKey("shelf.id", ondelete="CASCADE"))
-    file: Mapped[Attachment | None] = attachment("plain", variants={"sum": Sum("flush")})
-    file_says: Mapped[str | None] = mapped_column(String(60))
-    kept: Mapped[Attachment | None] = attachment("kept", variants={"sum": Sum("later")})
-    kept_says: Mapped[str | None] = mapped_column(String(60))
+    Base: Any
+    Shelf: Any
+    Book: Any
 
 
-journal_tables(Base.metadata)
+def declare(*, has_triggers: bool) -> Models:
+    """Declare the models, and the journal's tables beside them; triggers as well, for writers past the sessions."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Shelf(Base):
+        __tablename__ = "shelf"
+        id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+        file: Mapped[Attachment | None] = attachment("plain")
+        file_says: Mapped[str | None] = mapped_column(String(60))
+
+    class Book(Base):
+        __tablename__ = "book"
+        id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+        shelf_id: Mapped[int | None] = mapped_column(ForeignKey("shelf.id", ondelete="CASCADE"))
+        file: Mapped[Attachment | None] = attachment("plain", variants={"sum": Sum("flush")})
+        file_says: Mapped[str | None] = mapped_column(String(60))
+        kept: Mapped[Attachment | None] = attachment("kept", variants={"sum": Sum("later")})
+        kept_says: Mapped[str | None] = mapped_column(String(60))
+
+    journal_tables(Base.metadata)
+    if has_triggers:
+        storage_triggers(Base.metadata)
+    return Models(Base, Shelf, Book)
+
+
+PLAIN, GUARDED = (declare(has_triggers=has_triggers) for has_triggers in (False, True))
 
 
 def content_of(says: str) -> bytes:
@@ -106,6 +123,7 @@ class Setting:
         retention: How long a book's second file is kept, in seconds.
         is_synchronous: Whether its programs work with synchronous sessions.
         journal_mode: That of a database on SQLite.
+        has_triggers: Whether the database has triggers, and its programs write SQL past their sessions as well.
     """
 
     url: str
@@ -114,6 +132,11 @@ class Setting:
     retention: float = 1.0
     is_synchronous: bool = False
     journal_mode: str = "WAL"
+    has_triggers: bool = False
+
+    @property
+    def models(self) -> Models:
+        return GUARDED if self.has_triggers else PLAIN
 
     @property
     def is_sqlite(self) -> bool:
@@ -152,7 +175,7 @@ class Setting:
         }
         manager = StorageManager(backends={"store": backend}, policies=policies)
         journal = StorageJournal(engine.sync_engine if self.is_synchronous else engine, lease=timedelta(seconds=self.lease))
-        binding = bind_storage(Base, manager, journal=journal)
+        binding = bind_storage(self.models.Base, manager, journal=journal)
         sessions: Any = async_sessionmaker(engine, expire_on_commit=False)
         if self.is_synchronous:
             sessions = AwaitedSessions(sessionmaker(engine.sync_engine, expire_on_commit=False))
@@ -207,3 +230,7 @@ class Place:
     manager: StorageManager
     journal: StorageJournal
     sessions: async_sessionmaker[AsyncSession]
+
+    @property
+    def models(self) -> Models:
+        return self.setting.models

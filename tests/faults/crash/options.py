@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiers import repetitions, seed
 
-__all__ = ["KILLS", "MANY", "SECOND_DRIVER", "SEED"]
+__all__ = ["KILLS", "MANY", "SECOND_DRIVER", "SEED", "TRIGGERS"]
 
 KILLS = repetitions("GRANITE_CRASH_KILLS", default=8, exhaustive=200)
 """How many kills there are, at the least.
@@ -22,3 +22,6 @@ SEED = str(seed())
 
 SECOND_DRIVER = pytest.mark.exhaustive("the protocol takes the same steps with asyncpg; only the driver differs")
 """For psycopg, where asyncpg is tried too."""
+
+TRIGGERS = "+triggers"
+"""What follows the name of a database that has triggers, and SQL that is written past the sessions."""

@@ -14,7 +14,7 @@ from tests.faults.crash.audit import Audit
 from tests.faults.crash.child import Job
 from tests.faults.crash.children import Child, ChildProcesses
 from tests.faults.crash.models import Setting
-from tests.faults.crash.options import KILLS, SECOND_DRIVER
+from tests.faults.crash.options import KILLS, SECOND_DRIVER, TRIGGERS
 from tests.faults.crash.points import POINTS, Point
 from tests.tiers import is_exhaustive
 
@@ -31,8 +31,12 @@ SETTINGS: dict[str, list[Point]] = {
     "wal-local": SQLITE if is_exhaustive() else SQLITE[6::30],
     "rollback-local": SQLITE if is_exhaustive() else [],
     "threadswal-local": [],
+    f"psycopg{TRIGGERS}-local": LOCAL if is_exhaustive() else LOCAL[5::18],
 }
-"""The databases and storages, each with the points that it comes to in turn before anything else: all of them, or some."""
+"""The databases and storages, each with the points that it comes to in turn before anything else: all of them, or some.
+
+One whose name ends in `+triggers` has triggers, and some of its programs write SQL past their sessions.
+"""
 
 AT_ONCE = 2
 _LONGEST_LIFE = 0.8
@@ -68,6 +72,7 @@ class KillSchedule:
         point = self._own.pop() if is_own else self._random.choice([None, self._random.choice(self._any)])
         needs = frozenset[str]() if point is None else point.needs
         number = next(self._numbers)
+        tasks = self._random.randint(1, 4)
         if is_own:
             self._own_seeds.add(f"{self._seed}-{number}")
         return Job(
@@ -76,7 +81,8 @@ class KillSchedule:
             log=str(self._folder / f"{number}.log"),
             point=None if point is None else point.name,
             count=self._count(point),
-            tasks=self._random.randint(1, 4),
+            tasks=tasks,
+            sql=self._random.randint(0, tasks if point is None else tasks - 1) if self._setting.has_triggers else 0,
             worker="worker" in needs or self._random.random() < 0.3,
             isolation_level="REPEATABLE READ" if "snapshots" in needs else self._isolation_level(),
         )
@@ -104,7 +110,7 @@ class KillSchedule:
 @pytest.mark.timeout(120 + 20 * KILLS)
 @pytest.mark.parametrize(
     ("name", "servers"),
-    [pytest.param(name, name, id=name, marks=SECOND_DRIVER if name.startswith("psycopg") else ()) for name in SETTINGS],
+    [pytest.param(name, name, id=name, marks=SECOND_DRIVER if name.startswith("psycopg-") else ()) for name in SETTINGS],
     indirect=["servers"],
 )
 async def test_killed_programs(

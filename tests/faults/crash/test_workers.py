@@ -17,7 +17,7 @@ from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal.recovery import Recovery
 from tests.faults.crash.audit import Audit
-from tests.faults.crash.models import Book, content_of
+from tests.faults.crash.models import PLAIN, content_of
 from tests.faults.crash.options import KILLS, MANY, SECOND_DRIVER, SEED
 from tests.tiers import is_exhaustive
 
@@ -25,6 +25,7 @@ STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_check", "_remove",
 MOMENTS = [f"{moment} {name}" for _, name in STEPS for moment in ("before", "after")]
 PAIRS = list(product(MOMENTS, MOMENTS))
 SOME = 12 if is_exhaustive() else 8
+Book = PLAIN.Book
 
 
 @dataclass(eq=False)

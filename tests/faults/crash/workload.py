@@ -18,7 +18,7 @@ from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import ObjectNotFoundError, StaleAttachmentError
 from granite_storage.orm import Attachment, StoredObjectRefType
-from tests.faults.crash.models import MIB, Book, Place, Shelf, content_of
+from tests.faults.crash.models import MIB, Place, content_of
 from tests.faults.crash.points import MIDDLE, Trap
 
 __all__ = ["EXPECTED", "Workload"]
@@ -55,6 +55,7 @@ class Workload:
     def __init__(self, place: Place, seed: str, trap: Trap) -> None:
         self.seed = seed
         self._place = place
+        self._models = place.models
         self._random = Random(seed)
         self._trap = trap
         self._numbers = itertools.count()
@@ -121,9 +122,9 @@ class Workload:
 
     async def _put_on_shelf(self, session: AsyncSession) -> None:
         number = self._random.randrange(_SHELVES)
-        shelf = await session.get(Shelf, number)
+        shelf = await session.get(self._models.Shelf, number)
         if shelf is None:
-            shelf = Shelf(id=number)
+            shelf = self._models.Shelf(id=number)
             session.add(shelf)
         elif self._random.random() < 0.2:
             await session.delete(shelf)
@@ -136,18 +137,20 @@ class Workload:
         self._give(await self._book(session), self._name(), None)
 
     async def _delete(self, session: AsyncSession) -> None:
-        book = await session.get(Book, self._random.randrange(_BOOKS))
+        book = await session.get(self._models.Book, self._random.randrange(_BOOKS))
         if book is not None:
             self._note(book)
             await session.delete(book)
 
     async def _delete_in_bulk(self, session: AsyncSession) -> None:
-        await session.execute(delete(Book).where(Book.id == self._random.randrange(_BOOKS)))
+        await session.execute(delete(self._models.Book).where(self._models.Book.id == self._random.randrange(_BOOKS)))
 
     async def _empty_in_bulk(self, session: AsyncSession) -> None:
         name = self._name()
         values = {name: None, f"{name}_says": None}
-        await session.execute(update(Book).where(Book.id == self._random.randrange(_BOOKS)).values(values))
+        await session.execute(
+            update(self._models.Book).where(self._models.Book.id == self._random.randrange(_BOOKS)).values(values)
+        )
 
     async def _swap(self, session: AsyncSession) -> None:
         book = await self._book(session)
@@ -170,9 +173,9 @@ class Workload:
         name, pending = self._name(), self._pending()
         says = self._said_of(pending)
         if self._place.setting.is_synchronous:
-            stored = await asyncio.to_thread(pending.sync.store, getattr(Book, name))
+            stored = await asyncio.to_thread(pending.sync.store, getattr(self._models.Book, name))
         else:
-            stored = await pending.store(getattr(Book, name))
+            stored = await pending.store(getattr(self._models.Book, name))
         if self._random.random() < 0.8:
             self._give(await self._book(session), name, stored, says)
 
@@ -192,26 +195,28 @@ class Workload:
             await connection.run_sync(lambda it: self._place.journal.intents.displace(it, nominated))
 
     async def _is_held(self, session: AsyncSession, ref: StoredObjectRef) -> bool:
-        held = await session.execute(select(*(type_coerce(getattr(Book, name), StoredObjectRefType()) for name in _FILES)))
+        held = await session.execute(
+            select(*(type_coerce(getattr(self._models.Book, name), StoredObjectRefType()) for name in _FILES))
+        )
         return ref.location in {found.location for row in held for found in row if found is not None}
 
-    async def _book(self, session: AsyncSession) -> Book:
+    async def _book(self, session: AsyncSession) -> Any:
         number = self._random.randrange(_BOOKS)
-        book = await session.get(Book, number)
+        book = await session.get(self._models.Book, number)
         if book is None or book in session.deleted:
-            book = (await session.scalars(select(Book).where(Book.id == number))).one_or_none()
+            book = (await session.scalars(select(self._models.Book).where(self._models.Book.id == number))).one_or_none()
         if book is None:
-            book = Book(id=number)
+            book = self._models.Book(id=number)
             session.add(book)
         return book
 
     def _give(self, row: Any, name: str, value: Any, says: str | None = None) -> None:
-        if isinstance(row, Book):
+        if isinstance(row, self._models.Book):
             self._note(row)
         setattr(row, name, value)
         setattr(row, f"{name}_says", self._said_of(value) if says is None else says)
 
-    def _note(self, book: Book) -> None:
+    def _note(self, book: Any) -> None:
         """Remember what is kept for a while when a book gives it up, to restore it later."""
         if book.kept is not None and not book.kept.is_pending and book.kept_says is not None:
             self._given_up = [*self._given_up[-5:], (book.kept.ref, book.kept_says)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -112,7 +113,7 @@ async def environment(database: Database, **options: Any) -> AsyncIterator[OrmEn
     async with orm_environment(database, journaled=True, base=Base, **options) as env:
         assert env.journal is not None
         async with env.engine.begin() as connection:
-            if database not in _partitioned:
+            if database.is_postgres and database not in _partitioned:
                 for number in (1, 2):
                     await connection.execute(text(f"CREATE TABLE part_{number} PARTITION OF part FOR VALUES IN ({number})"))
                 await connection.run_sync(Base.metadata.create_all)  # the triggers of the partitions
@@ -145,14 +146,18 @@ async def refused(target: OrmEnvironment | AsyncConnection, *statements: str, **
     try:
         await run(target, *statements, **values)
     except DBAPIError as error:
-        if code_of(error) != "23503" or "gone or going" not in str(error.orig):
+        is_violation = code_of(error) in ("23503", "1452") or isinstance(error.orig, sqlite3.IntegrityError)
+        if not is_violation or "gone or going" not in str(error.orig):
             raise
         return True
     return False
 
 
 def code_of(error: DBAPIError) -> str | None:
-    """Return the SQLSTATE of an error."""
+    """Return the SQLSTATE of an error; its number on MariaDB."""
+    number = next(iter(getattr(error.orig, "args", ())), None)
+    if isinstance(number, int):
+        return str(number)
     return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
 
 

@@ -74,7 +74,7 @@ async def is_gone(env: OrmEnvironment) -> bool:
         return bool(list(await connection.execute(free)))
 
 
-@pytest.mark.parametrize("database", ["psycopg"], indirect=True)  # the only one with two-phase transactions here
+@pytest.mark.parametrize("database", ["psycopg", "mariadb"], indirect=True)  # asyncpg has no two-phase transactions in SQLAlchemy
 @pytest.mark.parametrize("committed", [True, False])
 async def test_a_prepared_transaction_is_left_for_later(env: OrmEnvironment, committed: bool) -> None:
     """Its program is gone, and nobody knows yet how it ends: its objects stay until somebody does."""
@@ -84,21 +84,25 @@ async def test_a_prepared_transaction_is_left_for_later(env: OrmEnvironment, com
         session.add(Doc(id=2, file=file("c")))
         await session.flush()
         connection = await session.connection()
+        prepared = await connection.run_sync(lambda it: it.get_transaction().xid)
         await session.run_sync(Session.prepare)
         await connection.invalidate()
         with pytest.raises(Exception):  # noqa: B017, PT011  # whatever a program that dies would have come to
             await session.commit()
     assert len(await env.objects()) == 3
-    async with env.engine.connect() as connection:
-        [prepared] = (await connection.execute(text("SELECT gid FROM pg_prepared_xacts"))).scalars()
-    for _ in range(2):
-        await expire_what_is_free(env)
-        assert env.journal is not None
-        assert (await env.journal.recover()).claimed == 0
-    assert len(await env.objects()) == 3
-    async with env.engine.connect() as connection:
-        connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
-        await connection.execute(text(f"{'COMMIT' if committed else 'ROLLBACK'} PREPARED '{prepared}'"))
+    try:
+        for _ in range(2):
+            await expire_what_is_free(env)
+            assert env.journal is not None
+            assert (await env.journal.recover()).claimed == 0
+        assert len(await env.objects()) == 3
+    finally:
+        end = "COMMIT" if committed else "ROLLBACK"
+        async with env.engine.connect() as connection:
+            connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(
+                text(f"{end} PREPARED '{prepared}'" if env.database.is_postgres else f"XA {end} '{prepared}'")
+            )
     await env.recover()
     await env.check(**({"file_1": "b", "file_2": "c"} if committed else {"file_1": "a"}))
 

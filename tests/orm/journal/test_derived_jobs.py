@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, text, update
 
-from granite_storage.exceptions import DerivationRefusedError
+from granite_storage.exceptions import DerivationRefusedError, DerivationUnavailableError
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal import variant_jobs
 from granite_storage.orm.journal.references import References
@@ -427,10 +427,12 @@ class TestFailures:
         with declared({"bad": bad, "good": good}):
             await env.add(Doc(id=1, file=file("x")))
             report = await journal_of(env).recover()
-            assert (report.derived, report.underived) == (1, 0)
-            [failed] = report.failed
-            assert failed.error == "making the variant 'bad': DerivationRefusedError: no text"
-            assert failed.next_attempt is None
+            assert (report.derived, report.underived, report.underivable, report.failed) == (1, 0, 1, [])
+            [refused] = report.refused
+            assert refused.error == "making the variant 'bad': DerivationRefusedError: no text"
+            assert (refused.attempts, refused.next_attempt) == (1, None)
+            later = await journal_of(env).recover()
+            assert (later.underivable, later.refused, later.failed) == (1, [], []), "it is said once"
             assert await shown(env) == {"good": good.result(b"x")}
             assert await derive(env) == 0
             [job] = await jobs(env)
@@ -459,10 +461,10 @@ class TestFailures:
             async with env.sessions.begin() as session:
                 await session.execute(delete(Doc))
             report = await journal_of(env).recover()
-            assert len(report.failed) == 1, "it is looked at again in an hour"
+            assert report.underivable == 1, "it is looked at again in an hour"
             await make_due(env)
             report = await journal_of(env).recover()
-            assert (report.failed, await jobs(env)) == ([], [])
+            assert (report.underivable, await jobs(env)) == (0, [])
 
     async def test_failed(self, env: OrmEnvironment) -> None:
         """An attempt, then a pause that grows; dead after many."""
@@ -480,6 +482,31 @@ class TestFailures:
             await journal_of(env).retry_dead_letters()
             assert await derive(env) == 1
             assert (await shown(env), await jobs(env)) == ({"thumb": recipe.result(b"x")}, [])
+
+    async def test_a_refusal_of_another_class(self, env: OrmEnvironment) -> None:
+        class NotAnImageError(DerivationRefusedError):
+            """One of an application."""
+
+        bad = Upper()
+        bad.error = NotAnImageError("no image")
+        with declared({"bad": bad}):
+            await env.add(Doc(id=1, file=file("x")))
+            report = await journal_of(env).recover()
+            assert (report.underivable, report.failed) == (1, [])
+
+    async def test_waiting_for_a_process_is_no_attempt(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        recipe = Upper()
+        recipe.error = DerivationUnavailableError("no worker process was free for 3 s")
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            for _ in range(6):
+                assert await derive(env) == 0
+                [job] = await jobs(env)
+                assert (job.attempts, job.takeovers, job.dead) == (0, 0, False)
+            assert (await journal_of(env).recover()).derived == 0, "it is not due"
+            assert "waits: no worker process was free for 3 s" in caplog.text
+            recipe.error = None
+            assert await derive(env) == 1
 
     async def test_any_other_error(self, env: OrmEnvironment) -> None:
         """It may pass, so there are more attempts; dead all the same in the end."""

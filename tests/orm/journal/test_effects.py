@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 from datetime import timedelta
 from typing import Any
@@ -485,6 +486,17 @@ class TestRederived:
             await require_agreement(env, index)
 
 
+def _synchronous(event: EffectEvent) -> None:
+    raise AssertionError(event)
+
+
+class Called:
+    """A handler that is an object."""
+
+    async def __call__(self, event: EffectEvent, /) -> None:
+        raise AssertionError(event)
+
+
 class TestRefusals:
     async def test_without_a_journal(self, env: OrmEnvironment) -> None:
         index = SearchIndex(env)
@@ -516,6 +528,9 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"put": 1}, "put of an effect must be an async function of an EffectEvent, not 1"),
+            ({"put": _synchronous}, "put of an effect .*, which is a synchronous function: declare it with 'async def'"),
+            ({"remove": functools.partial(_synchronous)}, "remove of an effect .* synchronous"),
+            ({"remove": Called}, "remove of an effect"),
             ({"remove": None}, "remove of an effect"),
             ({"version": 1.5}, "the version of an effect must be a number or a string, not 1.5"),
             ({"timeout": 0}, "the timeout of an effect must be a positive number, not 0"),
@@ -527,6 +542,11 @@ class TestRefusals:
 
         with pytest.raises(ConfigurationError, match=message):
             Effect(**{"put": nothing, "remove": nothing, **options})
+
+    def test_async_callables_of_other_kinds(self) -> None:
+        called = Called()
+        for handler in (called, called.__call__, functools.partial(called), functools.partial(Called.__call__, called)):
+            assert Effect(put=handler, remove=handler).put is handler
 
 
 @pytest.mark.parametrize("number", range(tiers.repetitions("GRANITE_EFFECT_HISTORIES", default=3, exhaustive=60)))

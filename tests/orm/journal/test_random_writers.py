@@ -64,6 +64,8 @@ async def database(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
 class Traffic:
     """Writers, workers and the one that looks."""
 
+    columns = COLUMNS
+
     def __init__(self, env: OrmEnvironment, other: AsyncEngine) -> None:
         self.env, self.other = env, other
         self.random = Random(SEED)
@@ -181,8 +183,8 @@ class Traffic:
     async def refs(self, connection: AsyncConnection) -> list[StoredObjectRef]:
         """Return what the rows refer to; no `Attachment` is made of it."""
         found: list[StoredObjectRef] = []
-        for table, column in COLUMNS:
-            rows = await connection.execute(text(f"SELECT CAST({column} AS text) FROM {table}"))  # noqa: S608
+        for table, column in self.columns:
+            rows = await connection.execute(text(f"SELECT CAST({column} AS CHAR) FROM {table}"))  # noqa: S608
             found += [StoredObjectRef.from_dict(json.loads(value)) for value in rows.scalars() if value is not None]
         return found
 

@@ -169,7 +169,7 @@ class TestReports:
         if fenced:
             with monkeypatch.context() as patch:
                 patch.setattr(Recovery, "_check", die)
-                with pytest.raises(BaseExceptionGroup):
+                with pytest.raises(SystemError, match="dead"):
                     await journal.recover()
         await rename(env, "elsewhere")
         report = await journal.recover()

@@ -97,7 +97,7 @@ async def worker_dies(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> N
 
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_conclude", die)
-        with contextlib.suppress(BaseExceptionGroup):
+        with contextlib.suppress(SystemError):
             await recover(env)
     await commit(env, stored)
 

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, select, text
+from sqlalchemy import Column, Integer, MetaData, Table, create_mock_engine, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
@@ -39,6 +40,7 @@ from tests.orm.journal.guarded import (
 )
 from tests.orm.journal.sharing import steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, rows
+from tests.orm.journal.test_rollout import beat_without_version, forget
 
 
 @pytest.fixture(scope="session", params=["asyncpg", "psycopg"])
@@ -81,6 +83,7 @@ async def fill(env: OrmEnvironment) -> dict[str, StoredObjectRef]:
     return {name: instance.file.ref for name, instance in names.items()}
 
 
+COPIED = """UPDATE {} SET file = '{{"location"\\: "a"}}'"""
 TAKEN_OUT = {
     "DELETE FROM doc": {"doc", "second"},
     "DELETE FROM doc WHERE id = 1": {"doc"},
@@ -287,6 +290,62 @@ class TestGuard:
                     await connection.commit()
 
 
+class TestUploadsThatStayPending:
+    """Above READ COMMITTED a session decides on its upload, whose intent stays until its lease is over, beside the row."""
+
+    @pytest.fixture
+    async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
+        async with env.sessions() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            doc = Doc(id=1, file=file("a"))
+            session.add(doc)
+            await session.commit()
+        assert [row.kind for row in await rows(env, "intent")] == ["upload"]
+        assert doc.file is not None
+        return doc.file.ref
+
+    @pytest.mark.parametrize("statement", ["INSERT INTO parent VALUES (1, {ref})", "UPDATE parent SET file = {ref}"])
+    async def test_whoever_locks_it_keeps_the_object(self, env: OrmEnvironment, ref: StoredObjectRef, statement: str) -> None:
+        if statement.startswith("UPDATE"):
+            await env.add(Parent(id=1))
+        async with env.engine.begin() as connection:
+            await run(connection, statement, ref=ref)
+            await run(env, "DELETE FROM doc")
+            assert (await journal_of(env).recover()).claimed == 0
+        assert (await journal_of(env).recover()).deleted == 0
+        assert await env.objects() == {ref.location}
+
+    async def test_an_older_snapshot_of_it(
+        self, env: OrmEnvironment, ref: StoredObjectRef, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was fenced since is not seen; but the intent has changed since."""
+        async with env.engine.connect() as connection:
+            await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            await connection.execute(text("SELECT 1 FROM doc"))
+            await run(env, "DELETE FROM doc")
+            with steps_are_watched(monkeypatch):
+                async with worker(env, "_remove"):
+                    with pytest.raises(DBAPIError) as caught:
+                        await run(connection, "INSERT INTO parent VALUES (1, {ref})", ref=ref)
+                    assert code_of(caught.value) == "40001"
+
+    async def test_while_another_one_decides(self, env: OrmEnvironment) -> None:
+        """Its snapshot is older than the intent, so it holds no lock on that, but on its decision."""
+        async with env.sessions() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            stored = await Attachment(b"a").store(Doc.file)
+            await run(env, "INSERT INTO parent VALUES (1, {ref})", ref=stored.ref)
+            session.add(Doc(id=1, file=stored))
+            await session.flush()
+            await run(env, "DELETE FROM parent")
+            assert (await journal_of(env).recover()).claimed == 0
+            await session.commit()
+        assert (await journal_of(env).recover()).deleted == 0
+        assert await env.objects() == {stored.ref.location}
+
+
 async def copy_in(env: OrmEnvironment, number: int, ref: StoredObjectRef) -> None:
     """Load a row into `parent` by COPY, as the driver does it."""
     row = (number, json.dumps(ref.to_dict()))
@@ -471,6 +530,79 @@ class TestSessions:
         assert await nominated(env) == {ref.location}
 
 
+class TestTwoPhases:
+    """A prepared transaction holds its locks, past the end of its connection, until another one ends it."""
+
+    async def prepare(
+        self, env: OrmEnvironment, *statements: str, level: str = "READ COMMITTED", **refs: StoredObjectRef
+    ) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await run(connection, f"BEGIN ISOLATION LEVEL {level}", *statements, "PREPARE TRANSACTION 'granite'", **refs)
+
+    async def end(self, env: OrmEnvironment, how: str) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(text(f"{how} PREPARED 'granite'"))
+
+    @pytest.mark.parametrize("level", ["READ COMMITTED", "SERIALIZABLE"])
+    @pytest.mark.parametrize("how", ["COMMIT", "ROLLBACK"])
+    async def test_by_sql(self, env: OrmEnvironment, how: str, level: str) -> None:
+        """One object is taken out, one is copied while its row goes, and one is undone; workers wait for all of them."""
+        gone, copied, undone = await stored(env, *(Doc(id=number, file=file(str(number))) for number in (1, 2, 3)))
+        await run(env, "DELETE FROM doc WHERE id = 3")
+        await self.prepare(
+            env,
+            "DELETE FROM doc WHERE id = 1",
+            "INSERT INTO parent SELECT id, file FROM doc WHERE id = 2",
+            "INSERT INTO part VALUES (3, 1, {undone})",
+            level=level,
+            undone=undone,
+        )
+        try:
+            for statement in ("DELETE FROM doc WHERE id = 2", "INSERT INTO parent VALUES (3, {undone})"):
+                with pytest.raises(DBAPIError) as caught:
+                    await run(env, "SET LOCAL lock_timeout = '200ms'", statement, undone=undone)
+                assert code_of(caught.value) == "55P03"
+            await env.expire()
+            assert (await journal_of(env).recover()).claimed == 0
+        finally:
+            await self.end(env, how)
+        await run(env, "DELETE FROM doc WHERE id = 2")
+        await env.recover()
+        assert await env.objects() == (locations(copied, undone) if how == "COMMIT" else locations(gone))
+
+    @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+    @pytest.mark.parametrize("how", ["COMMIT", "ROLLBACK"])
+    async def test_by_a_session(self, env: OrmEnvironment, how: str, level: str) -> None:
+        if env.database.name != "psycopg":
+            pytest.skip("this driver has no two-phase transactions in SQLAlchemy")
+        await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with AsyncSession(env.engine, twophase=True) as session:
+            connection = await session.connection(execution_options={"isolation_level": level})
+            (await session.get_one(Doc, 1)).file = file("c")
+            await session.delete(await session.get_one(Doc, 2))
+            session.add(Doc(id=3, file=file("d")))
+            await session.flush()
+            await session.execute(text("INSERT INTO parent SELECT id, file FROM doc WHERE id = 3"))
+            await session.run_sync(Session.prepare)
+            await connection.invalidate()
+            with pytest.raises(Exception):  # noqa: B017, PT011  # whatever a program that dies would have come to
+                await session.commit()
+        async with env.engine.connect() as other:
+            [prepared] = (await other.execute(text("SELECT gid FROM pg_prepared_xacts"))).scalars()
+        try:
+            await env.expire()
+            assert (await journal_of(env).recover()).claimed == 0
+        finally:
+            async with env.engine.connect() as other:
+                await other.execution_options(isolation_level="AUTOCOMMIT")
+                await other.execute(text(f"{how} PREPARED '{prepared}'"))
+        await env.recover()
+        held = {key for _, key, _ in await env.references()}
+        assert held == ({1, 3} if how == "COMMIT" else {1, 2})
+
+
 class TestRetention:
     async def test_of_its_policy_or_the_longest(self, env: OrmEnvironment) -> None:
         refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in range(3)))
@@ -576,6 +708,73 @@ class TestChecks:
         finally:
             await env.sql("DROP TABLE part_3")
 
+    async def test_they_wait_for_older_workers(self, env: OrmEnvironment) -> None:
+        async def create() -> None:
+            async with env.engine.begin() as connection:
+                await connection.run_sync(Base.metadata.create_all)
+
+        await forget(env)
+        async with env.engine.begin() as connection:
+            await beat_without_version(connection, env)
+        await create()  # there is nothing to create
+        [problem] = await self.problems(env)
+        assert problem.startswith("a worker of an older version")
+        await env.sql("DROP TRIGGER granite_storage_delete ON doc")
+        with pytest.raises(ConfigurationError, match="a worker of an older version") as caught:
+            await create()
+        assert str(caught.value.docs).endswith("guarantees.html#rollout")
+        async with env.engine.connect() as connection:
+            made = "SELECT count(*) FROM pg_trigger WHERE tgname = 'granite_storage_delete' AND tgrelid = to_regclass('doc')"
+            assert await connection.scalar(text(made)) == 0
+        await forget(env)
+        await create()
+        assert await self.problems(env) == []
+
+    @pytest.mark.parametrize(
+        ("renamed", "back", "write", "relations", "gone"),
+        [
+            (
+                "doc RENAME file TO document",
+                "doc RENAME document TO file",
+                "DELETE FROM doc",
+                "doc",
+                "the column file of public.doc",
+            ),
+            (
+                "link RENAME TO links",
+                "links RENAME TO link",
+                COPIED.format("parent"),
+                "child, public.doc",
+                "the table public.link",
+            ),
+            (
+                "parent RENAME TO parents",
+                "parents RENAME TO parent",
+                COPIED.format("parents"),
+                "parents",
+                "the table public.parent",
+            ),
+        ],
+    )
+    async def test_what_is_renamed(
+        self, env: OrmEnvironment, renamed: str, back: str, write: str, relations: str, gone: str
+    ) -> None:
+        """The functions name it still: whoever writes the rows fails, so it is told in plain words."""
+        await stored(env, Doc(id=1, file=file("a")), Parent(id=1, file=file("b")))
+        await env.sql(f"ALTER TABLE {renamed}")
+        try:
+            [said] = [problem for problem in await self.problems(env) if gone in problem]
+            assert f"public.{relations}" in said.partition(" name ")[0]
+            assert "which is gone" in said
+            assert "create the triggers again" in said
+            assert CheckResult.BAD in await self.told_by_doctor(env)
+            with pytest.raises(DBAPIError) as caught:
+                await run(env, write)
+            assert code_of(caught.value) in ("42703", "42P01")
+        finally:
+            await env.sql(f"ALTER TABLE {back}")
+        assert await self.problems(env) == []
+
     async def test_they_are_dropped_with_their_tables(self, env: OrmEnvironment) -> None:
         metadata = MetaData(schema="apart")
         Table("thing", metadata, Column("id", Integer, primary_key=True), Column("file", AttachmentType("docs")))
@@ -599,10 +798,9 @@ class TestChecks:
         journal_tables(metadata)
         storage_triggers(metadata)
         storage_triggers(metadata)
-        engine = create_engine("sqlite://")
-        with pytest.raises(ConfigurationError, match="storage_triggers are for PostgreSQL, and this database is sqlite"):
+        engine = create_mock_engine("mssql+pyodbc://", lambda *_: None)
+        with pytest.raises(ConfigurationError, match="and this database is mssql"):
             metadata.create_all(engine)
-        engine.dispose()
 
     async def test_a_base_without_a_journal(self, env: OrmEnvironment) -> None:
         with pytest.raises(ConfigurationError, match="storage_triggers are declared for this base"):

@@ -86,3 +86,9 @@ async def test_a_callback_that_fails(env: OrmEnvironment, caplog: pytest.LogCapt
 async def test_what_is_no_callback(env: OrmEnvironment) -> None:
     with pytest.raises(ConfigurationError, match="on_work takes a function without arguments, not 'recover'"):
         journal_of(env).on_work("recover")  # type: ignore[arg-type]
+
+    async def wake() -> None:
+        raise AssertionError
+
+    with pytest.raises(ConfigurationError, match="which is async: nothing would await it"):
+        journal_of(env).on_work(wake)

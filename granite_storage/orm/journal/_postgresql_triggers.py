@@ -15,14 +15,19 @@ row is written, after all others of its kind, nominates first and guards then: s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 
-from granite_storage.orm.columns import fitting_name
+from sqlalchemy import Connection, bindparam, text
+
+from granite_storage.orm._interfaces import REFUSAL, JournalTables
+from granite_storage.orm._util import UNTRANSLATED
+from granite_storage.orm.columns import fitting_name, location_index_name
+from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, quoted, run
+from granite_storage.orm.journal.gone_columns import comment_of, find_gone_columns
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
 
-__all__ = ["CLAIMED", "TRIGGERS", "GuardedTable", "Holder", "TriggerSource", "quoted"]
+__all__ = ["CLAIMED", "TRIGGERS", "PostgreSQLSource", "PostgreSQLTriggers"]
 
 VERSION = 1
 """The version of the SQL; the arguments of the triggers begin with it."""
@@ -44,55 +49,8 @@ TRIGGERS = {
 """The triggers of each table by name, and the functions that they call."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Holder:
-    """A column whose rows may refer to objects; its table as it stands in the database."""
-
-    schema: str
-    table: str
-    column: str
-
-    @property
-    def qualified(self) -> str:
-        """The name of the table in SQL."""
-        return f"{quoted(self.schema)}.{quoted(self.table)}"
-
-
-@dataclass(frozen=True, slots=True)
-class GuardedTable:
-    """A table with attachment columns, as it stands in the database.
-
-    Attributes:
-        schema: Its schema.
-        name: Its name.
-        keys: The columns of its primary key.
-        columns: Its attachment columns.
-    """
-
-    schema: str
-    name: str
-    keys: tuple[str, ...]
-    columns: tuple[str, ...]
-
-    @property
-    def qualified(self) -> str:
-        """Its name in SQL."""
-        return f"{quoted(self.schema)}.{quoted(self.name)}"
-
-    def function(self, what: str) -> str:
-        """Return the name of one of its functions in SQL, without arguments."""
-        return f"{quoted(self.schema)}.{quoted(fitting_name(f'granite_storage_{what}_', self.name))}"
-
-    @property
-    def drop_functions(self) -> list[str]:
-        """The statements that drop its functions, and with them the triggers."""
-        functions = [f"{self.function(what)}()" for what in sorted(set(TRIGGERS.values()))]
-        functions.append(f"{self.function('guard')}(text, text, bigint)")
-        return [f"DROP FUNCTION IF EXISTS {function} CASCADE" for function in functions]
-
-
-class TriggerSource:
-    """The SQL of the triggers of one table.
+class PostgreSQLSource:
+    """The triggers of one table, and their SQL.
 
     Args:
         table: The table.
@@ -103,13 +61,60 @@ class TriggerSource:
 
     def __init__(self, table: GuardedTable, holders: Sequence[Holder], journal: str, names: tuple[str, str, str]) -> None:
         self.table = table
-        self.holders: list[Holder] = sorted(holders)
+        self.holders = holders
+        self._qualified = _qualified(table.schema, table.name)
         self._intent, self._reclaim, self._meta = (f"{quoted(journal)}.{quoted(name)}" for name in names)
+
+    def create(self, connection: Connection) -> None:
+        """Create what is missing, or is of another version or for other columns; and the indexes."""
+        for holder in _unindexed(connection, self.holders):
+            run(connection, _create_index(holder))
+        outdated = self._outdated(connection)
+        if not outdated:
+            return
+        for statement in self.functions:
+            run(connection, statement)
+        for relation, is_parent in outdated:
+            for statement in self.triggers(relation, is_parent=is_parent):
+                run(connection, statement)
+
+    def is_current(self, connection: Connection) -> bool:
+        """Return whether the table and its partitions have these very triggers."""
+        return not self._outdated(connection)
+
+    def find_problems(self, connection: Connection) -> list[str]:
+        """Return what is wrong with those that are there, relation by relation, and with the indexes."""
+        problems = find_gone_columns(connection, self.table.schema)
+        for relation, found in _read(connection, self._qualified).items():
+            problems += _describe(relation, found, self.digest)
+        return problems + [
+            f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in:"
+            " create_location_index(op, ...) in a migration makes one"
+            for holder in _unindexed(connection, self.holders)
+        ]
+
+    def _outdated(self, connection: Connection) -> list[tuple[str, bool]]:
+        """Return the relations whose triggers are not these, in SQL, the table first, and whether each is the table.
+
+        The trigger for each row is made on the table alone, so where that is outdated all of them are made.
+        """
+        found = _read(connection, self._qualified)
+        wrong = [
+            relation
+            for relation, triggers in found.items()
+            if triggers.keys() != TRIGGERS.keys() or any(made != self.digest for _, made in triggers.values())
+        ]
+        if self._qualified in wrong:
+            wrong = list(found)
+        return [(relation, relation == self._qualified) for relation in wrong]
+
+    def _function(self, what: str) -> str:
+        return _function(self.table.schema, self.table.name, what)
 
     @property
     def digest(self) -> str:
         """The version and a digest of all of it; the argument of each trigger, by which what is there is known."""
-        text = "\n".join((*self.functions, *self._triggers(self.table.qualified, "", is_parent=True)))
+        text = "\n".join((*self.functions, *self._triggers(self._qualified, "", is_parent=True)))
         return f"{VERSION}:{sha256(text.encode()).hexdigest()[:32]}"
 
     @property
@@ -122,7 +127,7 @@ class TriggerSource:
             "update": self._on_update(),
         }
         guard = f"""
-CREATE OR REPLACE FUNCTION {self.table.function("guard")}(wanted text, original text, before bigint) RETURNS void
+CREATE OR REPLACE FUNCTION {self._function("guard")}(wanted text, original text, before bigint) RETURNS void
 LANGUAGE plpgsql AS $granite$
 {self._guard()}
 $granite$"""
@@ -132,14 +137,20 @@ $granite$"""
             [guard]
             + [
                 f"""
-CREATE OR REPLACE FUNCTION {self.table.function(what)}() RETURNS trigger
+CREATE OR REPLACE FUNCTION {self._function(what)}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{"" if what == "update" else " SET jit = off"} AS $granite$
 {body}
 $granite$"""
                 for what, body in bodies.items()
             ]
-            + [f"REVOKE EXECUTE ON FUNCTION {self.table.function(what)}() FROM PUBLIC" for what in bodies]
+            + [f"REVOKE EXECUTE ON FUNCTION {self._function(what)}() FROM PUBLIC" for what in bodies]
+            + [f"COMMENT ON FUNCTION {self._function('delete')}() IS {literal(comment_of(self._named))}"]
         )
+
+    @property
+    def _named(self) -> list[tuple[str, str, str]]:
+        own = [(self.table.schema, self.table.name, name) for name in (*self.table.keys, *self.table.columns)]
+        return own + [(holder.schema, holder.table, holder.column) for holder in self.holders]
 
     def triggers(self, relation: str, *, is_parent: bool) -> list[str]:
         """Return the statements that create the triggers of a relation, or replace them.
@@ -152,7 +163,7 @@ $granite$"""
 
     def _triggers(self, relation: str, digest: str, *, is_parent: bool) -> list[str]:
         def trigger(name: str, moment: str, how: str = "FOR EACH STATEMENT") -> list[str]:
-            function = f"{self.table.function(TRIGGERS[name])}({_literal(digest)})"
+            function = f"{self._function(TRIGGERS[name])}({literal(digest)})"
             made = f"CREATE TRIGGER {name} {moment} ON {relation} {how} EXECUTE FUNCTION {function}"
             return [f"DROP TRIGGER IF EXISTS {name} ON {relation}", made]
 
@@ -189,7 +200,7 @@ $granite$"""
     def _intents_of(self, held: str) -> str:
         """Return the INSERT of the intents to delete objects, those of one transaction in the order of their ids."""
         return f"""INSERT INTO {self._intent} AS i (id, kind, backend, location, source, due)
-  SELECT DISTINCT ON (1) {_id_of("h.digest")} AS id, {_literal(DELETE)}, h.backend, h.location, h.source,
+  SELECT DISTINCT ON (1) {_id_of("h.digest")} AS id, {literal(DELETE)}, h.backend, h.location, h.source,
     clock_timestamp() + make_interval(secs => {self._retention("m.value")}) AS due
   FROM (
     SELECT n.*, sha256(convert_to(n.backend || E'\\n' || n.location, 'UTF8')) AS digest
@@ -203,7 +214,7 @@ $granite$"""
 
     def _retention(self, own: str) -> str:
         """Return the seconds that an object waits: those of its policy, or the most of any where that is unknown."""
-        longest = f"SELECT max(CAST(a.value AS float8)) FROM {self._meta} a WHERE a.name LIKE {_literal(RETENTION_PREFIX + '%')}"
+        longest = f"SELECT max(CAST(a.value AS float8)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
         return f"coalesce(CAST({own} AS float8), ({longest}), 0)"
 
     def _on_delete(self) -> str:
@@ -213,7 +224,7 @@ $granite$"""
         # The partition that the statement is about, which is not always the whole table.
         statement = self._nominated("@relation@").replace("$granite$", "")
         return f"""BEGIN
-  EXECUTE replace({_literal(statement)}, '@relation@', CAST(CAST(TG_RELID AS regclass) AS text));
+  EXECUTE replace({literal(statement)}, '@relation@', CAST(CAST(TG_RELID AS regclass) AS text));
   RETURN NULL;
 END"""
 
@@ -229,7 +240,7 @@ END"""
         PERFORM set_config('{_RETENTION}', CAST(jsonb_build_object(policy, seconds) AS text), true);
       END IF;
       INSERT INTO {self._intent} AS i (id, kind, backend, location, source, due)
-      VALUES ({_id_of("digest")}, {_literal(DELETE)}, {old} ->> 'backend', {old} ->> 'location', NULL,
+      VALUES ({_id_of("digest")}, {literal(DELETE)}, {old} ->> 'backend', {old} ->> 'location', NULL,
         clock_timestamp() + make_interval(secs => seconds))
       ON CONFLICT (id) DO UPDATE SET due = greatest(i.due, excluded.due)"""
             nominate.append(f"""
@@ -247,10 +258,10 @@ END"""
             guard.append(f"""
   IF {old} IS DISTINCT FROM {new} THEN
     IF {old} ->> 'location' IS DISTINCT FROM {new} ->> 'location' AND {new} ->> 'location' IS NOT NULL THEN
-      PERFORM {self.table.function("guard")}({new} ->> 'location', NULL, before);
+      PERFORM {self._function("guard")}({new} ->> 'location', NULL, before);
     END IF;
     IF {new} -> 'variants' IS NOT NULL THEN
-      PERFORM {self.table.function("guard")}(n.location, {new} ->> 'location', before) FROM (
+      PERFORM {self._function("guard")}(n.location, {new} ->> 'location', before) FROM (
         {_gained_variants(old, new)}
       ) n;
     END IF;
@@ -296,14 +307,14 @@ BEGIN
   END IF;
   PERFORM set_config('{_INSERTING}', CAST({_counted("1")} - 1 AS text), true);
   SELECT array_agg(s.location), array_agg(coalesce(s.source, '')) INTO locations, sources FROM (
-    SELECT i.location, i.source FROM {self._intent} i WHERE i.kind <> {_literal(STAGING)} AND i.location IN (
+    SELECT i.location, i.source FROM {self._intent} i WHERE i.kind <> {literal(STAGING)} AND i.location IN (
       SELECT w.location FROM (
     {brought}
       ) w
     ) ORDER BY i.id FOR UPDATE
   ) s;
   IF {_counted("0")} = 0 THEN
-    before := coalesce((SELECT min({_command("t")}) FROM {self.table.qualified} t JOIN changed n ON {same_row}), 0);
+    before := coalesce((SELECT min({_command("t")}) FROM {self._qualified} t JOIN changed n ON {same_row}), 0);
   END IF;
   FOR missing IN SELECT DISTINCT w.location, w.source FROM (
     {brought}
@@ -313,7 +324,7 @@ BEGIN
     ) l ON l.location = w.location
     WHERE w.location IS NOT NULL AND (coalesce(w.source, '') = l.first AND l.first = l.last) IS NOT TRUE
   LOOP
-    PERFORM {self.table.function("guard")}(missing.location, missing.source, before);
+    PERFORM {self._function("guard")}(missing.location, missing.source, before);
   END LOOP;
   SELECT w.location INTO gone FROM (
     {brought}
@@ -349,7 +360,7 @@ BEGIN
     RETURN;
   END IF;
   SELECT count(*) > 0, coalesce(bool_and(s.source IS NOT DISTINCT FROM original), true) INTO is_known, is_same FROM (
-    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND i.kind <> {_literal(STAGING)} ORDER BY i.id FOR UPDATE
+    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND i.kind <> {literal(STAGING)} ORDER BY i.id FOR UPDATE
   ) s;
   IF original IS NULL THEN{"".join(by_location)}
   ELSE{"".join(by_original)}
@@ -362,24 +373,15 @@ END"""
     def _lock_holder(self, holder: Holder, is_holder: str) -> str:
         return f"""
     IF NOT is_known THEN
-      PERFORM FROM {holder.qualified} t WHERE {is_holder}
+      PERFORM FROM {_qualified(holder.schema, holder.table)} t WHERE {is_holder}
         AND (before IS NULL OR NOT ({_command("t")} >= before AND {_is_own("t")})) LIMIT 1 FOR SHARE;
       is_known := FOUND;
     END IF;"""
 
     def _refusal(self, location: str) -> str:
         return f"""RAISE EXCEPTION USING ERRCODE = 'foreign_key_violation',
-      MESSAGE = format('granite_storage: the object %L is gone or going', {location}),
+      MESSAGE = format({literal("%L".join(REFUSAL))}, {location}),
       HINT = 'Only what another row holds, or what waits to be deleted, can be written; journal.adopt() lets other refs in.';"""
-
-
-def quoted(name: str) -> str:
-    """Quote an identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _id_of(digest: str) -> str:
@@ -389,7 +391,7 @@ def _id_of(digest: str) -> str:
 
 
 def _meta_name(policy: str) -> str:
-    return f"left({_literal(RETENTION_PREFIX)} || ({policy}), {LONGEST_META_NAME})"
+    return f"left({literal(RETENTION_PREFIX)} || ({policy}), {LONGEST_META_NAME})"
 
 
 def _counted(without: str) -> str:
@@ -432,3 +434,112 @@ def _gained_variants(old: str, new: str) -> str:
 def _is_not_in(one: str, other: str) -> str:
     return f"""({one} ->> 'location' IS DISTINCT FROM {other} ->> 'location' OR NOT EXISTS (
       SELECT FROM jsonb_path_query({other}, '$.variants.*') AS k(value) WHERE k.value ->> 'location' = v.value ->> 'location'))"""
+
+
+class PostgreSQLTriggers:
+    """The triggers of PostgreSQL."""
+
+    def source(
+        self,
+        connection: Connection,
+        table: GuardedTable,
+        holders: Sequence[Holder],
+        journal: JournalTables,
+        schema: str,
+    ) -> PostgreSQLSource:
+        """Return the triggers of a table."""
+        return PostgreSQLSource(table, holders, schema, (journal.intent.name, journal.reclaim.name, journal.meta.name))
+
+    def drop(self, connection: Connection, schema: str, table: str) -> None:
+        """Drop the functions of a table, and with them the triggers."""
+        functions = [f"{_function(schema, table, what)}()" for what in sorted(set(TRIGGERS.values()))]
+        functions.append(f"{_function(schema, table, 'guard')}(text, text, bigint)")
+        for function in functions:
+            run(connection, f"DROP FUNCTION IF EXISTS {function} CASCADE")
+
+    def has_some(self, connection: Connection, schema: str, table: str) -> bool:
+        """Return whether a table has any of these triggers."""
+        return any(_read(connection, _qualified(schema, table)).values())
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return nothing: functions name tables that need not be there."""
+        return []
+
+
+def _qualified(schema: str, name: str) -> str:
+    return f"{quoted(schema)}.{quoted(name)}"
+
+
+def _function(schema: str, table: str, what: str) -> str:
+    """Return the name of one of the functions of a table in SQL, without arguments."""
+    return _qualified(schema, fitting_name(f"granite_storage_{what}_", table))
+
+
+# What is there, by the catalogue.
+
+
+def _describe(relation: str, found: dict[str, tuple[str, str]], digest: str) -> list[str]:
+    missing = sorted(TRIGGERS.keys() - found.keys())
+    disabled = sorted(name for name, (state, _) in found.items() if state != "O")
+    outdated = sorted(name for name, (_, made) in found.items() if made != digest)
+    return [
+        *([f"{relation} lacks the triggers {', '.join(missing)}: {CREATE_AGAIN}"] if missing else ()),
+        *(
+            [f"the triggers {', '.join(outdated)} of {relation} are of another version or for other columns: {CREATE_AGAIN}"]
+            if outdated
+            else ()
+        ),
+        *([f"the triggers {', '.join(disabled)} of {relation} do not fire: ALTER TABLE ... ENABLE TRIGGER"] if disabled else ()),
+    ]
+
+
+_TRIGGERS = text("""
+    SELECT n.nspname, c.relname, t.tgname, t.tgenabled, encode(t.tgargs, 'escape')
+    FROM (
+        SELECT to_regclass(:name) AS relid, 0 AS level
+        UNION SELECT relid, level FROM pg_partition_tree(to_regclass(:name)) WHERE level > 0
+    ) r
+    JOIN pg_class c ON c.oid = r.relid AND c.relkind <> 'f'
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname IN :triggers
+    ORDER BY r.level, n.nspname, c.relname
+""").bindparams(bindparam("triggers", value=list(TRIGGERS), expanding=True))
+
+_INDEXED = text("""
+    SELECT EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = to_regclass(:name) AND indisvalid AND indpred IS NULL
+            AND trim(pg_get_indexdef(indexrelid, 1, false), '()') = quote_ident(:column) || ' ->> ''location''::text'
+    )
+""")
+
+
+def _read(connection: Connection, qualified: str) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return the triggers of a table and of its partitions, by their names in SQL: whether they fire, and their argument."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    rows = connection.execute(_TRIGGERS, {"name": qualified}, execution_options=UNTRANSLATED)
+    for schema, name, trigger, state, argument in rows:
+        triggers = found.setdefault(f"{quoted(schema)}.{quoted(name)}", {})
+        if trigger is not None:
+            triggers[trigger] = (_text(state), argument.removesuffix("\\000"))
+    return found
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value  # drivers differ in the type "char"
+
+
+def _unindexed(connection: Connection, holders: Iterable[Holder]) -> list[Holder]:
+    return [
+        holder
+        for holder in holders
+        if not connection.execute(
+            _INDEXED, {"name": _qualified(holder.schema, holder.table), "column": holder.column}, execution_options=UNTRANSLATED
+        ).scalar_one()
+    ]
+
+
+def _create_index(holder: Holder) -> str:
+    name = quoted(location_index_name(holder.table, holder.column))
+    table = _qualified(holder.schema, holder.table)
+    return f"CREATE INDEX IF NOT EXISTS {name} ON {table} (({quoted(holder.column)} ->> 'location'))"

@@ -1,0 +1,761 @@
+"""The triggers of MariaDB that keep the journal's promise for every writer, as SQL.
+
+They nominate what leaves rows, as intents to delete, and guard what comes in. MariaDB has triggers for each row only. They run
+after the row is written, before any other trigger of their kind: so they see what triggers of the application have made of it,
+and those cannot copy a ref that was not guarded yet. Each row is guarded at once, so the earlier rows of a statement are evidence
+for the later ones, and rows may swap their files.
+
+Evidence for a location is another row that holds it, or a pending delete of it. Two kinds of reads are needed for it. A locking
+read sees the newest state, but at REPEATABLE READ it also locks the gap beside a row that is not there, which keeps the new
+intents of everybody waiting. A plain read locks nothing, but sees the snapshot. So what is sought is found by a plain read, and
+then locked and looked at once more by its primary key.
+
+Why it is safe. A worker looks for rows in one snapshot after it has fenced an object, and deletes it if there are none.
+
+- A row that is locked and holds the location now has held it since before the fence, if there is one: to take it later it would
+  have needed evidence itself. And it holds the location until this transaction ends. So the worker sees it.
+- A pending delete that is locked cannot be fenced until this transaction ends, nor can the other intents of the location, which
+  are locked as well. That none is fenced already is seen afterwards, by a locking read. The intent of an upload alone is no
+  evidence: with another row that holds the object, and is deleted meanwhile, there would be an intent that nobody has locked.
+
+Deletes that cascade fire no triggers. So each table from which a cascade leads to files has a trigger that reads the rows below,
+before the row is deleted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import TypeAlias
+
+from sqlalchemy import Connection, bindparam, text
+
+from granite_storage._documentation import Page
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._interfaces import REFUSAL, JournalTables
+from granite_storage.orm._util import UNTRANSLATED
+from granite_storage.orm.columns import (
+    INDEXED_LOCATION,
+    LONGEST_LOCATION,
+    fitting_name,
+    generated_location,
+    location_column_name,
+    location_index_name,
+)
+from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, run
+from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
+
+__all__ = ["MariaDBSource", "MariaDBTriggers"]
+
+VERSION = 1
+"""The version of the SQL; each trigger has it, with a digest of the rest."""
+
+_PREFIX = "granite_storage_"
+_SHOWN = 100
+"""How much of a location an error shows."""
+
+Place: TypeAlias = tuple[str, str]
+"""A schema and a table."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """A column, its type, and the character set and collation of its texts."""
+
+    name: str
+    column_type: str
+    charset: str | None
+    collation: str | None
+
+    @property
+    def type(self) -> str:
+        """The type of a variable with its values."""
+        return self.column_type if self.charset is None else f"{self.column_type} {self.as_text}"
+
+    @property
+    def as_text(self) -> str:
+        """The character set and collation in SQL."""
+        return f"CHARACTER SET {self.charset} COLLATE {self.collation}"
+
+    def like(self, expression: str) -> str:
+        """Return an expression that compares with the column by the column's own index."""
+        return expression if self.charset is None else f"CONVERT({expression} USING {self.charset}) COLLATE {self.collation}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Cascade:
+    """A foreign key by which deleting rows of `parent` deletes rows of `child`."""
+
+    child: Place
+    parent: Place
+    links: tuple[tuple[str, str], ...]
+    """The columns of the child, each with that of the parent which it refers to."""
+
+
+Path: TypeAlias = tuple[_Cascade, ...]
+"""A way by which deletes cascade, from the topmost table down."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the triggers of a table depend on in the catalogue.
+
+    Attributes:
+        id: The column of the intents' ids.
+        name: That of the names in `granite_storage_meta`.
+        keys: The primary keys of the tables that hold refs.
+        paths: The ways by which deletes cascade to the table, each from an ancestor down to it.
+        own: The foreign keys by which a table on such a way deletes its own rows.
+    """
+
+    id: _Typed
+    name: _Typed
+    keys: Mapping[Place, Sequence[_Typed]]
+    paths: Sequence[Path]
+    own: Mapping[Place, Sequence[_Cascade]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A trigger that should be there.
+
+    Attributes:
+        name: Its name, in the schema of its table.
+        place: The table that it is on.
+        moment: When it fires.
+        body: Its body.
+        is_first: Whether it must fire before all others of its kind.
+    """
+
+    name: str
+    place: Place
+    moment: tuple[str, str]
+    body: str
+    is_first: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A trigger of the library's that is there."""
+
+    schema: str
+    name: str
+    made: str
+    order: int
+
+
+class MariaDBTriggers:
+    """Triggers on MariaDB; see `TriggerDialect`."""
+
+    def source(
+        self, connection: Connection, table: GuardedTable, holders: Sequence[Holder], journal: JournalTables, schema: str
+    ) -> MariaDBSource:
+        """Return the triggers of a table.
+
+        Raises:
+            ConfigurationError: It is MySQL, a table that holds refs has no primary key, or cascades lead in a circle.
+        """
+        _require_mariadb(connection)
+        place = (table.schema, table.name)
+        paths, own = _find_cascades(connection, place)
+        facts = _Facts(
+            id=_type_of(connection, (schema, journal.intent.name), journal.intent.c.id.name),
+            name=_type_of(connection, (schema, journal.meta.name), journal.meta.c.name.name),
+            keys={found: _primary_key(connection, found) for found in {place, *((item.schema, item.table) for item in holders)}},
+            paths=paths,
+            own=own,
+        )
+        names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
+        return MariaDBSource(table, holders, schema, names, facts)
+
+    def drop(self, connection: Connection, schema: str, table: str) -> None:
+        """Drop the triggers of a table, and those of its ancestors that read it, and the indexes that no trigger uses now."""
+        for found in _read(connection, (schema, table)):
+            run(connection, f"DROP TRIGGER IF EXISTS {_qualified((found.schema, found.name))}")
+        _drop_unused_indexes(connection, schema)
+
+    def has_some(self, connection: Connection, schema: str, table: str) -> bool:
+        """Return whether a table has any of these triggers, on it or on its ancestors."""
+        return bool(_read(connection, (schema, table)))
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return nothing: triggers name tables that need not be there."""
+        return []
+
+
+class MariaDBSource:
+    """The triggers of one table, on it and on its ancestors, and their SQL.
+
+    Args:
+        table: The table.
+        holders: Every column whose rows are evidence for a location.
+        journal: The schema of the journal's tables.
+        names: The names of the tables of intents, of fences, and `granite_storage_meta`.
+        facts: What the catalogue says.
+    """
+
+    def __init__(
+        self, table: GuardedTable, holders: Sequence[Holder], journal: str, names: tuple[str, str, str], facts: _Facts
+    ) -> None:
+        self.table = table
+        self.holders = holders
+        self._place = (table.schema, table.name)
+        self._facts = facts
+        self._intent, self._reclaim, self._meta = (_qualified((journal, name)) for name in names)
+
+    def create(self, connection: Connection) -> None:
+        """Create what is missing, or is of another version or for other columns; and the indexes.
+
+        What guards comes first: meanwhile a delete that is not recorded leaves an orphan, and what is not guarded might dangle.
+        """
+        for holder in self.holders:
+            _create_index(connection, holder)
+        found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
+        wanted = self._wanted
+        with _sql_mode(connection):
+            for item in wanted:
+                known = found.pop((item.place[0], item.name), None)
+                if known is None or not self._is_right(known, item):
+                    self._create(connection, item)
+            for schema, name in found:  # of cascades that are there no more
+                run(connection, f"DROP TRIGGER IF EXISTS {_qualified((schema, name))}")
+
+    def is_current(self, connection: Connection) -> bool:
+        """Return whether the table and its ancestors have these very triggers."""
+        found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
+        wanted = {(item.place[0], item.name): item for item in self._wanted}
+        return found.keys() == wanted.keys() and all(self._is_right(found[key], item) for key, item in wanted.items())
+
+    def find_problems(self, connection: Connection) -> list[str]:
+        """Return what is wrong with those that are there, and with the indexes."""
+        found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
+        problems: list[str] = []
+        for item in self._wanted:
+            known, where = found.get((item.place[0], item.name)), ".".join(item.place)
+            if known is None:
+                problems.append(
+                    f"{where} lacks the trigger {item.name}, or this role lacks the privilege TRIGGER, without which MariaDB"
+                    f" shows none: {CREATE_AGAIN}"
+                )
+            elif known.made != self.digest:
+                problems.append(f"the trigger {item.name} of {where} is of another version or for other columns: {CREATE_AGAIN}")
+            elif not self._is_right(known, item):
+                problems.append(
+                    f"the trigger {item.name} of {where} does not fire before all others of its kind, whose work it would not"
+                    f" guard: {CREATE_AGAIN}"
+                )
+        return problems + [
+            f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in,"
+            " or one over a virtual column, with which MariaDB can crash: create_location_index(op, ...) in a migration makes one"
+            for holder in self.holders
+            if not _has_index(connection, holder)
+        ]
+
+    def _is_right(self, found: _Found, wanted: _Wanted) -> bool:
+        return found.made == self.digest and (found.order == 1 or not wanted.is_first)
+
+    def _create(self, connection: Connection, wanted: _Wanted) -> None:
+        others = [name for name in _others(connection, wanted) if name != wanted.name] if wanted.is_first else []
+        first = f"PRECEDES {_quoted(others[0])} " if others else ""
+        run(
+            connection,
+            f"CREATE OR REPLACE TRIGGER {_qualified((wanted.place[0], wanted.name))} {' '.join(wanted.moment)}"
+            f" ON {_qualified(wanted.place)} FOR EACH ROW {first}{self._with_digest(wanted.body, self.digest)}",
+        )
+
+    @property
+    def digest(self) -> str:
+        """The version and a digest of all of it, by which what is there is known."""
+        parts = "\n".join(f"{item.name} {item.place} {item.moment} {item.body}" for item in self._wanted)
+        return f"{VERSION}:{sha256(parts.encode()).hexdigest()[:32]}"
+
+    def _with_digest(self, body: str, digest: str) -> str:
+        """Return a body with what it is known by; not in a comment, which clients leave out when they restore a dump."""
+        return f"BEGIN\n  DECLARE g_made_of TEXT DEFAULT {literal(f'{digest} {_label(self._place)}')};\n{body}\nEND"
+
+    @property
+    def _ancestors(self) -> list[Place]:
+        return [path[0].parent for path in self._facts.paths]
+
+    @property
+    def _wanted(self) -> list[_Wanted]:
+        """Every trigger, the guards first."""
+        name = self.table.name
+        wanted = [
+            _Wanted(fitting_name(f"{_PREFIX}insert_", name), self._place, ("AFTER", "INSERT"), self._on_insert()),
+            _Wanted(fitting_name(f"{_PREFIX}update_", name), self._place, ("AFTER", "UPDATE"), self._on_update()),
+            _Wanted(fitting_name(f"{_PREFIX}delete_", name), self._place, ("AFTER", "DELETE"), self._on_delete()),
+        ]
+        by_ancestor: dict[Place, list[Path]] = {}
+        for path in self._facts.paths:
+            by_ancestor.setdefault(path[0].parent, []).append(path)
+        for ancestor, paths in by_ancestor.items():
+            named = fitting_name(f"{_PREFIX}cascade_", f"{ancestor[1]}_{name}")
+            body = "\n".join([_VARIABLES, *(self._nominate_below(path) for path in paths)])
+            wanted.append(_Wanted(named, ancestor, ("BEFORE", "DELETE"), body, is_first=False))
+        return wanted
+
+    # Nominating.
+
+    def _on_delete(self) -> str:
+        return f"""{_VARIABLES}
+{_each(self._values_of("OLD"), (), self._nominate)}"""
+
+    def _on_update(self) -> str:
+        unchanged = " AND ".join(f"OLD.{_quoted(name)} <=> NEW.{_quoted(name)}" for name in self.table.columns)
+        old, new = self._values_of("OLD"), self._values_of("NEW")
+
+        def nominate(is_variant: bool) -> str:
+            return self._nominate(is_variant, f"NOT {_holds('g_other', is_variant)}")
+
+        return f"""  IF NOT ({unchanged}) THEN
+  BEGIN
+{_VARIABLES}
+{self._key_variables()}
+{_each(old, new, nominate)}
+{_each(new, old, partial(self._guard, is_update=True))}
+  END;
+  END IF;"""
+
+    def _values_of(self, row: str) -> list[str]:
+        return [f"{row}.{_quoted(name)}" for name in self.table.columns]
+
+    def _nominate(self, is_variant: bool, condition: str = "1 = 1") -> str:
+        """Return what records that an object is to be deleted.
+
+        How long it waits is read without a lock, and once for many rows: variables of the connection have the answer for the
+        moment when the statement began.
+        """
+        longest = f"SELECT MAX(CAST(a.value AS DOUBLE)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
+        name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, g_policy), {LONGEST_META_NAME})"
+        own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {self._facts.name.like(name)}"
+        variant = "SUBSTR('89ab', (CONV(SUBSTR(g_digest, 17, 1), 16, 10) & 3) + 1, 1)"  # see `derived_id`
+        derived = f"CONCAT(LEFT(g_digest, 12), '5', SUBSTR(g_digest, 14, 3), {variant}, SUBSTR(g_digest, 18, 15))"
+        return f"""IF g_backend IS NOT NULL AND g_location IS NOT NULL AND {condition} THEN
+          SET g_asked = CONCAT_WS(' ', UTC_TIMESTAMP(6), g_policy);
+          IF NOT BINARY @granite_storage_asked <=> BINARY g_asked THEN
+            SELECT COALESCE(({own}), ({longest}), 0) INTO g_seconds;
+            SET @granite_storage_seconds = g_seconds, @granite_storage_asked = g_asked;
+          END IF;
+          SET g_digest = SHA2(CONCAT(g_backend, CHAR(10 USING utf8mb4), g_location), 256);
+          INSERT INTO {self._intent} (id, kind, backend, location, source, due)
+            VALUES ({derived}, {literal(DELETE)}, g_backend, g_location, {"g_original" if is_variant else "NULL"},
+              TIMESTAMPADD(MICROSECOND, 1000000 * @granite_storage_seconds, UTC_TIMESTAMP(6)))
+            ON DUPLICATE KEY UPDATE due = GREATEST(due, VALUES(due));
+        END IF;"""
+
+    def _nominate_below(self, path: Path) -> str:
+        """Return what nominates the files of the rows that a delete reaches by one way of cascades."""
+        below = _Below(self._facts, path)
+        values = [f"g_value_{number}" for number in range(len(self.table.columns))]
+        declared = "\n".join(f"    DECLARE {value} LONGTEXT {_TEXT};" for value in values)
+        return f"""  BEGIN
+{declared}
+    DECLARE g_rows CURSOR FOR {below.select([f"t.{_quoted(name)}" for name in self.table.columns])};
+    DECLARE CONTINUE HANDLER FOR NOT FOUND SET g_end = 1;
+    SET g_end = 0;
+    OPEN g_rows;
+    g_below: LOOP
+      FETCH g_rows INTO {", ".join(values)};
+      IF g_end THEN
+        LEAVE g_below;
+      END IF;
+{_each(values, (), self._nominate)}
+    END LOOP;
+    CLOSE g_rows;
+  END;"""
+
+    # Guarding.
+
+    def _on_insert(self) -> str:
+        return f"""{_VARIABLES}
+{self._key_variables()}
+{_each(self._values_of("NEW"), (), partial(self._guard, is_update=False))}"""
+
+    def _key_variables(self) -> str:
+        """Declare the variables with the primary keys of the rows that are looked at, and with the id of an intent."""
+        declared = [f"  DECLARE g_intent {self._facts.id.type};"]
+        for number, holder in enumerate(self.holders):
+            declared += [
+                f"  DECLARE g_key_{number}_{position} {key.type};"
+                for position, key in enumerate(self._facts.keys[holder.schema, holder.table])
+            ]
+        return "\n".join(declared)
+
+    def _guard(self, is_variant: bool, *, is_update: bool) -> str:
+        """Return what locks the evidence for a location that has come into the row, or refuses it.
+
+        A row is no evidence for what it has brought in itself; an update may give a column what another one had before.
+        """
+        is_known = "COALESCE(LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4)"
+        is_known += " COLLATE utf8mb4_bin), 0) > 0"
+        is_new = "1 = 1"
+        if is_update:
+            is_new = f"NOT {_holds('g_other', is_variant)}"
+            for holder in self.holders:
+                if (holder.schema, holder.table) == self._place:
+                    is_known += f" OR {_holds(f'OLD.{_quoted(holder.column)}', is_variant)}"
+        looks = "".join(self._look_at(number, holder, is_variant) for number, holder in enumerate(self.holders))
+        return f"""IF g_location IS NOT NULL AND {is_new} THEN
+          SET g_known = {is_known};
+          IF NOT g_known THEN
+            BEGIN
+              DECLARE CONTINUE HANDLER FOR NOT FOUND BEGIN END;{looks}
+            END;
+          END IF;
+          IF NOT g_known THEN
+{self._lock_intents("g_original" if is_variant else "NULL")}
+          END IF;
+          IF NOT g_known THEN
+            SET g_location = CONCAT({literal(REFUSAL[0])}, QUOTE(LEFT(g_location, {_SHOWN})), {literal(REFUSAL[1])});
+            SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 1452, MESSAGE_TEXT = g_location;
+          END IF;
+        END IF;"""
+
+    def _look_at(self, number: int, holder: Holder, is_variant: bool) -> str:
+        """Return what finds a row of a column that holds the location, or as a variant of the same original, and locks it."""
+        place = (holder.schema, holder.table)
+        names = [key.name for key in self._facts.keys[place]]
+        variables = [f"g_key_{number}_{position}" for position in range(len(names))]
+        keys = ", ".join(f"t.{_quoted(name)}" for name in names)
+        is_found = " AND ".join(f"t.{_quoted(name)} = {variable}" for name, variable in zip(names, variables, strict=True))
+        is_own = " AND ".join(f"t.{_quoted(name)} = NEW.{_quoted(name)}" for name in names)
+        another = f" AND NOT ({is_own})" if place == self._place else ""
+        holds = _holds(f"t.{_quoted(holder.column)}", is_variant)
+        indexed = f"t.{_quoted(location_column_name(holder.column))} = {'g_original' if is_variant else 'g_location'}"
+        return f"""
+              IF NOT g_known THEN
+                SET g_pending = 0;
+                SELECT 1, {keys} INTO g_pending, {", ".join(variables)} FROM {_qualified(place)} t
+                  WHERE {indexed} AND {holds}{another} LIMIT 1;
+                IF g_pending THEN
+                  SELECT COUNT(*) INTO g_known FROM {_qualified(place)} t WHERE {is_found} AND {holds} LOCK IN SHARE MODE;
+                END IF;
+              END IF;"""
+
+    def _lock_intents(self, source: str) -> str:
+        """Return what locks every pending intent of a location, and sees afterwards that it is not fenced.
+
+        An intent of it as a variant of another original, or as no variant, is no evidence: its worker would not look for the
+        object where it is now.
+        """
+        return f"""            BEGIN
+              DECLARE g_waiting CURSOR FOR
+                SELECT i.id FROM {self._intent} i WHERE i.location = g_location AND i.kind <> {literal(STAGING)} ORDER BY i.id;
+              DECLARE CONTINUE HANDLER FOR NOT FOUND SET g_end = 1;
+              SET g_end = 0;
+              OPEN g_waiting;
+              g_each: LOOP
+                FETCH g_waiting INTO g_intent;
+                IF g_end THEN
+                  LEAVE g_each;
+                END IF;
+                SET g_pending = 0;
+                SELECT COALESCE(SUM(IF(NOT i.source <=> {source}, -1, i.kind = {literal(DELETE)})), 0) INTO g_pending
+                  FROM {self._intent} i WHERE i.id = g_intent FOR UPDATE;
+                SET g_known = IF(g_pending < 0 OR g_known < 0, -1, g_known + g_pending);
+              END LOOP;
+              CLOSE g_waiting;
+              SET g_known = g_known > 0;
+              IF g_known THEN
+                SELECT COUNT(*) = 0 INTO g_known FROM {self._reclaim} r WHERE r.location = g_location LOCK IN SHARE MODE;
+              END IF;
+            END;"""
+
+
+_TEXT = "CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+_VARIABLES = f"""  DECLARE g_value, g_other, g_variants, g_backend, g_location, g_original, g_policy LONGTEXT {_TEXT};
+  DECLARE g_digest CHAR(64);
+  DECLARE g_asked VARCHAR(512) {_TEXT};
+  DECLARE g_seconds DOUBLE;
+  DECLARE g_column, g_count, g_number, g_known, g_pending, g_end INT DEFAULT 0;"""
+
+
+def _each(values: Sequence[str], others: Sequence[str], action: Callable[[bool], str]) -> str:
+    """Return a loop over the objects of a row, with their variants.
+
+    Args:
+        values: The refs in SQL.
+        others: What else each is compared with, which is then in `g_other`: an equal value is left out.
+        action: What to do with an object or, if its argument is true, with a variant of `g_original`: `g_backend`, `g_location`,
+            `g_policy`.
+    """
+
+    def chosen(among: Sequence[str]) -> str:
+        cases = " ".join(f"WHEN {number} THEN {value}" for number, value in enumerate(among))
+        return f"CASE g_column {cases} END" if len(among) > 1 else among[0]
+
+    other = f", g_other = {chosen(others)}" if others else ""
+    is_new = " AND NOT g_value <=> g_other" if others else ""
+    return f"""  SET g_column = 0;
+  WHILE g_column < {len(values)} DO
+    SET g_value = {chosen(values)}{other};
+    SET g_column = g_column + 1;
+    IF g_value IS NOT NULL{is_new} THEN
+      SET g_policy = JSON_VALUE(g_value, '$.storage_key');
+      SET g_backend = JSON_VALUE(g_value, '$.backend'), g_location = JSON_VALUE(g_value, '$.location');
+        {action(False)}
+      SET g_count = COALESCE(JSON_LENGTH(g_value, '$.variants'), 0), g_number = 0;
+      IF g_count > 0 THEN
+        SET g_original = JSON_VALUE(g_value, '$.location'), g_variants = JSON_EXTRACT(g_value, '$.variants.*');
+      END IF;
+      WHILE g_number < g_count DO
+        SET g_backend = JSON_VALUE(g_variants, CONCAT('$[', g_number, '].backend'));
+        SET g_location = JSON_VALUE(g_variants, CONCAT('$[', g_number, '].location'));
+        SET g_number = g_number + 1;
+        {action(True)}
+      END WHILE;
+    END IF;
+  END WHILE;"""
+
+
+def _holds(value: str, is_variant: bool) -> str:
+    """Return whether a ref in SQL leads to `g_location`, or has it as a variant of `g_original`; never NULL."""
+    if not is_variant:
+        return f"JSON_VALUE({value}, '$.location') <=> g_location"
+    listed = f"'$.variants.*' COLUMNS (g_path VARCHAR({LONGEST_LOCATION}) {_TEXT} PATH '$.location')"
+    variant = f"SELECT 1 FROM JSON_TABLE({value}, {listed}) v WHERE v.g_path = g_location"
+    return f"(JSON_VALUE({value}, '$.location') <=> g_original AND EXISTS ({variant}))"
+
+
+class _Below:
+    """The rows of a table that a delete reaches by one way of cascades, as the tables and criteria of a SELECT.
+
+    A table that deletes its own rows is followed down by a common table expression.
+
+    Args:
+        facts: What the catalogue says.
+        path: The way.
+    """
+
+    def __init__(self, facts: _Facts, path: Path) -> None:
+        self._facts = facts
+        self._expressions: list[str] = []
+        self._tables: list[str] = []
+        self._criteria: list[str] = []
+        self._source = "OLD"
+        if loops := facts.own.get(path[0].parent, ()):
+            referred = list(dict.fromkeys([*_referred(loops), *(column for _, column in path[0].links)]))
+            self._follow("a", path[0].parent, loops, referred, f"SELECT {', '.join(f'OLD.{_quoted(c)}' for c in referred)}")
+        for number, cascade in enumerate(path):
+            is_last = number == len(path) - 1
+            alias = "t" if is_last else f"p{number}"
+            self._join(alias, cascade)
+            loops = facts.own.get(cascade.child, ())
+            if loops and not (len(path) == 1 and cascade.child == cascade.parent):
+                keys = [key.name for key in facts.keys[cascade.child]] if is_last else []
+                below = keys if is_last else [column for _, column in path[number + 1].links]
+                referred = list(dict.fromkeys([*_referred(loops), *below]))
+                columns = ", ".join(f"{alias}.{_quoted(name)}" for name in referred)
+                first = f"SELECT {columns} FROM {' JOIN '.join(self._tables)} WHERE {' AND '.join(self._criteria)}"
+                self._follow(f"{alias}c", cascade.child, loops, referred, first)
+                if is_last:
+                    same = [f"t.{_quoted(name)} = {self._source}.{_quoted(name)}" for name in keys]
+                    self._tables.append(f"{_qualified(cascade.child)} t")
+                    self._criteria += same
+
+    def _join(self, alias: str, cascade: _Cascade) -> None:
+        self._tables.append(f"{_qualified(cascade.child)} {alias}")
+        self._criteria += [f"{alias}.{_quoted(child)} = {self._source}.{_quoted(parent)}" for child, parent in cascade.links]
+        self._source = alias
+
+    def _follow(self, name: str, place: Place, loops: Sequence[_Cascade], columns: Sequence[str], first: str) -> None:
+        listed = ", ".join(_quoted(column) for column in columns)
+        selected = ", ".join(f"x.{_quoted(column)}" for column in columns)
+        further = [
+            f"SELECT {selected} FROM {_qualified(place)} x JOIN {name} b ON "
+            + " AND ".join(f"x.{_quoted(child)} = b.{_quoted(parent)}" for child, parent in loop.links)
+            for loop in loops
+        ]
+        self._expressions.append(f"{name} ({listed}) AS ({' UNION '.join([first, *further])})")
+        self._tables, self._criteria, self._source = [name], [], name
+
+    def select(self, columns: Sequence[str]) -> str:
+        """Return the SELECT of columns of the rows, which are `t`, in the newest state."""
+        common = f"WITH RECURSIVE {', '.join(self._expressions)} " if self._expressions else ""
+        tables, criteria = " JOIN ".join(self._tables), " AND ".join(self._criteria)
+        return f"{common}SELECT {', '.join(columns)} FROM {tables} WHERE {criteria} LOCK IN SHARE MODE"
+
+
+def _referred(cascades: Iterable[_Cascade]) -> list[str]:
+    return [column for cascade in cascades for _, column in cascade.links]
+
+
+# The catalogue.
+
+
+_COLUMNS = text("""
+    SELECT column_name, column_type, character_set_name, collation_name, column_key FROM information_schema.columns
+    WHERE table_schema = :schema AND table_name = :table ORDER BY ordinal_position
+""")
+_CASCADES = text("""
+    SELECT k.constraint_name, k.column_name, k.referenced_table_schema, k.referenced_table_name, k.referenced_column_name
+    FROM information_schema.key_column_usage AS k
+    JOIN information_schema.referential_constraints AS r ON r.constraint_schema = k.constraint_schema
+        AND r.table_name = k.table_name AND r.constraint_name = k.constraint_name
+    WHERE k.table_schema = :schema AND k.table_name = :table AND r.constraint_schema = :schema AND r.table_name = :table
+        AND r.delete_rule = 'CASCADE' AND k.referenced_table_name IS NOT NULL
+    ORDER BY k.constraint_name, k.ordinal_position
+""")
+_TRIGGERS = text("""
+    SELECT trigger_schema, trigger_name, action_statement, action_order FROM information_schema.triggers
+    WHERE event_object_schema IN :schemas AND LOCATE(:prefix, trigger_name) = 1
+""").bindparams(bindparam("schemas", expanding=True), bindparam("prefix", _PREFIX))
+_OF_KIND = text("""
+    SELECT trigger_name FROM information_schema.triggers
+    WHERE event_object_schema = :schema AND event_object_table = :table AND action_timing = :timing
+        AND event_manipulation = :event
+    ORDER BY action_order
+""")
+_INDEXES = text("""
+    SELECT COUNT(*) FROM information_schema.statistics AS s JOIN information_schema.columns AS c
+        ON c.table_schema = s.table_schema AND c.table_name = s.table_name AND c.column_name = s.column_name
+    WHERE s.table_schema = :schema AND s.table_name = :table AND s.column_name = :column AND s.seq_in_index = 1
+        AND c.extra LIKE '%STORED%'
+""")
+_MADE = text("""
+    SELECT table_name, column_name FROM information_schema.columns
+    WHERE table_schema IN :schemas AND column_comment = :comment ORDER BY 1, 2
+""").bindparams(bindparam("schemas", expanding=True))
+_MADE_HERE = "for granite_storage triggers"
+"""The comment of the generated columns that triggers have brought along."""
+
+_MADE_OF = re.compile(r"DECLARE g_made_of TEXT DEFAULT '(\d+:[0-9a-f]+) ((?:[^']|'')*)'")
+
+
+def _require_mariadb(connection: Connection) -> None:
+    if not getattr(connection.dialect, "is_mariadb", False):
+        raise ConfigurationError(
+            "storage_triggers are for MariaDB, and this is MySQL, which no journal supports either: leave the call out there, and"
+            " let the garbage collector find what SQL past the sessions leaves behind",
+            see=Page.JOURNAL,
+        )
+
+
+def _columns(connection: Connection, place: Place) -> dict[str, tuple[_Typed, bool]]:
+    """Return the columns of a table by name, each with whether it is of the primary key."""
+    values = {"schema": place[0], "table": place[1]}
+    rows = connection.execute(_COLUMNS, values, execution_options=UNTRANSLATED)
+    return {name: (_Typed(name, kind, charset, collation), key == "PRI") for name, kind, charset, collation, key in rows}
+
+
+def _type_of(connection: Connection, place: Place, column: str) -> _Typed:
+    return _columns(connection, place)[column][0]
+
+
+def _primary_key(connection: Connection, place: Place) -> list[_Typed]:
+    keys = [column for column, is_key in _columns(connection, place).values() if is_key]
+    if not keys:
+        raise ConfigurationError(
+            f"the table {place[1]} has no primary key, by which triggers lock the rows that hold files: give it one"
+        )
+    return keys
+
+
+def _find_cascades(connection: Connection, place: Place) -> tuple[list[Path], dict[Place, list[_Cascade]]]:
+    """Return the ways by which deletes cascade to a table, and the foreign keys of tables on them that refer to themselves.
+
+    Raises:
+        ConfigurationError: Cascades of several tables lead in a circle.
+    """
+    paths: list[Path] = []
+    own: dict[Place, list[_Cascade]] = {}
+
+    def climb(to: Place, below: Path) -> None:
+        cascades = _cascades_of(connection, to)
+        own[to] = [cascade for cascade in cascades if cascade.parent == to]
+        if not below:
+            paths.extend((cascade,) for cascade in own[to])
+        for cascade in cascades:
+            if cascade.parent == to:
+                continue
+            if cascade.parent in {place, *(passed.parent for passed in below)}:
+                raise ConfigurationError(
+                    f"the foreign keys of {cascade.child[1]} and {cascade.parent[1]} delete each other's rows in a circle, which"
+                    f" the triggers for the files of {place[1]} cannot follow on MariaDB: leave ON DELETE CASCADE out in one of"
+                    " them"
+                )
+            paths.append((cascade, *below))
+            climb(cascade.parent, paths[-1])
+
+    climb(place, ())
+    return paths, own
+
+
+def _cascades_of(connection: Connection, child: Place) -> list[_Cascade]:
+    values = {"schema": child[0], "table": child[1]}
+    found: dict[tuple[str, Place], list[tuple[str, str]]] = {}
+    for name, column, schema, table, referred in connection.execute(_CASCADES, values, execution_options=UNTRANSLATED):
+        found.setdefault((name, (schema, table)), []).append((column, referred))
+    return [_Cascade(child, parent, tuple(links)) for (_, parent), links in found.items()]
+
+
+def _read(connection: Connection, place: Place, ancestors: Iterable[Place] = ()) -> list[_Found]:
+    """Return the triggers of a table that are there, on it and on others of its schema or of those of its ancestors."""
+    schemas = sorted({place[0], *(schema for schema, _ in ancestors)})
+    found: list[_Found] = []
+    for schema, name, body, order in connection.execute(_TRIGGERS, {"schemas": schemas}, execution_options=UNTRANSLATED):
+        made = _MADE_OF.search(body)
+        if made is not None and made[2].replace("''", "'") == _label(place):
+            found.append(_Found(schema, name, made[1], order))
+    return found
+
+
+def _others(connection: Connection, wanted: _Wanted) -> list[str]:
+    """Return the triggers of the same kind on the table, in the order in which they fire."""
+    (schema, table), (timing, event) = wanted.place, wanted.moment
+    values = {"schema": schema, "table": table, "timing": timing, "event": event}
+    return list(connection.execute(_OF_KIND, values, execution_options=UNTRANSLATED).scalars())
+
+
+def _has_index(connection: Connection, holder: Holder) -> bool:
+    values = {"schema": holder.schema, "table": holder.table, "column": location_column_name(holder.column)}
+    return bool(connection.execute(_INDEXES, values, execution_options=UNTRANSLATED).scalar_one())
+
+
+def _create_index(connection: Connection, holder: Holder) -> None:
+    if _has_index(connection, holder):
+        return
+    place, name = (holder.schema, holder.table), _quoted(location_column_name(holder.column))
+    # Without its index it may be a virtual one, of an earlier version; see `generated_location`.
+    generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
+    run(connection, f"ALTER TABLE {_qualified(place)} DROP COLUMN IF EXISTS {name}, ADD COLUMN {name} {generated}")
+    index = _quoted(location_index_name(holder.table, holder.column))
+    run(connection, f"CREATE INDEX IF NOT EXISTS {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
+
+
+def _drop_unused_indexes(connection: Connection, schema: str) -> None:
+    """Drop the generated columns that were made for triggers, and their indexes: MariaDB drops no column that one depends on."""
+    values = {"schemas": [schema], "comment": _MADE_HERE}
+    bodies = [row.action_statement for row in connection.execute(_TRIGGERS, values, execution_options=UNTRANSLATED)]
+    for table, column in connection.execute(_MADE, values, execution_options=UNTRANSLATED).all():
+        place, name = _qualified((schema, table)), _quoted(column)
+        if not any(place in body and name in body for body in bodies):
+            run(connection, f"ALTER TABLE {place} DROP COLUMN {name}")
+
+
+@contextmanager
+def _sql_mode(connection: Connection) -> Iterator[None]:
+    """Let triggers be created that work alike whatever the mode of the connection is, which MariaDB keeps with them."""
+    usual = connection.execute(text("SELECT @@sql_mode"), execution_options=UNTRANSLATED).scalar_one()
+    run(connection, "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_BACKSLASH_ESCAPES'")
+    try:
+        yield
+    finally:
+        connection.execute(text("SET SESSION sql_mode = :mode"), {"mode": usual}, execution_options=UNTRANSLATED)
+
+
+def _label(place: Place) -> str:
+    return ".".join(place)
+
+
+def _quoted(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _qualified(place: Place) -> str:
+    return ".".join(map(_quoted, place))

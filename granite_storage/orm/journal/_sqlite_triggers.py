@@ -1,0 +1,399 @@
+"""The triggers of SQLite that keep the journal's promise for every writer, as SQL.
+
+They nominate what a statement takes out of rows, as intents to delete, and guard what it brings in. SQLite has one writer at a
+time, and a worker fences an object with the same lock. So the guard only looks: what it finds stays until the transaction ends.
+
+A guard runs before its row is written. So whatever is in a table has been guarded, or was there before the triggers, and a row
+is never evidence for itself; what it holds until an UPDATE of it is. SQLite fires the triggers of a row before it goes on to the
+next one, so what the statement has taken out of a row is nominated when it brings that into a later one.
+
+No trigger changes the new values of a row. So a trigger for UPDATE can name its columns, and others cost nothing.
+
+REPLACE, and `UPDATE OR REPLACE`, delete rows without firing triggers unless `PRAGMA recursive_triggers` is on. So those that have
+the primary key of the new row, or its values in another unique index, are nominated before it is written. Where they stay, as in
+an upsert, a worker sees them.
+
+SQL has no SHA-256 here. So a trigger gives an intent a random id unless the object has one, and the library gives it the derived
+id as soon as it nominates the object, or a worker takes it over.
+
+A trigger cannot reach the sidecar, where the intents of uploads are. A flush writes the locations of its uploads to the table of
+decisions before its rows, where the guard looks, and deletes them afterwards in the same transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
+
+from granite_storage._documentation import Page
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._interfaces import REFUSAL, JournalTables
+from granite_storage.orm._util import UNTRANSLATED
+from granite_storage.orm.columns import location_index_name
+from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, quoted, run
+from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX
+
+__all__ = ["SQLiteSource", "SQLiteTriggers"]
+
+_PREFIX = "granite_storage_"
+_Part: TypeAlias = tuple[str, str, str]
+"""When a trigger fires, the condition for that, and its statement."""
+
+_ROWIDS = ("rowid", "_rowid_", "oid")
+"""What a row's number is called, where no column has that name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """The columns of a primary key or a unique index, quoted, each with its collation."""
+
+    columns: tuple[tuple[str, str], ...]
+
+    def matches(self, row: str, new: str) -> str:
+        """Return the criterion that a row has the values of a new one."""
+        return " AND ".join(f"{row}.{name} = {new}.{name} COLLATE {collation}" for name, collation in self.columns)
+
+    @property
+    def has_changed(self) -> str:
+        """The criterion that an UPDATE changes it."""
+        return "(" + " OR ".join(f"OLD.{name} IS NOT NEW.{name}" for name, _ in self.columns) + ")"
+
+
+class SQLiteSource:
+    """The triggers of one table, and their SQL.
+
+    Args:
+        table: The table.
+        holders: Every column whose rows are evidence for a location.
+        journal: The journal's tables.
+        keys: The primary key and the unique indexes of the table.
+    """
+
+    def __init__(self, table: GuardedTable, holders: Sequence[Holder], journal: JournalTables, keys: Sequence[_Key]) -> None:
+        self._table = table
+        self._holders = holders
+        self._keys = keys
+        names = (journal.intent.name, journal.reclaim.name, journal.decision.name, journal.meta.name)
+        self._intent, self._reclaim, self._decision, self._meta = map(quoted, names)
+
+    def create(self, connection: Connection) -> None:
+        """Create what is missing, or is of another version or for other columns; and the indexes."""
+        for holder in _unindexed(connection, self._holders):
+            run(connection, _create_index(holder))
+        if not self.is_current(connection):
+            _drop(connection, self._table.schema, self._table.name)
+            for trigger in self.triggers.values():
+                run(connection, f"CREATE TRIGGER {quoted(self._table.schema)}.{trigger}")
+
+    def is_current(self, connection: Connection) -> bool:
+        """Return whether the table has these very triggers."""
+        return _read(connection, self._table.schema, self._table.name) == self._stored
+
+    def find_problems(self, connection: Connection) -> list[str]:
+        """Return what is wrong with those that are there, and with the indexes."""
+        found, wanted = _read(connection, self._table.schema, self._table.name), self._stored
+        missing = sorted(wanted.keys() - found.keys())
+        others = sorted(name for name, sql in found.items() if wanted.get(name) != sql)
+        problems = [f"{self._table.name} lacks the triggers {', '.join(missing)}: {CREATE_AGAIN}"] if missing else []
+        if others:
+            problems.append(
+                f"the triggers {', '.join(others)} of {self._table.name} are of another version, or for other columns or unique"
+                f" indexes: {CREATE_AGAIN}"
+            )
+        return problems + [
+            f"{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in:"
+            " create_location_index(op, ...) in a migration makes one"
+            for holder in _unindexed(connection, self._holders)
+        ]
+
+    @property
+    def _stored(self) -> dict[str, str]:
+        """The triggers by name, as the database keeps them."""
+        return {name: f"CREATE TRIGGER {trigger}" for name, trigger in self.triggers.items()}
+
+    @property
+    def triggers(self) -> dict[str, str]:
+        """The triggers by name: what comes after CREATE TRIGGER.
+
+        What is rarely there has triggers of its own, because a condition costs less than a statement that finds nothing.
+        """
+        parts = {f"{what}{n}": part for n, name in enumerate(self._table.columns, 1) for what, part in self._parts(name).items()}
+        if self._keys:
+            parts["replace"] = self._on_replace(
+                "BEFORE INSERT", " OR ".join(f"({key.matches('t', 'NEW')})" for key in self._keys)
+            )
+            changed = dict.fromkeys(
+                (*_ROWIDS, *map(quoted, self._table.keys), *(name for key in self._keys for name, _ in key.columns))
+            )
+            moved_onto = " OR ".join(f"({key.has_changed} AND {key.matches('t', 'NEW')})" for key in self._keys)
+            parts["rekey"] = self._on_replace(f"BEFORE UPDATE OF {', '.join(changed)}", moved_onto)
+        return {
+            f"{_PREFIX}{what}_{self._table.name}": (
+                f"{quoted(f'{_PREFIX}{what}_{self._table.name}')} {moment} ON {quoted(self._table.name)} FOR EACH ROW"
+                f" WHEN {condition}\nBEGIN\n{statement};\nEND"
+            )
+            for what, (moment, condition, statement) in parts.items()
+        }
+
+    def _parts(self, column: str) -> dict[str, _Part]:
+        """Return the parts of the triggers of a column."""
+        name = quoted(column)
+        old, new, of_column = f"OLD.{name}", f"NEW.{name}", f"OF {name}"
+        is_changed = f"{old} IS NOT {new}"
+        is_other = f"{_field(old, 'location')} IS NOT {_field(new, 'location')}"
+        is_left = f"({is_other} OR NOT {_has_variant(new, 'v.location')})"
+        is_gained = f"({is_other} OR NOT {_has_variant(old, 'w.location')})"
+        message = literal(f"{REFUSAL[0]}of {self._table.name}.{column}{REFUSAL[1]}")
+        guard, guard_variants = self._guard(new, message), self._guard_variants(new, message, "true")
+        return {
+            "delete": ("AFTER DELETE", f"{old} IS NOT NULL", self._nominate(_ref(old))),
+            "deletevariants": ("AFTER DELETE", _has_variants(old), self._nominate(_variants(old), many=True)),
+            "update": (f"AFTER UPDATE {of_column}", f"{is_changed} AND {is_other}", self._nominate(_ref(old))),
+            "updatevariants": (
+                f"AFTER UPDATE {of_column}",
+                f"{is_changed} AND {_has_variants(old)}",
+                self._nominate(f"SELECT * FROM ({_variants(old)}) v WHERE {is_left}", many=True),
+            ),
+            "guardinsert": ("BEFORE INSERT", f"{new} IS NOT NULL", guard),
+            "guardinsertvariants": ("BEFORE INSERT", _has_variants(new), guard_variants),
+            "guardupdate": (f"BEFORE UPDATE {of_column}", f"{new} IS NOT NULL AND {is_changed} AND {is_other}", guard),
+            "guardupdatevariants": (
+                f"BEFORE UPDATE {of_column}",
+                f"{is_changed} AND {_has_variants(new)}",
+                self._guard_variants(new, message, is_gained),
+            ),
+        }
+
+    def _on_replace(self, moment: str, is_pushed_out: str) -> _Part:
+        """Return the parts of a trigger that nominates what the rows hold which a new one may push out."""
+        table, columns = quoted(self._table.name), [quoted(name) for name in self._table.columns]
+        holds = " OR ".join(f"t.{name} IS NOT NULL" for name in columns)
+        refs = [
+            found
+            for name in columns
+            for found in (
+                f"{_ref(f't.{name}')} FROM {table} t WHERE {is_pushed_out}",
+                f"{_variants(f't.{name}', f'{table} t, ')} WHERE {is_pushed_out}",
+            )
+        ]
+        condition = f"EXISTS (SELECT 1 FROM {table} t WHERE ({is_pushed_out}) AND ({holds}))"
+        return moment, condition, self._nominate("\n    UNION ALL ".join(refs), many=True)
+
+    def _nominate(self, refs: str, *, many: bool = False) -> str:
+        """Return the INSERT of intents to delete objects, or the UPDATE of those that are there; the latest due time counts.
+
+        The unary plus keeps the planner from the index over backends and due times.
+
+        Args:
+            refs: The SELECT of the objects.
+            many: Whether it may return several rows, in which an object may be twice.
+        """
+        seconds, group_by = self._retention("h.policy"), ""
+        if many:
+            seconds, group_by = f"max({seconds})", "\n  GROUP BY h.backend, h.location"
+        is_same = f"i.location = h.location AND +i.backend = h.backend AND i.kind = {literal(DELETE)}"
+        return f"""  INSERT INTO {self._intent} (id, kind, backend, location, source, due)
+  SELECT coalesce((SELECT i.id FROM {self._intent} i WHERE {is_same}), lower(hex(randomblob(16)))),
+    {literal(DELETE)}, h.backend, h.location, h.source,
+    strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.6f seconds', {seconds}))
+  FROM (
+    {refs}
+  ) h WHERE h.backend IS NOT NULL AND h.location IS NOT NULL{group_by}
+  ON CONFLICT (id) DO UPDATE SET due = max(due, excluded.due)"""
+
+    def _retention(self, policy: str) -> str:
+        """Return the seconds that an object waits: those of its policy, or the most of any where that is unknown."""
+        prefix = literal(RETENTION_PREFIX)
+        name = f"substr({prefix} || {policy}, 1, {LONGEST_META_NAME})"
+        own = f"SELECT CAST(m.value AS REAL) FROM {self._meta} m WHERE m.name = {name}"
+        behind = literal(f"{RETENTION_PREFIX[:-1]}{chr(ord(RETENTION_PREFIX[-1]) + 1)}")
+        longest = f"SELECT max(CAST(a.value AS REAL)) FROM {self._meta} a WHERE a.name >= {prefix} AND a.name < {behind}"
+        return f"coalesce(({own}), ({longest}), 0)"
+
+    def _guard(self, new: str, message: str) -> str:
+        """Return the SELECT that fails if an object that a column gets may be gone, or is about to go.
+
+        An intent of the object as a variant of another one is no evidence: its worker looks for it in the rows of that one only.
+        """
+        holders = [f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, 'w.location')})" for item in self._holders]
+        location = _field(new, "location")
+        return f"""  SELECT RAISE(ABORT, {message}) FROM (SELECT {location} AS location) w
+  WHERE w.location IS NOT NULL AND ({self._is_refused("NULL", holders)})"""
+
+    def _guard_variants(self, new: str, message: str, is_gained: str) -> str:
+        """Return the SELECT that fails if a variant that a column gets may be gone, or is about to go.
+
+        A variant is known by the rows that have it with its original, and by an intent as a variant of that.
+        """
+        source = _field(new, "location")
+        holders = [
+            f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, source)}"
+            f" AND {_has_variant(f't.{quoted(item.column)}', 'w.location')})"
+            for item in self._holders
+        ]
+        return f"""  SELECT RAISE(ABORT, {message}) FROM ({_variants(new)}) w
+  WHERE w.location IS NOT NULL AND {is_gained} AND ({self._is_refused(source, holders)})"""
+
+    def _is_refused(self, source: str, holders: Sequence[str]) -> str:
+        intents = f"SELECT 1 FROM {self._intent} i WHERE i.location = w.location AND i.kind = {literal(DELETE)}"
+        evidence = [
+            f"EXISTS ({intents})",
+            f"EXISTS (SELECT 1 FROM {self._decision} d WHERE d.id = w.location)",
+            *holders,
+        ]
+        return f"""EXISTS (SELECT 1 FROM {self._reclaim} r WHERE r.location = w.location)
+    OR EXISTS ({intents} AND i.source IS NOT {source})
+    OR NOT ({" OR ".join(evidence)})"""
+
+
+class SQLiteTriggers:
+    """The triggers of SQLite."""
+
+    def source(
+        self,
+        connection: Connection,
+        table: GuardedTable,
+        holders: Sequence[Holder],
+        journal: JournalTables,
+        schema: str,
+    ) -> SQLiteSource:
+        """Return the triggers of a table.
+
+        Raises:
+            ConfigurationError: The journal, or a table whose rows are evidence, is in another file.
+        """
+        others = {schema, *(holder.schema for holder in holders)} - {table.schema}
+        if others:
+            raise ConfigurationError(
+                f"the triggers of {table.name} reach no other database than {table.schema}, and not {', '.join(sorted(others))}:"
+                " keep the rows with files, and the journal, in one file",
+                see=Page.JOURNAL_ON_SQLITE,
+            )
+        return SQLiteSource(table, holders, journal, _read_keys(connection, table))
+
+    def drop(self, connection: Connection, schema: str, table: str) -> None:
+        """Drop the triggers of a table."""
+        _drop(connection, schema, table)
+
+    def has_some(self, connection: Connection, schema: str, table: str) -> bool:
+        """Return whether a table has any of these triggers."""
+        return bool(_read(connection, schema, table))
+
+    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return the tables whose triggers name one of others.
+
+        Batch mode puts a new table in the place of the old one, which fails where a trigger names that. With the old table its
+        own triggers are gone.
+        """
+        found = text("SELECT tbl_name, sql FROM sqlite_master WHERE type = 'trigger' AND substr(name, 1, :length) = :prefix")
+        values = {"prefix": _PREFIX, "length": len(_PREFIX)}
+        named = [quoted(name) for name in tables]
+        rows = connection.execute(found, values, execution_options=UNTRANSLATED)
+        return sorted({row.tbl_name for row in rows if any(name in row.sql for name in named)})
+
+
+# Refs in SQL.
+
+
+def _field(ref: str, key: str) -> str:
+    """Return a text of a ref, spelled as the index over locations is."""
+    return f"json_extract({ref}, '$.{key}')"
+
+
+def _at(holder: Holder, location: str) -> str:
+    return f"{_field(f't.{quoted(holder.column)}', 'location')} = {location}"
+
+
+def _ref(ref: str) -> str:
+    """Return the SELECT of the object of a ref, as `_nominate` takes it."""
+    return (
+        f"SELECT {_field(ref, 'backend')} AS backend, {_field(ref, 'location')} AS location, NULL AS source,"
+        f" {_field(ref, 'storage_key')} AS policy"
+    )
+
+
+def _variants(ref: str, beside: str = "") -> str:
+    """Return the SELECT of the variants of a ref, as `_nominate` takes it; what is no ref has no location.
+
+    Args:
+        ref: The ref.
+        beside: The table that it is in, and a comma; empty for the row of the trigger.
+    """
+    return (
+        f"SELECT {_variant_field('v', 'backend')} AS backend, {_variant_field('v', 'location')} AS location,"
+        f" {_field(ref, 'location')} AS source, {_field(ref, 'storage_key')} AS policy"
+        f" FROM {beside}json_each({ref}, '$.variants') v"
+    )
+
+
+def _variant_field(variant: str, key: str) -> str:
+    """Return a text of a row of `json_each`; a JSON function would fail on a value that is no object."""
+    return f"CASE {variant}.type WHEN 'object' THEN {_field(f'{variant}.value', key)} END"
+
+
+def _has_variants(ref: str) -> str:
+    return f"json_type({ref}, '$.variants') IS NOT NULL"
+
+
+def _has_variant(ref: str, location: str) -> str:
+    """Return the criterion that a ref has a variant at a location."""
+    return f"EXISTS (SELECT 1 FROM json_each({ref}, '$.variants') k WHERE {_variant_field('k', 'location')} = {location})"
+
+
+# What is there, by the catalogue.
+
+
+def _read(connection: Connection, schema: str, table: str) -> dict[str, str]:
+    """Return the library's triggers of a table: their SQL by name."""
+    found = text(
+        f"SELECT name, sql FROM {quoted(schema)}.sqlite_master WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
+        " AND substr(name, 1, :length) = :prefix"
+    )
+    values = {"table": table, "prefix": _PREFIX, "length": len(_PREFIX)}
+    return {row.name: row.sql for row in connection.execute(found, values, execution_options=UNTRANSLATED)}
+
+
+def _drop(connection: Connection, schema: str, table: str) -> None:
+    for name in _read(connection, schema, table):
+        run(connection, f"DROP TRIGGER {quoted(schema)}.{quoted(name)}")
+
+
+def _read_keys(connection: Connection, table: GuardedTable) -> list[_Key]:
+    """Return what rows of a table may be pushed out by; an index over expressions is left out."""
+
+    def pragma(name: str, argument: str) -> list[tuple[object, ...]]:
+        statement = f"PRAGMA {quoted(table.schema)}.{name}({quoted(argument)})"
+        return [tuple(row) for row in connection.exec_driver_sql(statement)]
+
+    keys: list[_Key] = []
+    columns = {str(row[1]).lower() for row in pragma("table_xinfo", table.name)}
+    rowid = next((name for name in _ROWIDS if name not in columns), None)
+    if rowid is not None:
+        with suppress(OperationalError):  # a table WITHOUT ROWID
+            connection.exec_driver_sql(f"SELECT {rowid} FROM {quoted(table.schema)}.{quoted(table.name)} LIMIT 0")
+            keys.append(_Key(((rowid, "BINARY"),)))
+    for _, name, is_unique, *_ in sorted(pragma("index_list", table.name), key=lambda row: str(row[1])):
+        parts = [row for row in pragma("index_xinfo", str(name)) if row[5]] if is_unique else []
+        if parts and all(row[2] is not None for row in parts):
+            keys.append(_Key(tuple((quoted(str(row[2])), quoted(str(row[4]))) for row in parts)))
+    return list(dict.fromkeys(keys))
+
+
+def _unindexed(connection: Connection, holders: Iterable[Holder]) -> list[Holder]:
+    def has_index(holder: Holder) -> bool:
+        found = text(f"SELECT 1 FROM {quoted(holder.schema)}.sqlite_master WHERE type = 'index' AND name = :name")
+        name = location_index_name(holder.table, holder.column)
+        return connection.execute(found, {"name": name}, execution_options=UNTRANSLATED).first() is not None
+
+    return [holder for holder in holders if not has_index(holder)]
+
+
+def _create_index(holder: Holder) -> str:
+    name = quoted(location_index_name(holder.table, holder.column))
+    location = _field(quoted(holder.column), "location")
+    return f"CREATE INDEX IF NOT EXISTS {quoted(holder.schema)}.{name} ON {quoted(holder.table)} ({location})"

@@ -502,7 +502,9 @@ class Engine:
         self.url_signer: UrlSigner | None = url_signer
         self._lifecycle = lifecycle
         self._pace = pace
-        self._without_identity: set[str] = set()
+        self._identified: dict[str, SupportsIdentity] = {
+            key: backend for key, backend in backends.items() if isinstance(backend, SupportsIdentity)
+        }
         load()
 
     def policy(self, storage_key: str) -> StoragePolicy:
@@ -776,8 +778,8 @@ class Engine:
 
     async def identity(self, backend_key: str) -> str | None:
         """Return the identity of a backend's store, which is given one where it has none; None where it can keep none."""
-        with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
-            return await self._current_identity(backend_key, backend)
+        with self._lifecycle.call(), self._attribute_errors(backend_key):
+            return await self._current_identity(backend_key)
 
     def public_url(self, ref: StoredObjectRef) -> str:
         """Return the URL at which anybody can read an object of a public policy."""
@@ -865,16 +867,17 @@ class Engine:
         for key, backend in self.backends.items():
             await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
 
-    async def _current_identity(self, backend_key: str, backend: StorageBackend) -> str | None:
+    async def _current_identity(self, backend_key: str) -> str | None:
         """Return the identity of a store for new refs, given at its first use; no upload fails because a store keeps none."""
-        if backend_key in self._without_identity or not isinstance(backend, SupportsIdentity):
+        backend = self._identified.get(backend_key)
+        if backend is None:
             return None
         try:
             return next(iter(await backend.identities(create=True)), None)
         except (BackendUnavailableError, ConfigurationError):
             return None  # the write will meet the same, and say so
         except StorageError as error:
-            self._without_identity.add(backend_key)
+            self._identified.pop(backend_key, None)
             logger.warning(
                 "the identity of the backend %r could not be written, so new refs do not record their store: %s",
                 backend_key,
@@ -910,7 +913,7 @@ class Engine:
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
-                identity = await self._current_identity(key, backend)
+                identity = await self._current_identity(key)
                 with _stored_headers(prepared) as content_type:
                     details = await backend.put_bytes(prepared.location, data, content_type=content_type)
             return await self._receipt(prepared, len(data), checksum, details, identity)
@@ -921,7 +924,7 @@ class Engine:
         judged = prepared if gate is None else prepared.judged(gate.verdict)
         try:
             with self._attribute_errors(key) as backend:
-                identity = await self._current_identity(key, backend)
+                identity = await self._current_identity(key)
                 with _stored_headers(judged) as content_type:
                     details = await backend.put_stream(prepared.location, content, content_type=content_type)
         except BaseException:
@@ -960,7 +963,7 @@ class Engine:
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
-            identity = await self._current_identity(ref.backend, storage)
+            identity = await self._current_identity(ref.backend)
             with _stored_headers(prepared):
                 details = await backend.copy(ref.location, prepared.location)
             return await self._receipt(prepared, ref.size, ref.checksum, details, identity)

@@ -161,6 +161,7 @@ _NAMESPACE = "granite_storage"
 _OUTCOME = f"{_NAMESPACE}.outcome"
 _OPERATION = f"{_NAMESPACE}.operation"
 _DIRECTION = f"{_NAMESPACE}.io.direction"
+_PROVIDERS_CHECKED_EVERY = 0.1
 _OF_API = ("opentelemetry.trace", "opentelemetry.metrics")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -223,10 +224,16 @@ def load() -> None:
     except ImportError:  # another package of the namespace
         return
 
+    answer, valid_until = False, 0.0
+
     def are_recorded() -> bool:
         """Return whether one of the providers, which the application may set later, is none of the API's own."""
-        tracers, meters = trace.get_tracer_provider(), metrics.get_meter_provider()
-        return not (type(tracers).__module__.startswith(_OF_API) and type(meters).__module__.startswith(_OF_API))
+        nonlocal answer, valid_until
+        if not answer and time.monotonic() >= valid_until:  # asking takes longer than a span
+            providers = (trace.get_tracer_provider(), metrics.get_meter_provider())
+            answer = not all(type(one).__module__.startswith(_OF_API) for one in providers)
+            valid_until = time.monotonic() + _PROVIDERS_CHECKED_EVERY
+        return answer
 
     # Both follow a provider that is set later.
     _instruments = Instruments.of(trace.get_tracer(_NAMESPACE), metrics.get_meter(_NAMESPACE), are_recorded)

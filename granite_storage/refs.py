@@ -318,10 +318,10 @@ class _Freezer:
         if depth > _MOST_DEPTH or self.values_left < 0:
             raise InvalidReferenceError(f"{self.name} has more than {_MOST_VALUES} values or {_MOST_DEPTH} levels")
         match value:
-            case Mapping():
-                return ReadOnlyDict({self._key(key): self.freeze(item, depth + 1) for key, item in value.items()})
             case str():
                 return self._counted(value)
+            case Mapping():
+                return ReadOnlyDict({self._key(key): self.freeze(item, depth + 1) for key, item in value.items()})
             case list() | tuple():
                 return ReadOnlyList([self.freeze(item, depth + 1) for item in value])
             case None | bool():
@@ -353,6 +353,8 @@ def _rebuild(values: Iterable[Any], unknown: Mapping[str, Any]) -> StoredObjectR
 
 def _plain(value: Any) -> Any:
     match value:
+        case str() | None:
+            return value
         case Mapping():
             return {key: _plain(item) for key, item in value.items()}
         case list() | tuple():

@@ -16,17 +16,15 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from contextvars import Context, copy_context
-from functools import wraps
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar
 
 from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, shielded, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["Portal", "blocking", "enter_blocking", "has_running_loop", "portal", "require_no_loop", "run_blocking"]
+__all__ = ["Portal", "enter_blocking", "has_running_loop", "portal", "require_no_loop", "run_blocking"]
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 _thread = threading.local()
 
@@ -316,38 +314,6 @@ def run_blocking(
         work.close()
         raise
     return portal.run(work, undo)
-
-
-def blocking(
-    what: str,
-    attribute: str,
-    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]],
-    *,
-    check: Callable[..., None] = lambda *_, **__: None,
-    undo: str | None = None,
-) -> Callable[Concatenate[Any, P], T]:
-    """Return the method of a synchronous face that waits for the method of the same name of the object behind it.
-
-    Args:
-        what: What the object is called in messages, such as `storage`.
-        attribute: The attribute of the face that has the object.
-        method: The method, whose parameters and errors are those of the returned one.
-        check: Called with the arguments first, to refuse what synchronous code cannot pass.
-        undo: The method of the object that undoes it; see `Portal.run`.
-    """
-    name = method.__name__
-
-    @wraps(method)
-    def wait(face: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        check(*args, **kwargs)
-        behind = getattr(face, attribute)
-        work: Coroutine[Any, Any, T] = getattr(behind, name)(*args, **kwargs)
-        undoing = None if undo is None else getattr(behind, undo)
-        return run_blocking(work, f"{what}.sync.{name}", f"'await {what}.{name}(...)'", undoing)
-
-    said = (method.__doc__ or "").partition("\n")[0].rstrip(".")
-    wait.__doc__ = f"{said}; see `{method.__qualname__}`."
-    return wait
 
 
 def require_no_loop(name: str, awaited: str) -> None:

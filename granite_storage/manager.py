@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
 from granite_storage._engine import Engine, Lifecycle, require_positive, require_ref, require_seconds, upload_names
 from granite_storage._headers import Disposition
-from granite_storage._portal import blocking, portal, require_no_loop, run_blocking
+from granite_storage._portal import portal, require_no_loop, run_blocking
 from granite_storage.backends.base import ObjectInfo, StorageBackend
 from granite_storage.exceptions import StorageError
 from granite_storage.locations import check_location
@@ -497,10 +497,6 @@ class StorageManager:
         return f"<StorageManager policies={sorted(self.policies)} backends={sorted(self.backends)}>"
 
 
-def _require_synchronous(*_: object, stream: object = b"", **__: object) -> None:
-    require_synchronous(stream)
-
-
 class SyncStorage:
     """The methods of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
 
@@ -509,36 +505,153 @@ class SyncStorage:
     raise `ConfigurationError`, because it would stand still. An exception that interrupts the wait, such as `KeyboardInterrupt`,
     cancels the operation, and is raised once nothing of it is left.
 
-    `put_stream` reads its stream in another thread: a binary file, an iterable of bytes, or an upload whose `file` is a binary
-    file, such as Starlette's. An asynchronous stream, which belongs to an event loop, is a `TypeError`.
-
     `with storage.sync:` or `close` closes what synchronous callers have opened; so does the end of the process.
     """
 
     def __init__(self, manager: StorageManager) -> None:
         self._manager = manager
 
-    put_bytes = blocking("storage", "_manager", StorageManager.put_bytes, undo="delete")
-    put_stream = blocking("storage", "_manager", StorageManager.put_stream, check=_require_synchronous, undo="delete")
-    get = blocking("storage", "_manager", StorageManager.get)
-    scan = blocking("storage", "_manager", StorageManager.scan)
-    exists = blocking("storage", "_manager", StorageManager.exists)
-    stat = blocking("storage", "_manager", StorageManager.stat)
-    url = blocking("storage", "_manager", StorageManager.url)
-    urls = blocking("storage", "_manager", StorageManager.urls)
-    delete = blocking("storage", "_manager", StorageManager.delete)
-    delete_many = blocking("storage", "_manager", StorageManager.delete_many)
-    copy = blocking("storage", "_manager", StorageManager.copy, undo="delete")
+    def put_bytes(
+        self,
+        *,
+        storage_key: str,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        content: BytesLike,
+        content_type: str | None = None,
+        original_filename: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> StoredObjectRef:
+        """Store content that is in memory; see `StorageManager.put_bytes`."""
+        work = self._manager.put_bytes(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            content=content,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
+        )
+        return self._run(work, "put_bytes", self._manager.delete)
+
+    def put_stream(
+        self,
+        *,
+        storage_key: str,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        stream: ByteSource,
+        content_type: str | None = None,
+        original_filename: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        size: int | None = None,
+        checksum: str | None = None,
+    ) -> StoredObjectRef:
+        """Store a stream; see `StorageManager.put_stream`.
+
+        The stream is read in another thread. It may be a binary file, an iterable of bytes, or an upload whose `file` is a
+        binary file, such as Starlette's.
+
+        Raises:
+            TypeError: It is an asynchronous stream, which belongs to an event loop.
+        """
+        require_synchronous(stream)
+        work = self._manager.put_stream(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            stream=stream,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
+            size=size,
+            checksum=checksum,
+        )
+        return self._run(work, "put_stream", self._manager.delete)
+
+    def get(self, ref: StoredObjectRef) -> bytes:
+        """Return all bytes of an object, verified; see `StorageManager.get`."""
+        return self._run(self._manager.get(ref), "get")
 
     def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
         """Open an object, or a range of one, as a binary file; see `StorageManager.open`."""
         opening = self._manager.open(ref, offset=offset, length=length, verify=verify)
-        return SyncObjectReader(run_blocking(opening.start(), "storage.sync.open", "'await storage.open(...)'"))
+        return SyncObjectReader(self._run(opening.start(), "open"))
+
+    def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
+        """Scan the stored object again; see `StorageManager.scan`."""
+        return self._run(self._manager.scan(ref), "scan")
+
+    def exists(self, ref: StoredObjectRef) -> bool:
+        """Return whether the object exists; see `StorageManager.exists`."""
+        return self._run(self._manager.exists(ref), "exists")
+
+    def stat(self, ref: StoredObjectRef) -> ObjectInfo:
+        """Return the object's properties in the backend; see `StorageManager.stat`."""
+        return self._run(self._manager.stat(ref), "stat")
+
+    def url(
+        self,
+        ref: StoredObjectRef,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+        stable_for: timedelta | None = None,
+    ) -> str:
+        """Return a URL with which anyone can read the object until it expires; see `StorageManager.url`."""
+        work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
+        return self._run(work, "url")
+
+    def urls(
+        self,
+        refs: Iterable[StoredObjectRef],
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        stable_for: timedelta | None = None,
+    ) -> builtins.list[str]:
+        """Return the URLs of several objects, in their order; see `StorageManager.urls`."""
+        work = self._manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
+        return self._run(work, "urls")
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> Generator[ObjectInfo, None, None]:
         """Iterate over the objects of a policy; see `StorageManager.list`."""
         require_no_loop("storage.sync.list", "'async for info in storage.list(...)'")
         return portal.iterate(self._manager.list(storage_key=storage_key, prefix=prefix, start_after=start_after))
+
+    def delete(self, ref: StoredObjectRef) -> None:
+        """Delete the object permanently; see `StorageManager.delete`."""
+        self._run(self._manager.delete(ref), "delete")
+
+    def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
+        """Delete objects permanently; see `StorageManager.delete_many`."""
+        return self._run(self._manager.delete_many(refs), "delete_many")
+
+    def copy(
+        self,
+        ref: StoredObjectRef,
+        *,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        storage_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> StoredObjectRef:
+        """Copy an object to a new one; see `StorageManager.copy`."""
+        work = self._manager.copy(
+            ref,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            storage_key=storage_key,
+            extra=extra,
+        )
+        return self._run(work, "copy", self._manager.delete)
 
     def close(self) -> None:
         """Close the connections of synchronous callers; see `StorageManager.aclose`. A later call opens new ones."""
@@ -554,3 +667,6 @@ class SyncStorage:
 
     def __repr__(self) -> str:
         return f"<SyncStorage of {self._manager!r}>"
+
+    def _run(self, work: Coroutine[Any, Any, T], name: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None) -> T:
+        return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'", undo)

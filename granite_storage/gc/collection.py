@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from granite_storage._documentation import Page
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
-from granite_storage._portal import blocking, enter_blocking
+from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, run_bounded
 from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
 from granite_storage._words import count_of
@@ -845,7 +845,17 @@ class SyncGarbageCollector:
     def __init__(self, collector: StorageGarbageCollector) -> None:
         self._collector = collector
 
-    collect = blocking("collector", "_collector", StorageGarbageCollector.collect)
+    def collect(
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
+    ) -> GarbageCollectionReport:
+        """Collect once; see `StorageGarbageCollector.collect`."""
+        work = self._collector.collect(
+            storage_key=storage_key,
+            dry_run=dry_run,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
+        )
+        return run_blocking(work, "collector.sync.collect", "'await collector.collect(...)'")
 
     def run_every(
         self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False

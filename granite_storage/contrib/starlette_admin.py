@@ -70,7 +70,8 @@ class AttachmentField(FileField):
     def __init__(self, attribute: Any, *, preview: str | None = None, **options: Any) -> None:
         if not _panels.is_attached(attribute):
             raise ConfigurationError(f"AttachmentField takes an attribute of attachments such as User.avatar, not {attribute}")
-        self.attribute, self.preview = attribute, preview
+        self.attribute = attribute
+        self.preview = preview
         page, template = (f"plugins/{AttachmentPlugin.name}/{name}.html" for name in ("file", "form"))
         templates = {"list_template": page, "detail_template": page, "form_template": template}
         form = _panels.form_of(attribute)

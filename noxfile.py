@@ -179,7 +179,7 @@ def constraints(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation into `docs/_build/html`; a warning is an error."""
-    session.install(".[advanced-alchemy,alembic,cli,docs,litestar,obstore,s3,sqladmin,starlette-admin,web]")
+    session.install(".[advanced-alchemy,alembic,cli,docs,flask,litestar,obstore,s3,sqladmin,starlette-admin,web]")
     session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
 
 

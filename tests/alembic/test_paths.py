@@ -181,7 +181,7 @@ def test_nothing_is_dropped_where_an_object_is_wrong(sqlite: Target, tmp_path: P
     else:
         sqlite.ask_nothing("UPDATE article SET body = 'written meanwhile' WHERE id = 107")
     said = project.alembic("upgrade", "head", fails=True)
-    assert {"changed": "ChecksumMismatchError", "gone": "ObjectNotFoundError", "row": "1 rows of article"}[damage] in said
+    assert {"changed": "ChecksumMismatchError", "gone": "ObjectNotFoundError", "row": "1 row of article"}[damage] in said
     assert "body" in sqlite.columns("article")
     if damage != "row":
         victim.write_bytes(content)

@@ -183,8 +183,9 @@ class Traffic:
     async def refs(self, connection: AsyncConnection) -> list[StoredObjectRef]:
         """Return what the rows refer to; no `Attachment` is made of it."""
         found: list[StoredObjectRef] = []
+        kind = "text" if connection.dialect.name == "postgresql" else "char"
         for table, column in self.columns:
-            rows = await connection.execute(text(f"SELECT CAST({column} AS CHAR) FROM {table}"))  # noqa: S608
+            rows = await connection.execute(text(f"SELECT CAST({column} AS {kind}) FROM {table}"))  # noqa: S608
             found += [StoredObjectRef.from_dict(json.loads(value)) for value in rows.scalars() if value is not None]
         return found
 

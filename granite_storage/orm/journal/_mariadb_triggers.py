@@ -47,6 +47,7 @@ from granite_storage.orm.columns import (
     location_index_name,
 )
 from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, run
+from granite_storage.orm.journal.gone_columns import describe_gone
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
 
 __all__ = ["MariaDBSource", "MariaDBTriggers"]
@@ -233,7 +234,7 @@ class MariaDBSource:
     def find_problems(self, connection: Connection) -> list[str]:
         """Return what is wrong with those that are there, and with the indexes."""
         found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
-        problems: list[str] = []
+        problems = self._find_gone_columns(connection)
         for item in self._wanted:
             known, where = found.get((item.place[0], item.name)), ".".join(item.place)
             if known is None:
@@ -254,6 +255,13 @@ class MariaDBSource:
             for holder in self.holders
             if not _has_index(connection, holder)
         ]
+
+    def _find_gone_columns(self, connection: Connection) -> list[str]:
+        own = [(self._place, name) for name in (*self.table.keys, *self.table.columns)]
+        named = dict.fromkeys([*own, *(((item.schema, item.table), item.column) for item in self.holders)])
+        there = {place: _columns(connection, place) for place in {place for place, _ in named}}
+        gone = [f"the column {name} of {'.'.join(place)}" for place, name in named if name not in there[place]]
+        return [describe_gone([".".join(self._place)], one, "statements which write its rows fail") for one in gone]
 
     def _is_right(self, found: _Found, wanted: _Wanted) -> bool:
         return found.made == self.digest and (found.order == 1 or not wanted.is_first)

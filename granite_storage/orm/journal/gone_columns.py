@@ -1,4 +1,4 @@
-"""Columns that triggers of PostgreSQL name and that are gone: the text of a function does not follow a rename."""
+"""Columns that triggers name and that are gone: on PostgreSQL and MariaDB the text of a function follows no rename."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 from granite_storage.orm._util import UNTRANSLATED
 
-__all__ = ["comment_of", "find_gone_columns"]
+__all__ = ["comment_of", "describe_gone", "find_gone_columns"]
 
 _BEGINNING = "granite_storage: "
 
@@ -20,19 +20,29 @@ def comment_of(columns: Iterable[tuple[str, str, str]]) -> str:
 
 
 def find_gone_columns(connection: Connection, schema: str) -> list[str]:
-    """Return in words which triggers of the tables of a schema name columns that are gone."""
+    """Return in words which triggers of the tables of a schema on PostgreSQL name columns that are gone."""
     relations: dict[str, list[str]] = {}
     rows = connection.execute(_GONE, {"schema": schema}, execution_options=UNTRANSLATED)
     for schema, table, column, has_table, relation in rows:
         gone = f"the column {column} of {schema}.{table}" if has_table else f"the table {schema}.{table}"
         if relation not in (found := relations.setdefault(gone, [])):
             found.append(relation)
-    return [
-        f"the triggers of {', '.join(found)} name {gone}, which is gone, so that statements which write files to their rows fail."
-        " Rename it back; or deploy models with the new name, and create the triggers again with create_all, or by a migration"
-        " with create_storage_triggers(op, ...)"
-        for gone, found in relations.items()
-    ]
+    return [describe_gone(found, gone, "statements which write files to their rows fail") for gone, found in relations.items()]
+
+
+def describe_gone(tables: Iterable[str], gone: str, consequence: str) -> str:
+    """Return in words that triggers name something that is gone, and what to do.
+
+    Args:
+        tables: The tables that have the triggers.
+        gone: What is gone.
+        consequence: What follows from it.
+    """
+    return (
+        f"the triggers of {', '.join(tables)} name {gone}, which is gone, so that {consequence}. Rename it back; or deploy models"
+        " with the new name, and create the triggers again with create_all, or by a migration with"
+        " create_storage_triggers(op, ...)"
+    )
 
 
 _GONE = text("""

@@ -670,6 +670,17 @@ class TestChecks:
         assert await self.told_by_doctor(env) == [CheckResult.GOOD]
         await env.sql("DROP TRIGGER mine")
 
+    async def test_a_renamed_column(self, env: OrmEnvironment) -> None:
+        """The bodies of triggers follow no rename."""
+        for table, old in (("doc", "file"), ("parent", "id")):
+            await env.sql(f"ALTER TABLE {table} RENAME COLUMN {old} TO renamed")
+            try:
+                problems = await self.problems(env)
+                assert any(f".{table}, which is gone" in one and f"the column {old} of" in one for one in problems), problems
+            finally:
+                await env.sql(f"ALTER TABLE {table} RENAME COLUMN renamed TO {old}")
+            assert await self.problems(env) == []
+
     async def test_an_index_over_a_virtual_column(self, env: OrmEnvironment) -> None:
         """Earlier versions made it, and MariaDB can crash with one where deletes cascade."""
         [ref] = await stored(env, Doc(id=1, file=file("a")))

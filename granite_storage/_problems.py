@@ -1,4 +1,4 @@
-"""What a client is told of an error, over HTTP and of any framework: a status, and words that say nothing about the server."""
+"""Errors as clients see them, over HTTP with any framework: a status, and words that say nothing about the server."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def as_sentence(message: str) -> str:
 
 
 def problem_of(error: StorageError) -> Problem:
-    """Return what a client is told of an error of the library."""
+    """Return an error of the library as a client sees it."""
     match error:
         case ContentTooLargeError():
             return Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})

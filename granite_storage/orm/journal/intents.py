@@ -416,7 +416,7 @@ class Intents:
             rows = [
                 row for row in await connection.execute(select(intent).where(*same)) if (row.backend, row.location) in own_ids
             ]
-        if self._has_sidecar:  # where nobody else can consume them, and a session may hold the lock that renumbering them needs
+        if self._has_sidecar:  # no other process can consume them there, and a session may hold the lock that renumbering needs
             own_ids |= {(row.backend, row.location): row.id for row in rows}
         elif others := [row.id for row in rows if has_own_id(row)]:
             async with self._pool.durable() as connection:

@@ -16,7 +16,7 @@ Why it is safe. A worker looks for rows in one snapshot after it has fenced an o
   have needed evidence itself. And it holds the location until this transaction ends. So the worker sees it.
 - A pending delete that is locked cannot be fenced until this transaction ends, nor can the other intents of the location, which
   are locked as well. That none is fenced already is seen afterwards, by a locking read. The intent of an upload alone is no
-  evidence: with another row that holds the object, and is deleted meanwhile, there would be an intent that no transaction has locked.
+  evidence: with another row that holds the object, and is deleted meanwhile, an intent would be left that no transaction locks.
 
 Deletes that cascade fire no triggers. So each table from which a cascade leads to files has a trigger that reads the rows below,
 before the row is deleted.

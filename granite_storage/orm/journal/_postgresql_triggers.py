@@ -35,6 +35,9 @@ VERSION = 1
 CLAIMED = "granite_storage.claimed"
 """The setting of a transaction with the locations that the library has claimed for it already, each between line feeds."""
 
+_TRUNCATED = "granite_storage.truncated"
+"""The setting of a transaction above READ COMMITTED that has truncated a table: what it has nominated itself is no evidence."""
+
 _INSERTING = "granite_storage.inserting"
 _RETENTION = "granite_storage.retention"
 """The settings of a transaction with the number of statements that insert, and with the last retention that was looked up."""
@@ -223,7 +226,11 @@ $granite$"""
     def _on_truncate(self) -> str:
         # The partition that the statement is about, which is not always the whole table.
         statement = self._nominated("@relation@").replace("$granite$", "")
+        # Rows that others have deleted since the snapshot are in what it reads, because TRUNCATE waits for no row.
         return f"""BEGIN
+  IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+    PERFORM set_config('{_TRUNCATED}', 'on', true);
+  END IF;
   EXECUTE replace({literal(statement)}, '@relation@', CAST(CAST(TG_RELID AS regclass) AS text));
   RETURN NULL;
 END"""
@@ -295,6 +302,7 @@ END"""
         brought = "\n    UNION ALL ".join(selects)
         same_row = " AND ".join(f"t.{quoted(key)} = n.{quoted(key)}" for key in self.table.keys)
         return f"""DECLARE
+  own xid := CAST(pg_current_xact_id() AS xid);
   locations text[];
   sources text[];
   before bigint := 0;
@@ -307,7 +315,7 @@ BEGIN
   END IF;
   PERFORM set_config('{_INSERTING}', CAST({_counted("1")} - 1 AS text), true);
   SELECT array_agg(s.location), array_agg(coalesce(s.source, '')) INTO locations, sources FROM (
-    SELECT i.location, i.source FROM {self._intent} i WHERE i.kind <> {literal(STAGING)} AND i.location IN (
+    SELECT i.location, i.source FROM {self._intent} i WHERE {_is_evidence("i")} AND i.location IN (
       SELECT w.location FROM (
     {brought}
       ) w
@@ -360,7 +368,7 @@ BEGIN
     RETURN;
   END IF;
   SELECT count(*) > 0, coalesce(bool_and(s.source IS NOT DISTINCT FROM original), true) INTO is_known, is_same FROM (
-    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND i.kind <> {literal(STAGING)} ORDER BY i.id FOR UPDATE
+    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND {_is_evidence("i")} ORDER BY i.id FOR UPDATE
   ) s;
   IF original IS NULL THEN{"".join(by_location)}
   ELSE{"".join(by_original)}
@@ -416,6 +424,12 @@ def _is_own(alias: str) -> str:
     age = f"age({alias}.xmin)"
     full = f"CAST(CAST(CAST(pg_current_xact_id() AS text) AS bigint) + age(own) - {age} AS text)"
     return f"CASE WHEN {age} BETWEEN 0 AND age(own) THEN pg_xact_status(CAST({full} AS xid8)) = 'in progress' ELSE false END"
+
+
+def _is_evidence(alias: str) -> str:
+    """Return the criterion that a pending intent may say that its object is there."""
+    is_current = f"(current_setting('{_TRUNCATED}', true) = 'on' AND {_is_own(alias)}) IS NOT TRUE"
+    return f"{alias}.kind <> {literal(STAGING)} AND {is_current}"
 
 
 def _left_variants(old: str, new: str) -> str:

@@ -119,6 +119,21 @@ async def test_what_a_statement_takes_out_of_rows(env: OrmEnvironment, statement
     assert (await journal_of(env).recover()).deleted == len(TAKEN_OUT[statement])
 
 
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_what_a_truncate_sees_may_be_gone(env: OrmEnvironment, level: str) -> None:
+    """TRUNCATE follows no snapshot: rows that others have deleted since are in it, and no evidence of an object."""
+    [gone] = await stored(env, Doc(id=1, file=file("a")))
+    async with env.engine.connect() as connection:
+        await connection.execution_options(isolation_level=level)
+        assert await connection.scalar(text("SELECT count(*) FROM doc")) == 1
+        await run(env, "DELETE FROM doc WHERE id = 1")
+        assert (await journal_of(env).recover()).deleted == 1
+        await run(connection, "TRUNCATE doc")
+        assert await refused(connection, "INSERT INTO doc (id, file) VALUES (2, {gone})", gone=gone)
+        await connection.rollback()
+    await env.recover()
+
+
 async def test_an_application_trigger_changes_a_file(env: OrmEnvironment) -> None:
     """The trigger for each row runs after it, and sees what it has changed though the UPDATE does not name the column."""
     [ref] = await stored(env, Doc(id=1, file=file("a")))

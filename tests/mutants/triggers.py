@@ -9,6 +9,14 @@ _TESTS = "tests/orm/journal/test_storage_triggers.py"
 
 MUTANTS = [
     Mutant(
+        name="trigger-truncate-is-evidence",
+        rule="What a TRUNCATE sees in an old snapshot says nothing of an object.",
+        path=_SQL,
+        old="    PERFORM set_config('{_TRUNCATED}', 'on', true);\n",
+        new="    NULL;\n",
+        tests=(f"{_TESTS}::test_what_a_truncate_sees_may_be_gone[asyncpg-SERIALIZABLE]",),
+    ),
+    Mutant(
         name="trigger-ids-at-random",
         rule="The id of a delete intent is a function of its backend and location, also where a trigger records it.",
         path=_SQL,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from sqlalchemy.orm import sessionmaker
 
 from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 from tests.pooled import keep, keep_files_below
+from tests.servers import free_ports
 
 __all__ = [
     "DATABASES",
@@ -53,6 +57,9 @@ __all__ = [
 
 DATABASES = ["sqlite", "sqlite-begin", "asyncpg", "psycopg", "mariadb"]
 """SQLite as Python's driver has it, and with the BEGIN recipe of SQLAlchemy's documentation; PostgreSQL with two drivers."""
+
+_PROGRAMS = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
+"""Where servers are looked for: Debian has them where only root's PATH leads."""
 
 WITH_JOURNAL = ["asyncpg", "psycopg", "mariadb", "sqlite-journal"]
 """Those that are tried with a journal; SQLite as its driver has it. Its worker writes, so that with the recipe a transaction that
@@ -262,16 +269,11 @@ def postgres_database(server: URL, driver: str) -> Iterator[Database]:
 
 @contextlib.contextmanager
 def mariadb() -> Iterator[Database]:
-    """Make a database on the MariaDB of this machine, or the one that `GRANITE_TEST_MARIADB` names by its URL.
+    """Make a database on a MariaDB; see `mariadb_admin`.
 
     Raises:
         LookupError: There is none.
     """
-    if "GRANITE_TEST_MARIADB" not in os.environ:
-        try:
-            socket.create_connection(("127.0.0.1", 3306), timeout=1).close()
-        except OSError as error:
-            raise LookupError(f"no MariaDB answers on 127.0.0.1:3306 ({error}); start one or set GRANITE_TEST_MARIADB") from None
     url = mariadb_admin()
     with contextlib.ExitStack() as stack:
         try:
@@ -283,8 +285,58 @@ def mariadb() -> Iterator[Database]:
 
 
 def mariadb_admin() -> URL:
-    """Return the URL of the role that makes databases and roles on MariaDB."""
-    return make_url(os.environ.get("GRANITE_TEST_MARIADB", "mysql+asyncmy://root@127.0.0.1:3306/mysql"))
+    """Return the URL of the role that makes databases and roles on MariaDB.
+
+    It is on the server that `GRANITE_TEST_MARIADB` names by its URL, on the one that answers on the usual port, or on one that
+    this process starts from the programs that are installed.
+
+    Raises:
+        LookupError: There is none of them.
+    """
+    if given := os.environ.get("GRANITE_TEST_MARIADB"):
+        return make_url(given)
+    url = make_url("mysql+asyncmy://root@127.0.0.1:3306/mysql")
+    return url if _answers(3306) else url.set(port=_own_mariadb())
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _own_mariadb() -> int:
+    """Start a MariaDB in a temporary folder, which ends with this process; return its port."""
+    server, install = (shutil.which(name, path=_PROGRAMS) for name in ("mariadbd", "mariadb-install-db"))
+    if server is None or install is None:
+        raise LookupError("no MariaDB answers on 127.0.0.1:3306, and none is installed: start one or set GRANITE_TEST_MARIADB")
+    folder, port = Path(tempfile.mkdtemp(prefix="granite-mariadb-")), free_ports(1)[0]
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    common = ["--no-defaults", f"--datadir={folder / 'data'}", *(["--user=root"] if os.geteuid() == 0 else [])]
+    making = [install, *common, "--auth-root-authentication-method=normal", "--skip-test-db"]
+    with (folder / "log").open("wb") as log:
+        if subprocess.run(making, stdout=log, stderr=log, check=False).returncode == 0:
+            options = ["--bind-address=127.0.0.1", f"--port={port}", f"--socket={folder / 'socket'}"]
+            process = subprocess.Popen([server, *common, *options], stdout=log, stderr=log)
+            atexit.register(_stop, process)
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if _answers(port):
+                    return port
+                time.sleep(0.1)
+    said = (folder / "log").read_text(errors="replace")[-2000:]
+    raise LookupError(f"no MariaDB answers on 127.0.0.1:3306, and one that is installed does not start: {said}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 @contextlib.contextmanager

@@ -187,12 +187,17 @@ class Workload:
             self._give(await self._book(session), "kept", Attachment.restore(ref), says)
 
     async def _nominate(self, session: AsyncSession) -> None:
-        """Nominate an object that a row holds, as a trigger does for a move in two statements: the worker asks first."""
-        book = await self._book(session)
-        if book.kept is not None and not book.kept.is_pending:
-            nominated = [(book.kept.ref, timedelta(0))]
+        """Nominate an object that a row holds, as a trigger does for a move in two statements: the worker asks first.
+
+        It is nominated under the row's lock, as triggers and the library do it. A transaction that has only read the row may
+        nominate what others have deleted since then, and a guard takes a pending intent for evidence.
+        """
+        book = self._models.Book
+        held = select(type_coerce(book.kept, StoredObjectRefType())).where(book.id == self._random.randrange(_BOOKS))
+        ref = (await session.execute(held.with_for_update())).scalar_one_or_none()
+        if ref is not None:
             connection = await session.connection()
-            await connection.run_sync(lambda it: self._place.journal.intents.displace(it, nominated))
+            await connection.run_sync(lambda it: self._place.journal.intents.displace(it, [(ref, timedelta(0))]))
 
     async def _is_held(self, session: AsyncSession, ref: StoredObjectRef) -> bool:
         held = await session.execute(

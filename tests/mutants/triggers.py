@@ -14,7 +14,15 @@ MUTANTS = [
         path=_SQL,
         old="    PERFORM set_config('{_TRUNCATED}', 'on', true);\n",
         new="    NULL;\n",
-        tests=(f"{_TESTS}::test_what_a_truncate_sees_may_be_gone[asyncpg-SERIALIZABLE]",),
+        tests=(f"{_TESTS}::test_what_a_truncate_sees_may_be_gone[asyncpg-SERIALIZABLE-False]",),
+    ),
+    Mutant(
+        name="trigger-savepoints-are-others",
+        rule="A row that a savepoint of the transaction has just written does not vouch for itself.",
+        path=_SQL,
+        old="_MOST_SAVEPOINTS = (1 << 24) - 1",
+        new="_MOST_SAVEPOINTS = 0",
+        tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg-savepoint]",),
     ),
     Mutant(
         name="trigger-ids-at-random",
@@ -98,7 +106,7 @@ MUTANTS = [
         path=_SQL,
         old="    before := coalesce((SELECT min(",
         new="    before := NULL; PERFORM coalesce((SELECT min(",
-        tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg]",),
+        tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg-plain]",),
     ),
     Mutant(
         name="trigger-rows-of-a-running-insert-vouch",

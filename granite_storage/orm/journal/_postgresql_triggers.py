@@ -42,6 +42,9 @@ _INSERTING = "granite_storage.inserting"
 _RETENTION = "granite_storage.retention"
 """The settings of a transaction with the number of statements that insert, and with the last retention that was looked up."""
 
+_MOST_SAVEPOINTS = (1 << 24) - 1
+"""How many savepoints of one transaction are told from other transactions."""
+
 TRIGGERS = {
     "granite_storage_delete": "delete",
     "granite_storage_insert": "insert",
@@ -419,11 +422,12 @@ def _command(alias: str) -> str:
 def _is_own(alias: str) -> str:
     """Return the criterion that a row was written by this transaction, in whichever of its savepoints.
 
-    What is visible and in progress is its own; the status is asked of no id that the transaction cannot have.
+    What is visible and in progress is its own. The ids of its savepoints follow the transaction's. The status is asked of no id
+    that is far beyond: rows that are older than two billion transactions look as if they were, and it raises an error for them.
     """
-    age = f"age({alias}.xmin)"
-    full = f"CAST(CAST(CAST(pg_current_xact_id() AS text) AS bigint) + age(own) - {age} AS text)"
-    return f"CASE WHEN {age} BETWEEN 0 AND age(own) THEN pg_xact_status(CAST({full} AS xid8)) = 'in progress' ELSE false END"
+    distance = f"(CAST(age(own) AS bigint) - age({alias}.xmin))"
+    full = f"CAST(CAST(CAST(CAST(pg_current_xact_id() AS text) AS bigint) + {distance} AS text) AS xid8)"
+    return f"CASE WHEN {distance} BETWEEN 0 AND {_MOST_SAVEPOINTS} THEN pg_xact_status({full}) = 'in progress' ELSE false END"
 
 
 def _is_evidence(alias: str) -> str:

@@ -30,6 +30,8 @@ from tests.orm.journal.test_recovery import journal_of
 SECONDS = float(os.environ.get("GRANITE_STRESS_SECONDS", "2"))
 SEED = os.environ.get("GRANITE_STRESS_SEED", "7")
 ROWS = 5
+_REMEMBERED = 60
+"""How many refs undos choose from, most of which are gone."""
 EXPECTED = {"23503", "23505", "25P02", "40001", "40P01"}
 TABLES = ("doc", "parent", "child", "grandchild", "part")
 COLUMNS = [*((table, "file") for table in TABLES), ("doc", "other")]
@@ -83,12 +85,21 @@ class Traffic:
             with self.refusals():
                 async with engine.connect() as connection:
                     await connection.execution_options(isolation_level=level)
-                    await self.statements(connection, what, level)
+                    await self.perhaps_in_savepoints(connection, what, level)
                     if self.random.random() < 0.3:
-                        await self.statements(connection, self.random.choice([*ONE_STATEMENT]), level)
+                        await self.perhaps_in_savepoints(connection, self.random.choice([*ONE_STATEMENT]), level)
                     await asyncio.sleep(self.random.choice([0, 0, 0.01, 0.05]))
                     await (connection.commit() if self.random.random() < 0.9 else connection.rollback())
                 self.done[what] += 1
+
+    async def perhaps_in_savepoints(self, connection: AsyncConnection, what: str, level: str) -> None:
+        """Run statements, in savepoints now and then, which may be rolled back and whose locks go with them."""
+        for _ in range(self.random.choice([0, 0, 0, 1, 2])):
+            await connection.begin_nested()
+        await self.statements(connection, what, level)
+        nested = connection.get_nested_transaction()
+        if nested is not None:
+            await (nested.rollback() if self.random.random() < 0.3 else nested.commit())
 
     async def statements(self, connection: AsyncConnection, what: str, level: str) -> None:
         a, b = self.pick(), self.pick()
@@ -96,7 +107,8 @@ class Traffic:
             case "undo" if self.seen:
                 value = json.dumps(self.random.choice(self.seen).to_dict())
                 insert = "INSERT INTO doc (id, file) VALUES (:a, CAST(:value AS jsonb)) ON CONFLICT (id) DO UPDATE"
-                await connection.execute(text(f"{insert} SET file = excluded.file"), {"a": a, "value": value})
+                place = self.random.randint(1, 2 * ROWS)  # where there may be no row
+                await connection.execute(text(f"{insert} SET file = excluded.file"), {"a": place, "value": value})
             case "move":
                 row = (await connection.execute(text("SELECT CAST(file AS text) FROM doc WHERE id = :a"), {"a": a})).first()
                 if row is not None and row[0] is not None:
@@ -176,7 +188,7 @@ class Traffic:
                     refs = await self.refs(connection)
                     objects = await self.env.objects()
                     assert locations(*refs) <= objects, (self.done, locations(*refs) - objects)
-                self.seen = (self.seen + refs)[-20:]
+                self.seen = (self.seen + refs)[-_REMEMBERED:]
                 self.done["looks"] += 1
             await asyncio.sleep(0.05)
 

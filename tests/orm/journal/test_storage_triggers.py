@@ -119,8 +119,9 @@ async def test_what_a_statement_takes_out_of_rows(env: OrmEnvironment, statement
     assert (await journal_of(env).recover()).deleted == len(TAKEN_OUT[statement])
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-async def test_what_a_truncate_sees_may_be_gone(env: OrmEnvironment, level: str) -> None:
+async def test_what_a_truncate_sees_may_be_gone(env: OrmEnvironment, level: str, is_nested: bool) -> None:
     """TRUNCATE follows no snapshot: rows that others have deleted since are in it, and no evidence of an object."""
     [gone] = await stored(env, Doc(id=1, file=file("a")))
     async with env.engine.connect() as connection:
@@ -128,6 +129,8 @@ async def test_what_a_truncate_sees_may_be_gone(env: OrmEnvironment, level: str)
         assert await connection.scalar(text("SELECT count(*) FROM doc")) == 1
         await run(env, "DELETE FROM doc WHERE id = 1")
         assert (await journal_of(env).recover()).deleted == 1
+        if is_nested:
+            await connection.begin_nested()
         await run(connection, "TRUNCATE doc")
         assert await refused(connection, "INSERT INTO doc (id, file) VALUES (2, {gone})", gone=gone)
         await connection.rollback()
@@ -146,8 +149,32 @@ async def test_an_application_trigger_changes_a_file(env: OrmEnvironment) -> Non
     assert await nominated(env) == {ref.location}
 
 
+async def _refused_in_a_savepoint(connection: AsyncConnection, statement: str, **refs: StoredObjectRef) -> bool:
+    await connection.begin_nested()
+    return await refused(connection, statement, **refs)
+
+
+async def _refused_in_the_second_savepoint(connection: AsyncConnection, statement: str, **refs: StoredObjectRef) -> bool:
+    async with connection.begin_nested():
+        await run(connection, "UPDATE parent SET file = NULL")
+    await connection.begin_nested()
+    await connection.begin_nested()
+    return await refused(connection, statement, **refs)
+
+
+async def _refused_in_a_block(connection: AsyncConnection, statement: str, **refs: StoredObjectRef) -> bool:
+    block = f"DO $do$ BEGIN BEGIN {statement}; EXCEPTION WHEN division_by_zero THEN NULL; END; END $do$"
+    return await refused(connection, block, **refs)
+
+
 class TestGuard:
-    async def test_an_object_that_is_unknown(self, env: OrmEnvironment) -> None:
+    @pytest.mark.parametrize(
+        "is_refused",
+        [refused, _refused_in_a_savepoint, _refused_in_the_second_savepoint, _refused_in_a_block],
+        ids=["plain", "savepoint", "second-savepoint", "exception-block"],
+    )
+    async def test_an_object_that_is_unknown(self, env: OrmEnvironment, is_refused: Any) -> None:
+        """No row of the statement vouches for another one or itself, whichever savepoint has written it."""
         [ref] = await stored(env, Doc(id=1, file=file("a")))
         await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
         await env.backend.delete(ref.location)
@@ -167,7 +194,8 @@ class TestGuard:
             "MERGE INTO doc USING (VALUES (1), (2)) s(i) ON id = s.i WHEN MATCHED THEN UPDATE SET file = {ref}"
             " WHEN NOT MATCHED THEN INSERT (id, file) VALUES (s.i, {ref})",
         ):
-            assert await refused(env, statement, ref=ref), statement
+            async with env.engine.connect() as connection:
+                assert await is_refused(connection, statement, ref=ref), statement
         assert len(await env.references()) == 1
 
     async def test_rows_that_a_trigger_of_the_application_writes_do_not_vouch(self, env: OrmEnvironment) -> None:

@@ -144,8 +144,8 @@ MUTANTS = [
         name="sqlite-trigger-nominates-twice",
         rule="An object has one intent to delete it.",
         path=_TRIGGERS,
-        old="SELECT coalesce((SELECT i.id FROM {self._intent} i WHERE {is_same}), lower(hex(randomblob(16)))),",
-        new="SELECT lower(hex(randomblob(16))),",
+        old='return f"coalesce((SELECT i.id FROM {self._intent} i WHERE {is_same}), {new})"',
+        new="return new",
         tests=(f"{_OF_TRIGGERS}::test_what_is_nominated_twice[ABORT]",),
     ),
     Mutant(
@@ -155,6 +155,22 @@ MUTANTS = [
         old="ON CONFLICT (id) DO UPDATE SET due = max(due, excluded.due)",
         new="ON CONFLICT (id) DO NOTHING",
         tests=(f"{_OF_TRIGGERS}::test_what_is_nominated_twice[ABORT]",),
+    ),
+    Mutant(
+        name="sqlite-trigger-forgets-retentions",
+        rule="What a statement takes out of rows waits for the retention of its policy.",
+        path=_TRIGGERS,
+        old='"CASE WHEN CAST(m.value AS REAL) > 0 THEN strftime(',
+        new='"CASE WHEN false THEN strftime(',
+        tests=(f"{_OF_TRIGGERS}::TestRetention::test_of_its_policy_or_the_longest",),
+    ),
+    Mutant(
+        name="sqlite-trigger-overlooks-variants",
+        rule="The variants of what is deleted go with it.",
+        path=_TRIGGERS,
+        old="GLOB '*variants*' OR",
+        new="GLOB '*none*' OR",
+        tests=(f"{_OF_TRIGGERS}::TestVariants::test_they_have_their_original_as_their_source[DELETE FROM doc]",),  # noqa: S608
     ),
     Mutant(
         name="sqlite-trigger-misses-unique-indexes",

@@ -13,7 +13,7 @@ REPLACE, and `UPDATE OR REPLACE`, delete rows without firing triggers unless `PR
 the primary key of the new row, or its values in another unique index, are nominated before it is written. Where they stay, as in
 an upsert, a worker sees them.
 
-SQL has no SHA-256 here. So a trigger gives an intent a random id unless the object has one, and the library gives it the derived
+SQL has no SHA-256 here. So a trigger gives an intent a new id unless the object has one, and the library gives it the derived
 id as soon as it nominates the object, or a worker takes it over.
 
 A trigger cannot reach the sidecar, where the intents of uploads are. A flush writes the locations of its uploads to the table of
@@ -23,7 +23,6 @@ decisions before its rows, where the guard looks, and deletes them afterwards in
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -72,12 +71,22 @@ class SQLiteSource:
         holders: Every column whose rows are evidence for a location.
         journal: The journal's tables.
         keys: The primary key and the unique indexes of the table.
+        rowid: What the number of a row is called, quoted if it is a column; None without one.
     """
 
-    def __init__(self, table: GuardedTable, holders: Sequence[Holder], journal: JournalTables, keys: Sequence[_Key]) -> None:
+    def __init__(
+        self,
+        table: GuardedTable,
+        holders: Sequence[Holder],
+        journal: JournalTables,
+        keys: Sequence[_Key],
+        rowid: str | None,
+    ) -> None:
         self._table = table
         self._holders = holders
         self._keys = keys
+        # The ids of rows that follow each other are beside each other, which costs less to insert.
+        self._new_id = _RANDOM_ID if rowid is None else f"printf('%016x%016x', OLD.{rowid}, random())"
         names = (journal.intent.name, journal.reclaim.name, journal.decision.name, journal.meta.name)
         self._intent, self._reclaim, self._decision, self._meta = map(quoted, names)
 
@@ -123,6 +132,9 @@ class SQLiteSource:
         What is rarely there has triggers of its own, because a condition costs less than a statement that finds nothing.
         """
         parts = {f"{what}{n}": part for n, name in enumerate(self._table.columns, 1) for what, part in self._parts(name).items()}
+        olds = [f"OLD.{quoted(name)}" for name in self._table.columns]
+        have_variants, variants = " OR ".join(map(_has_variants, olds)), "\n    UNION ALL ".join(map(_variants, olds))
+        parts["deletevariants"] = ("AFTER DELETE", have_variants, self._nominate_all(variants))
         if self._keys:
             parts["replace"] = self._on_replace(
                 "BEFORE INSERT", " OR ".join(f"({key.matches('t', 'NEW')})" for key in self._keys)
@@ -145,26 +157,26 @@ class SQLiteSource:
         name = quoted(column)
         old, new, of_column = f"OLD.{name}", f"NEW.{name}", f"OF {name}"
         is_changed = f"{old} IS NOT {new}"
+        names_object = f"{_field(old, 'location')} IS NOT NULL AND {_field(old, 'backend')} IS NOT NULL"
         is_other = f"{_field(old, 'location')} IS NOT {_field(new, 'location')}"
         is_left = f"({is_other} OR NOT {_has_variant(new, 'v.location')})"
         is_gained = f"({is_other} OR NOT {_has_variant(old, 'w.location')})"
         message = literal(f"{REFUSAL[0]}of {self._table.name}.{column}{REFUSAL[1]}")
         guard, guard_variants = self._guard(new, message), self._guard_variants(new, message, "true")
         return {
-            "delete": ("AFTER DELETE", f"{old} IS NOT NULL", self._nominate(_ref(old))),
-            "deletevariants": ("AFTER DELETE", _has_variants(old), self._nominate(_variants(old), many=True)),
-            "update": (f"AFTER UPDATE {of_column}", f"{is_changed} AND {is_other}", self._nominate(_ref(old))),
+            "delete": ("AFTER DELETE", names_object, self._nominate(old)),
+            "update": (f"AFTER UPDATE {of_column}", f"{is_changed} AND {is_other} AND {names_object}", self._nominate(old)),
             "updatevariants": (
                 f"AFTER UPDATE {of_column}",
                 f"{is_changed} AND {_has_variants(old)}",
-                self._nominate(f"SELECT * FROM ({_variants(old)}) v WHERE {is_left}", many=True),
+                self._nominate_all(f"SELECT * FROM ({_variants(old)}) v WHERE {is_left}"),
             ),
             "guardinsert": ("BEFORE INSERT", f"{new} IS NOT NULL", guard),
             "guardinsertvariants": ("BEFORE INSERT", _has_variants(new), guard_variants),
             "guardupdate": (f"BEFORE UPDATE {of_column}", f"{new} IS NOT NULL AND {is_changed} AND {is_other}", guard),
             "guardupdatevariants": (
                 f"BEFORE UPDATE {of_column}",
-                f"{is_changed} AND {_has_variants(new)}",
+                f"{_has_variants(new)} AND {is_changed}",
                 self._guard_variants(new, message, is_gained),
             ),
         }
@@ -182,38 +194,49 @@ class SQLiteSource:
             )
         ]
         condition = f"EXISTS (SELECT 1 FROM {table} t WHERE ({is_pushed_out}) AND ({holds}))"
-        return moment, condition, self._nominate("\n    UNION ALL ".join(refs), many=True)
+        return moment, condition, self._nominate_all("\n    UNION ALL ".join(refs))
 
-    def _nominate(self, refs: str, *, many: bool = False) -> str:
-        """Return the INSERT of intents to delete objects, or the UPDATE of those that are there; the latest due time counts.
+    def _nominate(self, old: str) -> str:
+        """Return the INSERT of the intent to delete the object of a ref, or the UPDATE of the one that is there.
 
-        The unary plus keeps the planner from the index over backends and due times.
-
-        Args:
-            refs: The SELECT of the objects.
-            many: Whether it may return several rows, in which an object may be twice.
+        It is a row of VALUES: SQLite puts the rows of a SELECT that reads the same table into a temporary one first.
         """
-        seconds, group_by = self._retention("h.policy"), ""
-        if many:
-            seconds, group_by = f"max({seconds})", "\n  GROUP BY h.backend, h.location"
-        is_same = f"i.location = h.location AND +i.backend = h.backend AND i.kind = {literal(DELETE)}"
-        return f"""  INSERT INTO {self._intent} (id, kind, backend, location, source, due)
-  SELECT coalesce((SELECT i.id FROM {self._intent} i WHERE {is_same}), lower(hex(randomblob(16)))),
-    {literal(DELETE)}, h.backend, h.location, h.source,
-    strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.6f seconds', {seconds}))
+        backend, location, due = _field(old, "backend"), _field(old, "location"), self._due(_field(old, "storage_key"))
+        return f"""{self._insert()}
+  VALUES ({self._id(backend, location, self._new_id)}, {literal(DELETE)}, {backend}, {location}, NULL, {due})
+  {_UPSERT}"""
+
+    def _nominate_all(self, refs: str) -> str:
+        """Return the same for the objects that a SELECT returns, in which one may be twice."""
+        return f"""{self._insert()}
+  SELECT {self._id("h.backend", "h.location", _RANDOM_ID)},
+    {literal(DELETE)}, h.backend, h.location, h.source, max({self._due("h.policy")})
   FROM (
     {refs}
-  ) h WHERE h.backend IS NOT NULL AND h.location IS NOT NULL{group_by}
-  ON CONFLICT (id) DO UPDATE SET due = max(due, excluded.due)"""
+  ) h WHERE h.backend IS NOT NULL AND h.location IS NOT NULL
+  GROUP BY h.backend, h.location
+  {_UPSERT}"""
 
-    def _retention(self, policy: str) -> str:
-        """Return the seconds that an object waits: those of its policy, or the most of any where that is unknown."""
+    def _insert(self) -> str:
+        return f"  INSERT INTO {self._intent} (id, kind, backend, location, source, due)"
+
+    def _id(self, backend: str, location: str, new: str) -> str:
+        """Return the id of the intent to delete an object, or a new one.
+
+        The unary plus keeps the planner from the index over backends and due times.
+        """
+        is_same = f"i.location = {location} AND +i.backend = {backend} AND i.kind = {literal(DELETE)}"
+        return f"coalesce((SELECT i.id FROM {self._intent} i WHERE {is_same}), {new})"
+
+    def _due(self, policy: str) -> str:
+        """Return when an object is due: after the retention of its policy, or the longest of any where that is unknown."""
         prefix = literal(RETENTION_PREFIX)
-        name = f"substr({prefix} || {policy}, 1, {LONGEST_META_NAME})"
-        own = f"SELECT CAST(m.value AS REAL) FROM {self._meta} m WHERE m.name = {name}"
         behind = literal(f"{RETENTION_PREFIX[:-1]}{chr(ord(RETENTION_PREFIX[-1]) + 1)}")
-        longest = f"SELECT max(CAST(a.value AS REAL)) FROM {self._meta} a WHERE a.name >= {prefix} AND a.name < {behind}"
-        return f"coalesce(({own}), ({longest}), 0)"
+        name = f"substr({prefix} || {policy}, 1, {LONGEST_META_NAME})"
+        own = f"SELECT {_AFTER} FROM {self._meta} m WHERE m.name = {name}"
+        most = f"SELECT max(CAST(a.value AS REAL)) AS value FROM {self._meta} a WHERE a.name >= {prefix} AND a.name < {behind}"
+        longest = f"SELECT {_AFTER} FROM ({most}) m"
+        return f"coalesce(({own}), ({longest}))"
 
     def _guard(self, new: str, message: str) -> str:
         """Return the SELECT that fails if an object that a column gets may be gone, or is about to go.
@@ -274,7 +297,7 @@ class SQLiteTriggers:
                 " keep the rows with files, and the journal, in one file",
                 see=Page.JOURNAL_ON_SQLITE,
             )
-        return SQLiteSource(table, holders, journal, _read_keys(connection, table))
+        return SQLiteSource(table, holders, journal, *_read_keys(connection, table))
 
     def drop(self, connection: Connection, schema: str, table: str) -> None:
         """Drop the triggers of a table."""
@@ -295,6 +318,18 @@ class SQLiteTriggers:
         named = [quoted(name) for name in tables]
         rows = connection.execute(found, values, execution_options=UNTRANSLATED)
         return sorted({row.tbl_name for row in rows if any(name in row.sql for name in named)})
+
+
+_RANDOM_ID = "lower(hex(randomblob(16)))"
+_UPSERT = "ON CONFLICT (id) DO UPDATE SET due = max(due, excluded.due)"
+"""The latest due time of an object counts."""
+
+
+_AFTER = (
+    "CASE WHEN CAST(m.value AS REAL) > 0 THEN strftime('%Y-%m-%d %H:%M:%f000', 'now', m.value || ' seconds')"
+    " ELSE datetime('now') || '.000000' END"
+)
+"""The moment so many seconds from now. What does not wait is due since this second began, which costs less to write."""
 
 
 # Refs in SQL.
@@ -337,7 +372,12 @@ def _variant_field(variant: str, key: str) -> str:
 
 
 def _has_variants(ref: str) -> str:
-    return f"json_type({ref}, '$.variants') IS NOT NULL"
+    """Return the criterion that a ref has variants; its text is searched for the key first, which costs less than to parse it.
+
+    A backslash may be part of the key, and what is binary may have the key behind a zero, where GLOB does not look.
+    """
+    may_have = f"{ref} GLOB '*variants*' OR {ref} GLOB '*\\*' OR typeof({ref}) = 'blob'"
+    return f"{ref} IS NOT NULL AND ({may_have}) AND json_type({ref}, '$.variants') IS NOT NULL"
 
 
 def _has_variant(ref: str, location: str) -> str:
@@ -363,25 +403,33 @@ def _drop(connection: Connection, schema: str, table: str) -> None:
         run(connection, f"DROP TRIGGER {quoted(schema)}.{quoted(name)}")
 
 
-def _read_keys(connection: Connection, table: GuardedTable) -> list[_Key]:
-    """Return what rows of a table may be pushed out by; an index over expressions is left out."""
+def _read_keys(connection: Connection, table: GuardedTable) -> tuple[list[_Key], str | None]:
+    """Return what rows of a table may be pushed out by, without indexes over expressions; and what their number is called."""
 
     def pragma(name: str, argument: str) -> list[tuple[object, ...]]:
         statement = f"PRAGMA {quoted(table.schema)}.{name}({quoted(argument)})"
         return [tuple(row) for row in connection.exec_driver_sql(statement)]
 
     keys: list[_Key] = []
-    columns = {str(row[1]).lower() for row in pragma("table_xinfo", table.name)}
+    info = pragma("table_xinfo", table.name)
+    columns, key = {str(row[1]).lower() for row in info}, [str(row[1]) for row in info if row[5]]
+    indexes = sorted(pragma("index_list", table.name), key=lambda row: str(row[1]))
     rowid = next((name for name in _ROWIDS if name not in columns), None)
     if rowid is not None:
-        with suppress(OperationalError):  # a table WITHOUT ROWID
+        try:
             connection.exec_driver_sql(f"SELECT {rowid} FROM {quoted(table.schema)}.{quoted(table.name)} LIMIT 0")
-            keys.append(_Key(((rowid, "BINARY"),)))
-    for _, name, is_unique, *_ in sorted(pragma("index_list", table.name), key=lambda row: str(row[1])):
+        except OperationalError:  # a table WITHOUT ROWID
+            rowid = None
+    # A key that is the rowid has no index. It is called by its own name, which RENAME COLUMN writes for both.
+    if len(key) == 1 and not any(row[3] == "pk" for row in indexes):
+        rowid = quoted(key[0])
+    if rowid is not None:
+        keys.append(_Key(((rowid, "BINARY"),)))
+    for _, name, is_unique, *_ in indexes:
         parts = [row for row in pragma("index_xinfo", str(name)) if row[5]] if is_unique else []
         if parts and all(row[2] is not None for row in parts):
             keys.append(_Key(tuple((quoted(str(row[2])), quoted(str(row[4]))) for row in parts)))
-    return list(dict.fromkeys(keys))
+    return list(dict.fromkeys(keys)), rowid
 
 
 def _unindexed(connection: Connection, holders: Iterable[Holder]) -> list[Holder]:

@@ -5,8 +5,8 @@ nominates it when it is deleted. With random ids there would be two intents: a r
 would execute the other. With a derived id all transactions that nominate an object insert, or lock, the same row. An existing row
 is updated, because a worker may be about to remove it after finding another row that refers to the object.
 
-Earlier versions used random ids, and so do the triggers of SQLite, which has no digest in SQL. Such an intent gets its derived id
-before a worker or a session nominates its object or acts on it.
+Earlier versions used random ids. The triggers of SQLite, which has no digest in SQL, use ids that are partly random. Such an
+intent gets its derived id before a worker or a session nominates its object or acts on it.
 """
 
 from __future__ import annotations

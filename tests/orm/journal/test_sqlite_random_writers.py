@@ -28,7 +28,7 @@ from tests.orm.environment import OrmEnvironment, file, orm_environment
 from tests.orm.journal.guarded import locations
 from tests.orm.journal.sqlite_writer import COLUMNS, EXPECTED, ROWS, Writer
 from tests.orm.journal.test_random_writers import slow_down
-from tests.orm.journal.test_recovery import journal_of
+from tests.orm.journal.test_recovery import expire, journal_of
 from tests.orm.journal.test_sqlite_triggers import Base, Doc, Parent, Word
 
 SECONDS = float(os.environ.get("GRANITE_STRESS_SECONDS", "2"))
@@ -164,8 +164,12 @@ class Traffic:
 async def test_any_writer(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with orm_environment(database, journaled=True, base=Base) as env:
         traffic = Traffic(env)
-        # Afterwards nothing but the rows, and what triggers have nominated, knows of an object.
+        # After that time nothing but the rows, and what triggers have nominated, knows of an object; of the first ones at once.
         journal_of(env)._lease = timedelta(seconds=1)
+        for number in range(1, ROWS + 1):
+            await env.add(Parent(id=number, file=file("a")), Word(id=chr(64 + number), file=file("a")))
+        await expire(env)
+        await env.recover()
         slow_down(monkeypatch, traffic)
         others = [traffic.run_program(), traffic.write_sessions(), traffic.write_in_thread(), traffic.write_in_thread()]
         tasks = [asyncio.ensure_future(work) for work in (*others, traffic.recover(), traffic.recover(), traffic.look())]

@@ -260,9 +260,8 @@ async def test_intents_are_found_by_their_locations(env: OrmEnvironment, is_last
             await connection.run_sync(index.drop)
             await connection.run_sync(index.create)
     async with env.engine.connect() as connection:
-        made = (
-            await connection.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'granite_storage_delete1_doc'"))
-        ).replace('OLD."file"', "''")
+        made = await connection.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'granite_storage_delete1_doc'"))
+        made = made.replace('OLD."file"', "''").replace('OLD."id"', "1")
         renaming = str(_renaming(journal_tables(Base.metadata).intent).compile(dialect=connection.dialect))
         for statement in (made.partition("BEGIN")[2].rpartition(";")[0], renaming):
             values = ("",) * statement.count("?")
@@ -658,6 +657,13 @@ class TestChecks:
             await env.sql("DROP INDEX another")
             async with env.engine.begin() as connection:
                 await connection.run_sync(Base.metadata.create_all)
+
+    @pytest.mark.parametrize("name", ["id", "file", "code", "place"])
+    async def test_a_column_that_is_renamed_there_and_back(self, env: OrmEnvironment, name: str) -> None:
+        """SQLite changes the text of triggers with it, and writes the name of a primary key in place of the rowid."""
+        await env.sql(f"ALTER TABLE doc RENAME COLUMN {name} TO renamed")
+        await env.sql(f"ALTER TABLE doc RENAME COLUMN renamed TO {name}")
+        assert await self.problems(env) == []
 
     def test_they_are_dropped_with_their_tables(self, tmp_path: Path) -> None:
         """And only those: SQLite drops the triggers of a table by itself, but not those of others that name it."""

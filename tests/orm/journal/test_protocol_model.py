@@ -107,6 +107,63 @@ def test_larger_scopes(name: str) -> None:
     require_holds(name, replace(ALL[name], workers=2, takeovers=2), Rules())
 
 
+def mixtures(one: str, other: str) -> dict[str, Scenario]:
+    """Return scenarios whose writers are at two isolation levels."""
+    may_leave = SNAPSHOT in (one, other)
+    return {
+        "pending upload: delete, restore by a session, undo": pending_beside(
+            delete(one), restore(other, 0, "o"), put(READ_COMMITTED, 1), rows=("o", None), is_decided=True
+        ),
+        "pending upload, two rows share: two deletes, undo": pending_beside(
+            delete(one, 0), delete(other, 1), put(READ_COMMITTED, 2), rows=("o", "o", None), is_decided=True, workers=2, faults=0
+        ),
+        "pending upload: truncate and insert, undo, delete": pending_beside(
+            sql(one, "truncate", (1, "o")),
+            put(other, 1),
+            delete(READ_COMMITTED),
+            rows=("o", None),
+            is_decided=True,
+            may_leave=may_leave,
+        ),
+        "pending upload of SQL: adoption, delete, undo": pending_beside(
+            adopt(1, "o"), delete(one), put(other, 0), rows=("o", None), is_decided=False, faults=0
+        ),
+        "two rows share: move by a session, delete, undo": Scenario(
+            (sql(one, (0, None), (2, "o"), ("cancel", "o")), delete(other, 1), put(other, 0)), ("o", "o", None)
+        ),
+        "move by a session, delete of the target, restore": Scenario(
+            (sql(one, (0, None), (1, "o"), ("cancel", "o")), delete(other, 1), restore(other, 0, "o")), ("o", None)
+        ),
+        "truncate and insert, copy, delete": Scenario(
+            (sql(one, "truncate", (1, "o")), put(other, 2), delete(other)), ("o", None, None), may_leave=may_leave
+        ),
+        "swap, delete, undo": Scenario((sql(one, (0, "p"), (1, "o")), delete(other), put(other, 1, "p")), ("o", "p")),
+        "upload, restore of what it replaces, undo": Scenario(
+            (upload(one, 0, "n"), restore(other, 1, "o"), put(other, 0)), ("o", None), faults=0
+        ),
+        "adoption, delete, restore": Scenario((adopt(1, "o"), delete(one), restore(other, 0, "o")), ("o", None), faults=0),
+        "copy and delete of the source, delete of the copy, undo": Scenario(
+            (sql(one, (1, "o"), (0, None)), delete(other, 1), put(other, 0)), ("o", None)
+        ),
+    }
+
+
+MIXED = {
+    f"{one}, {other}: {name}": scenario
+    for one in (READ_COMMITTED, SNAPSHOT)
+    for other in (READ_COMMITTED, SNAPSHOT)
+    for name, scenario in mixtures(one, other).items()
+}
+
+
+@pytest.mark.exhaustive("each of the rules is tried by the scenarios of one isolation level")
+@pytest.mark.parametrize("name", MIXED)
+def test_mixtures(name: str) -> None:
+    result = explore(MIXED[name])
+    print(f"{name}: {result.states:,} states")  # noqa: T201
+    assert result.violation is None, "\n".join([result.violation or "", *result.trace])
+
+
 @pytest.mark.parametrize("name", ["upload", "upload stored first", "two deletes, restore"])
 @pytest.mark.parametrize("level", [READ_COMMITTED, SNAPSHOT])
 def test_sessions_without_triggers(level: str, name: str) -> None:

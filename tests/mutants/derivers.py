@@ -97,8 +97,8 @@ MUTANTS = [
         name="deriver-job-dropped-when-taken",
         rule="A job stays until it is done, so that another worker does what one that died has left.",
         path=_QUEUE,
-        old='            await connection.execute(statement, [{"mine": row.id} for row in rows])\n',
-        new="            await connection.execute(table.delete().where(table.c.id.in_([row.id for row in rows])))\n",
+        old='        await connection.execute(statement, [{"mine": row.id} for row in rows])\n',
+        new="        await connection.execute(table.delete().where(table.c.id.in_([row.id for row in rows])))\n",
         tests=(f"{_DERIVER}::TestFailures::test_a_worker_that_dies[asyncpg]",),
     ),
     Mutant(

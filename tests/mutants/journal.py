@@ -99,8 +99,8 @@ MUTANTS = [
         name="journal-deletes-without-reference-check",
         rule="A worker keeps an object that a row still refers to.",
         path="granite_storage/orm/journal/recovery.py",
-        old="if taken[row.id] == (row.attempts, row.takeovers)}, referenced",
-        new="if taken[row.id] == (row.attempts, row.takeovers)}, set()",
+        old="if taken[row.id] == _token(row)}, referenced",
+        new="if taken[row.id] == _token(row)}, set()",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_the_protocol_holds[asyncpg-second_reference]",),
     ),
     Mutant(
@@ -184,8 +184,8 @@ MUTANTS = [
         name="journal-deadly-object-taken-forever",
         rule="An object that kills its workers becomes a dead letter in the end.",
         path="granite_storage/orm/journal/jobs.py",
-        old='taken = {"due": clock(seconds), "takeovers": table.c.takeovers + 1}',
-        new='taken = {"due": clock(seconds)}',
+        old='taken = {"due": until, "takeovers": table.c.takeovers + 1}',
+        new='taken = {"due": until}',
         tests=("tests/orm/journal/test_dead_letters.py::test_an_object_that_kills_its_workers_is_a_dead_letter[asyncpg]",),
     ),
     Mutant(

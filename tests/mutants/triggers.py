@@ -75,6 +75,33 @@ MUTANTS = [
         tests=(f"{_TESTS}::TestUploadsThatStayPending::test_while_another_one_decides[asyncpg]",),
     ),
     Mutant(
+        name="adopted-though-gone",
+        rule="An intent of `adopt` is committed once it is known that the object exists, and no worker can delete it.",
+        path="granite_storage/orm/journal/intents.py",
+        old="            await still_there()\n",
+        new="",
+        tests=("tests/orm/journal/test_overtaken_workers.py::test_an_adoption_of_what_is_gone",),
+    ),
+    Mutant(
+        name="adopted-beside-a-rollback",
+        rule="`adopt` locks the uploads of its objects, whatever their leases.",
+        path="granite_storage/orm/journal/intents.py",
+        old="            await connection.execute(uploads.values(due=greatest(intent.c.due, end)))\n",
+        new="            await connection.execute(uploads.where(intent.c.due < end).values(due=greatest(intent.c.due, end)))\n",
+        tests=("tests/orm/journal/test_adoption.py::test_an_upload_whose_transaction_is_rolled_back[asyncpg]",),
+    ),
+    Mutant(
+        name="fence-of-another-takeover",
+        rule="A worker knows its own fences by the moment until which it has taken them over, not by their counts alone.",
+        path="granite_storage/orm/journal/recovery.py",
+        old='& (reclaim.c.due == bindparam("own_due", type_=reclaim.c.due.type))',
+        new='& (reclaim.c.due.is_not(None) | (reclaim.c.due == bindparam("own_due", type_=reclaim.c.due.type)))',
+        tests=(
+            "tests/orm/journal/test_overtaken_workers.py::test_a_fence_that_waits_for_a_guard",
+            "tests/orm/journal/test_overtaken_workers.py::test_a_later_fence_of_the_same_object",
+        ),
+    ),
+    Mutant(
         name="adopted-beside-a-worker",
         rule="An object that a worker is deleting cannot be adopted.",
         path="granite_storage/orm/journal/intents.py",

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Column, Connection, String, Table, any_, bindparam, delete, select, text, type_coerce, update
+from sqlalchemy import ARRAY, Column, Connection, String, Table, any_, bindparam, delete, func, select, text, type_coerce, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
@@ -352,7 +352,7 @@ class Intents:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
         return delete_id(ref.backend, ref.location)
 
-    async def adopt(self, pending: Sequence[PendingDelete], lease: timedelta) -> None:
+    async def adopt(self, pending: Sequence[PendingDelete], lease: timedelta, still_there: Callable[[], Awaitable[None]]) -> None:
         """Commit, durably, that objects are to be deleted, unless rows that are loaded during a lease refer to them.
 
         A worker may have taken one of them over, only to find a row that refers to it; so that is waited for, for some seconds.
@@ -360,6 +360,8 @@ class Intents:
         Args:
             pending: The objects.
             lease: How long the intents of their uploads, where those are pending still, last from now on.
+            still_there: Raises if one of them does not exist. It is called before the commit, when no worker can delete them any
+                more: an intent that is committed is evidence for the rows of others, too.
 
         Raises:
             StaleAttachmentError: A worker is deleting one of them.
@@ -367,14 +369,16 @@ class Intents:
         until = time.monotonic() + _ADOPTION_PATIENCE
         while True:
             try:
-                return await self._adopt(pending, lease)
+                return await self._adopt(pending, lease, still_there)
             except StaleAttachmentError:
                 if time.monotonic() >= until:
                     raise
             await asyncio.sleep(_ADOPTION_PAUSE)
 
     @again_after_deadlock
-    async def _adopt(self, pending: Sequence[PendingDelete], lease: timedelta) -> None:
+    async def _adopt(
+        self, pending: Sequence[PendingDelete], lease: timedelta, still_there: Callable[[], Awaitable[None]]
+    ) -> None:
         locations = sorted({item.location for item in pending})
         if self._uploads is not self._pool:
             async with self._uploads.durable() as connection:
@@ -382,14 +386,17 @@ class Intents:
         async with self._pool.durable() as connection:
             await connection.run_sync(nominate, self._tables.intent, pending, self._pool.options)
             await self._keep(connection, self._tables, locations, lease)
+            await still_there()
 
     async def _keep(self, connection: AsyncConnection, tables: JournalTables, locations: Sequence[str], lease: timedelta) -> None:
         """Renew the uploads of objects, then see that none of them is fenced: from then on none will be, during the lease."""
         intent, reclaim = tables.intent, tables.reclaim
         for batch in batches(locations, _AT_A_TIME):
             end = clock(lease.total_seconds())
-            ends_earlier = (intent.c.kind == UPLOAD) & (intent.c.due < end)
-            await connection.execute(update(intent).where(intent.c.location.in_(batch), ends_earlier).values(due=end))
+            # Those that last longer are locked as well: the rollback of their session could have them deleted before the commit.
+            greatest = func.max if self._pool.dialect == "sqlite" else func.greatest
+            uploads = update(intent).where(intent.c.location.in_(batch), intent.c.kind == UPLOAD)
+            await connection.execute(uploads.values(due=greatest(intent.c.due, end)))
             fenced = await connection.scalars(select(reclaim.c.location).where(reclaim.c.location.in_(batch)).limit(1))
             if (location := fenced.first()) is not None:
                 raise StaleAttachmentError(

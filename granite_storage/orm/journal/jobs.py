@@ -17,7 +17,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from uuid import UUID
@@ -34,7 +34,7 @@ from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import derived_id
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import REFUSED, FailedReclaim, RecoveryReport, clock, describe_error
+from granite_storage.orm.journal.tables import REFUSED, FailedReclaim, RecoveryReport, clock, describe_error, moment_in
 from granite_storage.refs import StoredObjectRef, is_held
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ async def take_over(
     seconds: float,
     *conditions: ColumnElement[bool],
     suspected: bool,
-) -> list[Row[Any]]:
+) -> list[tuple[Row[Any], datetime]]:
     """Take over jobs or reclaims that are due; those that another worker takes over at this moment are skipped.
 
     Args:
@@ -251,7 +251,7 @@ async def take_over(
         suspected: Whether to take those over that workers have left repeatedly, or all others.
 
     Returns:
-        The rows as they were before.
+        The rows as they were before, and until when each is this worker's own.
     """
     was_left = table.c.takeovers >= LEFT_IN_COMPANY
     due = (table.c.backend == backend) & (table.c.due <= clock()) & table.c.dead.is_(False)
@@ -261,12 +261,14 @@ async def take_over(
         return []
     async with pool.writing() as connection:
         rows = list(await connection.execute(found))
-        if rows:
-            taken = {"due": clock(seconds), "takeovers": table.c.takeovers + 1}
-            statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
-            # One by one: on MariaDB a list may lock other rows on the way.
-            await connection.execute(statement, [{"mine": row.id} for row in rows])
-    return rows
+        if not rows:
+            return []
+        until = await moment_in(connection, seconds)
+        taken = {"due": until, "takeovers": table.c.takeovers + 1}
+        statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
+        # One by one: on MariaDB a list may lock other rows on the way.
+        await connection.execute(statement, [{"mine": row.id} for row in rows])
+    return [(row, until) for row in rows]
 
 
 class StillHeldError(Exception):
@@ -350,7 +352,7 @@ class JobQueue:
             suspected: Whether to take those over that workers have left repeatedly, or all others.
         """
         rows = await take_over(self._pool, self._job, backend, limit, self._lease, own, suspected=suspected)
-        return [LeasedJob.from_row(row, row.takeovers + 1) for row in rows]
+        return [LeasedJob.from_row(row, row.takeovers + 1) for row, _ in rows]
 
     async def _is_deadly(self, job: LeasedJob) -> bool:
         """Make a job dead that has killed too many workers, and return whether it was."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Column, Connection, Engine, delete
+from sqlalchemy import Column, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
@@ -30,6 +30,7 @@ from granite_storage.orm._interfaces import (
     are_triggers_declared,
     tables_of,
 )
+from granite_storage.orm._util import batches
 from granite_storage.orm.journal.database import (
     JournalPool,
     KnownSchemas,
@@ -72,6 +73,8 @@ _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
 _LOOKS_AT_A_TIME = 8
+_ADOPTED_AT_ONCE = 50
+"""For how many objects a transaction of `adopt` waits for the storage; on SQLite no other one can write meanwhile."""
 
 
 class StorageJournal:
@@ -257,15 +260,15 @@ class StorageJournal:
                 place = (one.backend, one.location)
                 if one is not ref or place not in objects:  # a variant may be listed by itself as well
                     objects[place] = (one, None if one is ref else ref.location)
-        adopted = [one for one, _ in objects.values()]
-        await self._require_objects(adopted)
+        await self._require_objects([one for one, _ in objects.values()])
         seconds = self._lease.total_seconds()
-        pending = [PendingDelete(*place, seconds, source) for place, (_, source) in objects.items()]
-        await self.intents.adopt(pending, self._lease)
-        # A worker may have deleted one before that: its intent must not be evidence for a row.
-        await self._require_objects(adopted, withdraw=True)
+        for batch in batches(objects.items(), _ADOPTED_AT_ONCE):
+            pending = [PendingDelete(*place, seconds, source) for place, (_, source) in batch]
+            # A worker may have deleted one in the meantime.
+            still_there = partial(self._require_objects, [one for _, (one, _) in batch])
+            await self.intents.adopt(pending, self._lease, still_there)
 
-    async def _require_objects(self, refs: Iterable[StoredObjectRef], *, withdraw: bool = False) -> None:
+    async def _require_objects(self, refs: Iterable[StoredObjectRef]) -> None:
         missing: list[StoredObjectRef] = []
 
         async def look(ref: StoredObjectRef) -> None:
@@ -275,11 +278,6 @@ class StorageJournal:
         await run_bounded(list(refs), look, _LOOKS_AT_A_TIME)
         if not missing:
             return
-        if withdraw:
-            intent = self.tables.intent
-            ids = [delete_id(ref.backend, ref.location) for ref in missing]
-            async with self._bounded.durable() as connection:
-                await connection.execute(delete(intent).where(intent.c.id.in_(ids)), execution_options=self.execution_options)
         raise ObjectNotFoundError(
             f"the object at {missing[0].location!r} does not exist, so its row cannot be loaded ({len(missing)} of the objects to"
             " adopt are missing)",

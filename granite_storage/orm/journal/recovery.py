@@ -55,6 +55,7 @@ from granite_storage.orm.journal.tables import (
     RecoveryReport,
     clock,
     describe_error,
+    moment_in,
 )
 from granite_storage.orm.journal.triggers import triggers_work
 
@@ -82,6 +83,7 @@ class _Reclaim:
     attempts: int
     takeovers: int
     emptied: bool
+    due: datetime
 
 
 class Recovery:
@@ -209,9 +211,10 @@ class Recovery:
                 rows = await self._undecided(connection, rows)
             if not rows:
                 return [], renumbered
-            claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False) for row in rows]
+            until = await moment_in(connection, self._hold)
+            claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False, due=until) for row in rows]
             new = [{name: getattr(item, name) for name in _COLUMNS} | {"dead": False} for item in claimed]
-            if not await self._put_fences(connection, insert(reclaim).values(due=clock(self._hold)), new):
+            if not await self._put_fences(connection, insert(reclaim), new):
                 return [], renumbered
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
@@ -306,7 +309,10 @@ class Recovery:
             suspected: Whether to take those over that have been left repeatedly, or all others.
         """
         rows = await take_over(self._pool, self._tables.reclaim, backend, limit, self._hold, suspected=suspected)
-        return [_reclaim(row, attempts=row.attempts, takeovers=row.takeovers + 1, emptied=row.emptied) for row in rows]
+        return [
+            _reclaim(row, attempts=row.attempts, takeovers=row.takeovers + 1, emptied=row.emptied, due=until)
+            for row, until in rows
+        ]
 
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
         deadly = [item for item in claimed if item.takeovers > LEFT_IN_COMPANY + self._max_attempts]
@@ -341,9 +347,9 @@ class Recovery:
         """
         if not claimed:
             return set(), set()
-        taken = {item.id: (item.attempts, item.takeovers) for item in claimed}
+        taken = {item.id: _token(item) for item in claimed}
         fenced, referenced = await self._references.check(taken, {item.location: item.source for item in claimed})
-        return {row.id for row in fenced if taken[row.id] == (row.attempts, row.takeovers)}, referenced
+        return {row.id for row in fenced if taken[row.id] == _token(row)}, referenced
 
     def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
         """Group the rows that one request deletes; unfinished uploads are removed one by one."""
@@ -431,7 +437,7 @@ class Recovery:
     async def _release(self, items: Sequence[_Reclaim]) -> None:
         """Report that the worker of these rows is alive and releases them.
 
-        The count of takeovers goes back by one, which is the number of an earlier worker at most, never of a later one.
+        The count of takeovers goes back by one. An earlier worker with the same count has taken it over until another moment.
         """
         async with self._pool.writing() as connection:
             await self._update_own(connection, items, takeovers=self._tables.reclaim.c.takeovers - 1)
@@ -479,24 +485,31 @@ class Recovery:
 _COLUMNS = [field.name for field in fields(_Reclaim)]
 
 
-def _reclaim(row: Row[Any], *, attempts: int, takeovers: int, emptied: bool) -> _Reclaim:
+def _reclaim(row: Row[Any], *, attempts: int, takeovers: int, emptied: bool, due: datetime) -> _Reclaim:
     what = (row.id, row.kind, row.backend, row.location, row.upload_id, row.source)
-    return _Reclaim(*what, attempts, takeovers, emptied)
+    return _Reclaim(*what, attempts, takeovers, emptied, due)
+
+
+def _token(item: _Reclaim | Row[Any]) -> tuple[int, int, datetime]:
+    return item.attempts, item.takeovers, item.due
 
 
 def _own(item: _Reclaim) -> dict[str, Any]:
-    return {"own_id": item.id, "own_attempts": item.attempts, "own_takeovers": item.takeovers}
+    return {"own_id": item.id, "own_attempts": item.attempts, "own_takeovers": item.takeovers, "own_due": item.due}
 
 
 def _is_own(reclaim: Table) -> ColumnElement[bool]:
     """Return the criterion that a worker is the last one to take a row over; see `_own` for the parameters.
 
-    Takeovers are counted from the last attempt on, so both numbers together are never those of another worker that is at work.
+    Takeovers are counted from the last attempt on, and for each fence of an object again. So a worker that was overtaken may
+    meet its own numbers, but not with the moment until which it has taken the row over: the next takeover is after that, and
+    whatever ends the work on a row changes its due time.
     """
     return (
         (reclaim.c.id == bindparam("own_id", type_=reclaim.c.id.type))
         & (reclaim.c.attempts == bindparam("own_attempts", type_=Integer()))
         & (reclaim.c.takeovers == bindparam("own_takeovers", type_=Integer()))
+        & (reclaim.c.due == bindparam("own_due", type_=reclaim.c.due.type))
     )
 
 

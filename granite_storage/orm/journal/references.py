@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 _MOST_PARAMETERS = 20_000
+OF_FENCES = ("id", "attempts", "takeovers", "due")
+"""What `check` returns of the rows of `reclaim`."""
 _TRIES = 3
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
@@ -63,7 +65,7 @@ class References:
             ConfigurationError: A table or a column of the models is not there, or rows may be hidden from this role.
         """
         reclaim = self._tables.reclaim
-        seen = (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
+        seen = [reclaim.c[name] for name in (*OF_FENCES, "location")]
         # Given by name, its statements are compiled once; no map translates its schema again.
         schema = effective(reclaim.schema, self._pool.translate_map)
         own = table(reclaim.name, *(column(item.name, item.type) for item in seen), schema=schema)
@@ -118,7 +120,7 @@ class References:
         for place in places:
             column = place.column
             _, location = location_of(column, self._pool.dialect, is_generated=place.is_generated)
-            nothing, no_variants = [null().label(name) for name in ("id", "attempts", "takeovers")], null().label("variants")
+            nothing, no_variants = [null().label(name) for name in OF_FENCES], null().label("variants")
             if place.is_text:
                 mentions = mentions_at(place, self._pool.dialect, locations)
                 selects += [

@@ -46,7 +46,7 @@ from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective, has_beat
-from granite_storage.orm.journal.references import References
+from granite_storage.orm.journal.references import OF_FENCES, References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
 
 if TYPE_CHECKING:
@@ -693,7 +693,7 @@ class SidecarReferences(References):
                 own[:] = await self._read_own(connection, wanted)
                 yield connection
 
-        nothing = [null().label(name) for name in ("id", "attempts", "takeovers")]
+        nothing = [null().label(name) for name in OF_FENCES]
         known = [
             select(*nothing, table.c.location, null().label("variants")).where(table.c.location.in_(objects))
             for table in (self._tables.intent, self._tables.reclaim)
@@ -705,5 +705,5 @@ class SidecarReferences(References):
         reclaim = self._sidecar.tables.reclaim
         await self._sidecar.require_beat(main, self._tables)
         async with self._sidecar.looking() as (_, connection):
-            seen = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers).where(reclaim.c.id.in_(wanted))
+            seen = select(*(reclaim.c[name] for name in OF_FENCES)).where(reclaim.c.id.in_(wanted))
             return list(await connection.execute(seen))

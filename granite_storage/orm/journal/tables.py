@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Boolean, Column, DateTime, Float, Index, Integer, MetaData, String, Table, Text, Uuid, bindparam
+from sqlalchemy import Boolean, Column, DateTime, Float, Index, Integer, MetaData, String, Table, Text, Uuid, bindparam, select
 from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.type_api import TypeEngine
@@ -147,6 +148,12 @@ class clock(FunctionElement[Any]):  # noqa: N801  # it reads as a function of SQ
         """Make the expression; a string is the name of the parameter that the seconds come in."""
         given = bindparam(seconds, type_=Float()) if isinstance(seconds, str) else bindparam(None, seconds, type_=Float())
         super().__init__(given)
+
+
+async def moment_in(connection: AsyncConnection, seconds: float) -> datetime:
+    """Return the moment so many seconds from now, by the database's clock."""
+    moment: datetime = (await connection.execute(select(clock(seconds)))).scalar_one()
+    return moment
 
 
 @compiles(clock, "postgresql")

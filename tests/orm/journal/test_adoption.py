@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
+from datetime import timedelta
 
 import pytest
 
+from granite_storage import StoredObjectRef
 from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm import StorageJournal
 from granite_storage.orm.journal import intents
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.sharing import delete, shared, steps_are_watched, worker
@@ -56,6 +60,26 @@ async def test_an_upload_whose_lease_ends_soon(env: OrmEnvironment) -> None:
     assert await stored.exists()
     await env.recover()
     assert not await stored.exists()
+
+
+async def test_an_upload_whose_transaction_is_rolled_back(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its lease, the rollback does not delete the object while it is looked for."""
+    stored = await file("a").store(Doc.file)
+    [upload] = [row.id for row in await rows(env, "intent")]
+    await journal_of(env).intents.renew([upload], timedelta(days=30))
+    require, calls = StorageJournal._require_objects, []
+
+    async def rolled_back(journal: StorageJournal, refs: Iterable[StoredObjectRef]) -> None:
+        await require(journal, refs)
+        calls.append(1)
+        if len(calls) == 2:
+            await journal.settle([upload])
+
+    monkeypatch.setattr(StorageJournal, "_require_objects", rolled_back)
+    await journal_of(env).adopt([stored.ref])
+    assert len(calls) == 2
+    assert await stored.exists()
+    await env.recover()
 
 
 async def test_what_is_to_be_deleted_soon(env: OrmEnvironment) -> None:

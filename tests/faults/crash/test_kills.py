@@ -90,9 +90,12 @@ class KillSchedule:
         )
 
     def _count(self, point: Point | None) -> int:
-        """Return at which time of coming to a point it happens; threads are slow to come to a rare one a second time."""
+        """Return at which time of coming to a point it happens; where it is slow to come to, the first one.
+
+        Threads are slow, and so are the few sessions beside SQL.
+        """
         count = 1 if point is None else self._random.randint(1, point.most)
-        return 1 if self._setting.is_synchronous else count
+        return 1 if self._setting.is_synchronous or self._setting.has_triggers else count
 
     def is_own(self, job: Job) -> bool:
         """Tell whether a job is to come to one of the setting's own points."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Column, Connection, Select, select, true
+from sqlalchemy import Column, Connection, Select, select
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._engine import identities_of, may_overlap
@@ -13,7 +13,7 @@ from granite_storage.alembic._transactions import run
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.columns import as_found, location_of, unnest_variants, value_in, where_json
+from granite_storage.orm.columns import as_found, join_variants, location_of, value_in, where_json
 from granite_storage.orm.discovery import find_json_columns, find_with_refs
 from granite_storage.orm.references import as_text, is_text, selected_text, text_encoding
 
@@ -109,9 +109,9 @@ def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], 
 def _select_variants(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[Any]:
     """Return backend, location and identity of the variants in the refs of a column that lead to one of the locations."""
     dialect = connection.dialect.name
-    variants, variant = unnest_variants(column, dialect)
+    source, variant = join_variants(column, dialect)
     texts = [value_in(variant, key, dialect) for key in ("backend", "location", "identity")]
-    found = select(*(selected_text(text, dialect) for text in texts)).select_from(column.table.join(variants, true()))
+    found = select(*(selected_text(text, dialect) for text in texts)).select_from(source)
     return _run(connection, column, found.where(texts[1].in_(wanted)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, func, select, true
+from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, func, select
 from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import require_concurrency
@@ -21,11 +21,11 @@ from granite_storage.orm.columns import (
     INDEXED_LOCATION,
     LONGEST_LOCATION,
     generated_location,
+    join_variants,
     location_column_name,
     location_index_name,
     location_of,
     portable_storage_ref_type,
-    unnest_variants,
 )
 from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef
@@ -124,8 +124,8 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     kept = count(connection, found, found.c[source].is_not(None))
     objects = count_of(kept, f"object of {table}.{source} remains", f"objects of {table}.{source} remain")
     logger.warning("%s in storage, and no row refers to %s any more", objects, "it" if kept == 1 else "them")
-    variants, _ = unnest_variants(found.c[source], connection.dialect.name)
-    nested = select(func.count()).select_from(found.join(variants, true()))
+    variants, _ = join_variants(found.c[source], connection.dialect.name)
+    nested = select(func.count()).select_from(variants)
     if number := connection.execute(nested).scalar_one():
         originals = "this object" if kept == 1 else "these objects"
         variants_too = count_of(number, f"variant of {originals} remains", f"variants of {originals} remain")

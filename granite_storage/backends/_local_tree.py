@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, identities_in, new_marker
@@ -64,6 +65,10 @@ _STEM_DIGITS = 32
 _MAX_REMEMBERED = 10_000
 _VANISHED = (FileNotFoundError, NotADirectoryError)
 _SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
+_Entry = tuple[str, str, os.DirEntry[str]]
+"""What a directory has: its path, which ends in a slash where it is a directory itself, its name, and what the system lists."""
+
+_path_of = itemgetter(0)
 _RENAME_NOREPLACE = 1
 _CLAIM_ATTEMPTS = 200
 _CLAIM_PAUSE = 0.01
@@ -90,7 +95,7 @@ def _open_directory(path: str | Path, parent: int | None = None) -> Iterator[int
 
 def _info_of(location: str, found: os.stat_result) -> ObjectInfo:
     """Return the properties of an object by what the file system says of its file."""
-    etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+    etag = "%x-%x-%x" % (found.st_ino, found.st_mtime_ns, found.st_size)  # noqa: UP031  # a third of the time of an f-string
     return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
 
 
@@ -112,20 +117,22 @@ def _walk(top: int, folder: str, prefix: str, start_after: str) -> Iterator[Obje
     try:
         while levels:
             directory, entries = levels[-1]
-            for path, name in entries:
+            for path, name, entry in entries:
                 if path[-1] != "/":
                     if path > start_after and path.startswith(prefix):
                         try:
-                            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                            found = entry.stat(follow_symlinks=False)  # relative to the open directory
                         except FileNotFoundError:
                             continue
                         if stat.S_ISREG(found.st_mode):
                             yield _info_of(path, found)
                 # A directory sorts as its contents do, so `t-/x` comes before `t/x`.
                 elif path.startswith(prefix) and (path > start_after or start_after.startswith(path)):
-                    with suppress(*_VANISHED):
+                    try:
                         levels.append(_open_walk_level(path, name, directory))
-                        break
+                    except _VANISHED:
+                        continue
+                    break
             else:
                 levels.pop()
                 if levels:
@@ -206,7 +213,7 @@ def _sweep_files(directory: int, before: float) -> tuple[int, list[str]]:
     return removed, folders
 
 
-def _open_walk_level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
+def _open_walk_level(path: str, name: str, parent: int) -> tuple[int, Iterator[_Entry]]:
     """Open a directory, and read it."""
     directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
     try:
@@ -216,22 +223,26 @@ def _open_walk_level(path: str, name: str, parent: int) -> tuple[int, Iterator[t
         raise
 
 
-def _entries(directory: int, folder: str) -> list[tuple[str, str]]:
-    """Return the paths and names of what may be an object, or have some below, in order; a directory's path ends in a slash."""
-    found = []
+def _entries(directory: int, folder: str) -> list[_Entry]:
+    """Return what may be an object, or have some below, in order."""
+    found: list[_Entry] = []
     with os.scandir(directory) as scanned:
         entries = list(scanned)
-        names = {entry.name for entry in entries if not entry.name.isascii()}
-        for entry in entries:
-            name = entry.name if entry.name not in names else _composed(entry, directory, names)
-            path = folder + name
-            if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                found.append((f"{path}/", name))
-            elif entry.is_file(follow_symlinks=False):
-                found.append((path, name))
-    found.sort()
+    names: set[str] | None = None
+    for entry in entries:
+        name = entry.name
+        if not name.isascii():
+            if names is None:
+                names = {other.name for other in entries if not other.name.isascii()}
+            name = _composed(entry, directory, names)
+        path = folder + name
+        if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
+            continue
+        if entry.is_file(follow_symlinks=False):
+            found.append((path, name, entry))
+        elif entry.is_dir(follow_symlinks=False):
+            found.append((f"{path}/", name, entry))
+    found.sort(key=_path_of)  # entries cannot be compared, and a name may be listed twice while its directory changes
     return found
 
 

@@ -27,7 +27,7 @@ from granite_storage.cli.output import escape_text
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, in_options, run
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc import StorageGarbageCollector
-from granite_storage.gc.database import ELSEWHERE, DatabaseReferences
+from granite_storage.gc.database import ILLEGIBLE, DatabaseReferences
 from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import are_triggers_declared, tables_of
@@ -187,7 +187,7 @@ async def _check_references(binding: StorageBinding, referenced: set[str]) -> li
                     misled = [await _check_store(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
                 for kind, refusal in await source.find_refusals():
                     # The others are counted above, of this base; rows of another one may have them alone.
-                    if kind == ELSEWHERE or not any(misled):
+                    if kind == ILLEGIBLE or not any(misled):
                         refusals.setdefault(refusal, CheckResult.BAD)
             said = ((result, in_options(f"would be refused: {refusal}")) for refusal, result in refusals.items())
             checks += [Check(result, "garbage collection", message) for result, message in said]

@@ -5,7 +5,7 @@ its reference. The join of both only nominates. Then the rest of the database is
 is no longer nominated. Before anything is deleted, each batch of nominees is re-checked, in one statement over the journal and
 every column; otherwise an object could be deleted under a row to which a transaction has moved or restored its reference between
 two statements. A durable commit follows: a crash of the database must not bring back a reference that the re-check did not find.
-Only then storage is touched.
+Only then storage is touched. Where so many are nominated that the run could be refused, all are re-checked and counted before.
 """
 
 from __future__ import annotations
@@ -312,6 +312,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self._allow_restored_database = allow_restored_database
         self._allow_no_references = allow_no_references
         self._missing: list[str] = []
+        self._unmentioned = 0
         self._has_references = False
 
     def _items(self) -> AsyncGenerator[CollectedObject, None]:
@@ -351,34 +352,35 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self.report.complete = not self._stopped
 
     async def _list(self, listed: Spool) -> None:
-        oldest = await self._now() - self._grace_period
-        page: list[Listed] = []
-        async for info in self._iter_objects():
-            if not self._scope.has(info.location):
-                continue
-            page.append((info.location, info.size, info.modified < oldest))
-            if len(page) == PAGE:
-                await self._note_listed(listed, page)
-                page = []
-                if self._stopped:
-                    return
-        await self._note_listed(listed, page)
-
-    async def _iter_objects(self) -> AsyncIterator[ObjectInfo]:
         objects = self._backend.iter_objects(self._scope.prefix)
         try:
-            last = ""
-            async for info in objects:
-                if info.location <= last and last:
-                    raise CollectionRefusedError(
-                        f"the backend {self.report.backend!r} lists {info.location[:120]!r} after {last[:120]!r}, which is not"
-                        " the byte order of UTF-8: correct its iter_objects()"
-                    )
-                last = info.location
-                yield info
+            await self._note_in_order(objects, listed)
         except BaseException:  # one that has come to its end holds nothing
             await close_listing(objects)
             raise
+        if self._stopped:
+            await close_listing(objects)
+
+    async def _note_in_order(self, objects: AsyncIterator[ObjectInfo], listed: Spool) -> None:
+        """Write the objects in the scope to a spool, until the run is stopped; refuse them out of order."""
+        oldest, has, last = await self._now() - self._grace_period, self._scope.has, ""
+        page: list[Listed] = []
+        async for info in objects:
+            location = info.location
+            if location <= last and last:
+                raise CollectionRefusedError(
+                    f"the backend {self.report.backend!r} lists {location[:120]!r} after {last[:120]!r}, which is not"
+                    " the byte order of UTF-8: correct its iter_objects()"
+                )
+            last = location
+            if has(location):
+                page.append((location, info.size, info.modified < oldest))
+                if len(page) == PAGE:
+                    await self._note_listed(listed, page)
+                    page = []
+                    if self._stopped:
+                        return
+        await self._note_listed(listed, page)
 
     async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
         await listed.write(page)
@@ -434,6 +436,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self._note_mentions(by_column)
         self.report.unseen = sorted(unseen)[:MOST_KEPT]
         rest = [(location, size) for location, size in nominees if location not in mentioned]
+        self._unmentioned += len(rest)
         for start in range(0, len(rest), PAGE):
             await unmentioned.write(rest[start : start + PAGE])
 
@@ -502,17 +505,15 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             self._note_orphans(orphans)
             for location, size in orphans:
                 yield CollectedObject(OrphanStatus.ORPHANED, self.report.backend, location, size)
-        self.report.refusal = self._refusal()
+        self.report.refusal = self._refusal(self.report.orphaned)
 
     async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
-        """Delete the orphans once their number is known, and yield each."""
-        async for orphans in self._recheck(nominees):
-            self._note_orphans(orphans)
-        self.report.refusal = self._refusal()
-        if self.report.refusal is not None:
-            raise CollectionRefusedError(self.report.refusal, report=self.report)
-        before, self.report.referenced_on_recheck, self.report.referenced_on_recheck_bytes = self.report.orphaned, 0, 0
-        self.report.orphaned = self.report.orphaned_bytes = 0
+        """Delete the orphans, and yield each; they are counted before only where that could end in a refusal.
+
+        Each re-check reads every reference. It takes nominees away and adds none.
+        """
+        if self._refusal(self._unmentioned) is not None:
+            await self._require_few(nominees)
         async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             if not orphans:
@@ -522,7 +523,19 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 yield item
             self._on_progress()
         report = self.report
-        logger.info("deleted %d of %d orphans of %r", report.deleted, before, report.storage_key, extra=fields_of(report))
+        logger.info(
+            "deleted %d of %d orphans of %r", report.deleted, report.orphaned, report.storage_key, extra=fields_of(report)
+        )
+
+    async def _require_few(self, nominees: Spool) -> None:
+        """Count the orphans; refuse to delete so many, or any where nothing is referenced."""
+        async for orphans in self._recheck(nominees):
+            self._note_orphans(orphans)
+        self.report.refusal = self._refusal(self.report.orphaned)
+        if self.report.refusal is not None:
+            raise CollectionRefusedError(self.report.refusal, report=self.report)
+        self.report.referenced_on_recheck = self.report.referenced_on_recheck_bytes = 0
+        self.report.orphaned = self.report.orphaned_bytes = 0
 
     async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
         """Yield the nominees that nothing refers to at the moment of yielding, batch by batch."""
@@ -542,10 +555,10 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self.report.orphaned_bytes += sum(size for _, size in orphans)
         self._on_progress()
 
-    def _refusal(self) -> str | None:
-        """Return why nothing should be deleted, where what was found can hardly be true."""
+    def _refusal(self, orphaned: int) -> str | None:
+        """Return why nothing should be deleted, where what was found can hardly be true with so many orphans."""
         report = self.report
-        if not report.orphaned:
+        if not orphaned:
             return None
         if not report.referenced and not self._allow_no_references:
             among = "the only object" if report.scanned == 1 else f"any of the {report.scanned:,} objects"
@@ -553,10 +566,10 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 f"no reference leads to {among} of {report.storage_key!r}: the database is empty or the wrong one. If it is the"
                 " right one, pass allow_no_references=True"
             )
-        if report.share > self._max_deleted_share:
+        if (share := orphaned / report.scanned) > self._max_deleted_share:
             return (
-                f"{report.orphaned:,} of the {count_of(report.scanned, 'object')} of {report.storage_key!r} ({report.share:.0%})"
-                f" {'is an orphan' if report.orphaned == 1 else 'are orphans'}, more than the {self._max_deleted_share:.0%} that"
+                f"{orphaned:,} of the {count_of(report.scanned, 'object')} of {report.storage_key!r} ({share:.0%})"
+                f" {'is an orphan' if orphaned == 1 else 'are orphans'}, more than the {self._max_deleted_share:.0%} that"
                 " one run may delete. Check the orphans of a dry run; if they may go, raise max_deleted_share"
             )
         return None

@@ -34,7 +34,6 @@ from sqlalchemy import (
     not_,
     select,
     text,
-    true,
     union_all,
 )
 from sqlalchemy.exc import DBAPIError, ProgrammingError
@@ -49,7 +48,7 @@ from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings, tables_of
 from granite_storage.orm._util import batches, put_barrier
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, unnest_variants, value_in
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, join_variants, value_in, where_json
 from granite_storage.orm.discovery import (
     FoundColumn,
     find_tables,
@@ -84,6 +83,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ELSEWHERE",
     "HERE",
+    "ILLEGIBLE",
     "UNKNOWN_BACKEND",
     "UNKNOWN_IDENTITY",
     "BoundBase",
@@ -104,9 +104,9 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 _KINDS = (AttachmentType, StoredObjectRefType)
 _COLUMNS_IN_A_STATEMENT = 100
-ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY = range(4)
+ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY, ILLEGIBLE = range(5)
 """What a reference leads to: an object of another backend; one of the collected backend; a backend that no manager has; another
-store than its backend leads to now."""
+store than its backend leads to now; nothing, because it is no reference. From the third on a run ends."""
 
 # The statements: every reference in the byte order of its location, and the first value that is none.
 
@@ -134,7 +134,7 @@ class RefColumn:
 
 
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
+    """Select location and kind of all references in the byte order of the locations; what is none is `ILLEGIBLE`.
 
     A ref that nests variants is as many references; one whose variants cannot be read is none.
 
@@ -154,13 +154,13 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind.
 
-    For the kinds of what can be collected it is a row whose value is no reference, or has variants that cannot be read.
+    For `ILLEGIBLE` it is a row whose value is no reference, or has variants that cannot be read.
     """
     ref = column.column
     found: list[Select[*tuple[Any, ...]]] = []
     for value, source in _values(ref, dialect):
         legible = is_legible(value, dialect)
-        if kind < UNKNOWN_BACKEND:
+        if kind == ILLEGIBLE:
             wanted = not_(_is_legible_whole(value, dialect, is_variant=value is not ref))
         else:
             wanted = case((legible, _kind(value, column, dialect, identities))) == literal_column(str(kind))
@@ -185,8 +185,8 @@ def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any,
 
 def _values(column: Column[Any], dialect: str) -> list[tuple[ColumnElement[Any], FromClause]]:
     """Return the values of a column, and those of the variants in them, each with the table that they are in."""
-    variants, variant = unnest_variants(column, dialect)
-    return [(column, column.table), (variant, column.table.join(variants, true()))]
+    variants, variant = join_variants(column, dialect)
+    return [(column, column.table), (variant, variants)]
 
 
 def _is_legible_whole(value: ColumnElement[Any], dialect: str, *, is_variant: bool) -> ColumnElement[bool]:
@@ -198,30 +198,28 @@ def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None
     found: list[Select[*tuple[Any, ...]]] = []
     for value, source in _values(column.column, dialect):
         is_variant = value is not column.column
-        legible = is_legible(value, dialect)
+        kind = _kind(value, column, dialect, identities)
+        location = value_in(value, "location", dialect)
+        if dialect == "sqlite":
+            location = where_json(value, location)
         if column.is_declared:
+            criterion = None if is_variant else has_value(column.column, dialect)
             legible = _is_legible_whole(value, dialect, is_variant=is_variant)
-        one = select(
-            case((legible, value_in(value, "location", dialect))).label("location"),
-            case((legible, _kind(value, column, dialect, identities)), else_=literal_column(str(ELSEWHERE))).label("kind"),
-        ).select_from(source)
-        if not is_variant:
-            one = one.where(has_value(column.column, dialect))
-        found.append(one if column.is_declared else one.where(legible))
+            kind = case((legible, kind), else_=literal_column(str(ILLEGIBLE)))
+        else:
+            criterion = is_legible(value, dialect)
+        one = select(location.label("location"), kind.label("kind")).select_from(source)
+        found.append(one if criterion is None else one.where(criterion))
     return found
 
 
 def _kind(ref: ColumnElement[Any], column: RefColumn, dialect: str, identities: Sequence[str] | None) -> ColumnElement[int]:
     backend, identity = (value_in(ref, key, dialect) for key in ("backend", "identity"))
-    kinds: list[tuple[ColumnElement[bool], Any]] = []
+    here: ColumnElement[Any] = literal_column(str(HERE))
     if identities is not None:
-        kinds.append(
-            (
-                and_(backend.in_(column.here), identity.is_not(None), identity.not_in(identities)),
-                literal_column(str(UNKNOWN_IDENTITY)),
-            )
-        )
-    kinds.append((backend.in_(column.here), literal_column(str(HERE))))
+        misled = and_(identity.is_not(None), identity.not_in(identities))
+        here = case((misled, literal_column(str(UNKNOWN_IDENTITY))), else_=here)
+    kinds: list[tuple[ColumnElement[bool], Any]] = [(backend.in_(column.here), here)]
     if column.known is not None:
         kinds.append((backend.not_in(column.known), literal_column(str(UNKNOWN_BACKEND))))
     return case(*kinds, else_=literal_column(str(ELSEWHERE)))
@@ -603,11 +601,11 @@ class DatabaseReferences:
     async def find_refusals(self) -> list[tuple[int, str]]:
         """Return why values of rows would end a collection, without sorting all references: a row of each kind, and its kind.
 
-        A value that is no reference is of the kind `ELSEWHERE`. `require_fit` comes before.
+        `require_fit` comes before.
         """
         if not self._ref_columns:  # it was refused before they were found
             return []
-        found = [(kind, await self._find_refusal(kind)) for kind in (ELSEWHERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY)]
+        found = [(kind, await self._find_refusal(kind)) for kind in (ILLEGIBLE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY)]
         return [(kind, refusal) for kind, refusal in found if refusal is not None]
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
@@ -644,7 +642,7 @@ class DatabaseReferences:
                 result = await connection.stream(statement.execution_options(yield_per=PAGE))
                 try:
                     async for page in result.partitions():
-                        wrong = next((kind for location, kind in page if location is None or kind >= UNKNOWN_BACKEND), None)
+                        wrong = next((kind for _, kind in page if kind >= UNKNOWN_BACKEND), None)
                         if wrong is not None:
                             break
                         yield [(as_text(location, self._encoding), kind == HERE) for location, kind in page]
@@ -689,7 +687,7 @@ class DatabaseReferences:
         return None
 
     def _describe(self, kind: int, where: str, backend: str, identity: str) -> str:
-        if kind < UNKNOWN_BACKEND:
+        if kind == ILLEGIBLE:
             return _describe_illegible(where)
         if kind == UNKNOWN_IDENTITY:
             current = next(iter(self._identities or ()), None)

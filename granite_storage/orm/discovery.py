@@ -321,8 +321,8 @@ def _refs_in(
             here = identity.in_(identities) if is_certain else or_(identity.is_(None), identity.in_(identities))
         return case((is_legible(ref, dialect), here), else_=false())
 
-    variants, variant = unnest_variants(value, dialect)
-    nests_one = exists(select(literal_column("1")).select_from(variants).where(leads_here(variant)))
+    variants, variant, has_some = unnest_variants(value, dialect)
+    nests_one = and_(has_some, exists(select(literal_column("1")).select_from(variants).where(leads_here(variant))))
     return select(literal_column("1")).where(has_value(value, dialect), or_(leads_here(value), nests_one))
 
 

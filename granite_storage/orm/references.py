@@ -33,7 +33,6 @@ from sqlalchemy import (
     or_,
     select,
     text,
-    true,
     type_coerce,
     union_all,
 )
@@ -48,9 +47,9 @@ from granite_storage.orm._util import UNTRANSLATED
 from granite_storage.orm.columns import (
     AttachmentType,
     StoredObjectRefType,
+    join_variants,
     location_column_name,
     location_of,
-    unnest_variants,
     value_in,
     where_json,
 )
@@ -429,8 +428,8 @@ _STEM_AS_GLOB = "[0-9a-f]" * 12 + "7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" *
 
 
 def most_at_once(columns: Sequence[Column[Any]], journals: Sequence[JournalTables] = ()) -> int:
-    """Return how many locations fit into one statement: each is in it twice for every table, and four times for every column."""
-    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (2 * len(columns) + 2 * len(journals) + 1))))
+    """Return how many locations fit into one statement: each is in it twice for every column and for every journal."""
+    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * len(columns) + 2 * len(journals) + 1)))
 
 
 async def find_references(
@@ -454,15 +453,15 @@ async def find_references(
             generated id, or in their `extra`.
     """
     dialect = connection.dialect
-    ids = sorted({found for found in map(generated_id, locations) if found is not None}) if extra else []
+    # What has a generated id is found by it alone: the same location has the same id.
+    by_id = {location: name for location in locations if (name := generated_id(location)) is not None} if extra else {}
+    ids, others = sorted(set(by_id.values())), [location for location in locations if location not in by_id]
     # This reads the catalogue of the database only: that a column exists does not depend on any row.
     generated = await with_location_column(connection, columns)
-    parts = [_referring(column, dialect, locations, ids, is_generated=column in generated) for column in columns]
-    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]
+    parts = [_referring(column, dialect, others, ids, extra=extra, is_generated=column in generated) for column in columns]
+    parts += [_nesting(column, dialect, others, ids, extra=extra) for column in columns]
     noted = [table.c for journal in journals for table in (journal.intent, journal.reclaim)]
-    parts += [_among(entry.backend, entry.location, dialect, locations, ids) for entry in noted]
-    if extra:
-        parts += [selected_extra(column, dialect.name) for column in columns]
+    parts += [_among(entry.backend, entry.location, dialect, others, ids) for entry in noted]
     if not parts:
         return set()
     held: set[tuple[str, str]] = set()
@@ -506,10 +505,10 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
 
 def selected_extra_of_variants(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select what `selected_extra` does, of the variants in the refs."""
-    variants, variant = unnest_variants(column, dialect)
+    source, variant = join_variants(column, dialect)
     text, names_one = _extra_of(variant, dialect)
     found = _selected_ref(dialect, value_in(variant, "backend", dialect), extra=text)
-    return found.select_from(column.table.join(variants, true())).where(names_one)
+    return found.select_from(source).where(names_one)
 
 
 def _selected_ref(
@@ -551,27 +550,40 @@ def text_encoding(connection: Connection) -> str:
 
 
 def _referring(
-    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, is_generated: bool
+    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool, is_generated: bool
 ) -> Select[*tuple[Any, ...]]:
+    """Select backend, location and `extra` of the refs of a column; those to which nothing leads by any of these are left out."""
     backend, location = location_of(column, dialect.name, is_generated=is_generated)
-    if ids and dialect.name == "sqlite":  # a JSON function fails there on a value that is not JSON
-        location = case((func.json_valid(column) == 1, location))
-    return _among(backend, location, dialect, locations, ids)
+    if not extra:
+        return _among(backend, location, dialect, locations, ids)
+    if dialect.name == "sqlite":
+        location = where_json(column, location)
+    return _leading(column, backend, location, dialect, locations, ids)
 
 
 def _nesting(
     column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
 ) -> Select[*tuple[Any, ...]]:
-    """Select backend, location and `extra` of the variants in refs; those to which nothing leads by any of these are left out."""
-    variants, found = unnest_variants(column, dialect.name)
-    backend, location = (value_in(found, key, dialect.name) for key in ("backend", "location"))
-    wanted = _is_among(location, dialect, locations, ids)
-    names: ColumnElement[Any] = null()
-    if extra:
-        text, names_one = _extra_of(found, dialect.name)
-        wanted, names = or_(wanted, names_one), case((names_one, text))
-    nested = _selected_ref(dialect.name, backend, location, cast(names, Text()))
-    return nested.select_from(column.table.join(variants, true())).where(wanted)
+    """Select what `_referring` does, of the variants in the refs."""
+    source, variant = join_variants(column, dialect.name)
+    backend, location = (value_in(variant, key, dialect.name) for key in ("backend", "location"))
+    if not extra:
+        return _among(backend, location, dialect, locations, ids).select_from(source)
+    return _leading(variant, backend, location, dialect, locations, ids).select_from(source)
+
+
+def _leading(
+    ref: ColumnElement[Any],
+    backend: ColumnElement[str],
+    location: ColumnElement[str],
+    dialect: Dialect,
+    locations: Sequence[str],
+    ids: Sequence[str],
+) -> Select[*tuple[Any, ...]]:
+    """Select backend, location and `extra` in one scan: of refs that `_among` selects, and of those whose `extra` names one."""
+    text, names_one = _extra_of(ref, dialect.name)
+    selected = _selected_ref(dialect.name, backend, location, cast(case((names_one, text)), Text()))
+    return selected.where(or_(_is_among(location, dialect, locations, ids), names_one))
 
 
 def _among(
@@ -584,8 +596,13 @@ def _among(
 def _is_among(
     location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
 ) -> ColumnElement[bool]:
-    wanted: ColumnElement[bool] = location.in_(locations)
-    return or_(wanted, _id_in(location, dialect).in_(ids)) if ids else wanted
+    """Return the criterion that a location is one of these, or has one of these ids; either may be empty."""
+    ways: list[ColumnElement[bool]] = []
+    if ids:
+        ways.append(_id_in(location, dialect).in_(ids))
+    if locations or not ids:
+        ways.append(location.in_(locations))
+    return or_(*ways)
 
 
 def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
@@ -609,7 +626,8 @@ def _extra_of(column: ColumnElement[Any], dialect: str) -> tuple[ColumnElement[A
     """Return `extra` as JSON text, and whether it contains the form of a generated name, whose digits are never escaped."""
     if dialect == "postgresql":
         text: ColumnElement[Any] = cast(cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'extra'")), Text())
-        return text, text.op("~", is_comparison=True)(f"{GENERATED_STEM}-")
+        # Without one it is NULL here, which costs no comparison.
+        return text, value_in(cast(column, JSONB), "extra", dialect).op("~", is_comparison=True)(f"{GENERATED_STEM}-")
     text = func.json_extract(column, literal_column("'$.extra'"), type_=Text())
     if dialect == "sqlite":
         text = case((func.json_valid(column) == 1, text))

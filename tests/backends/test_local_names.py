@@ -22,7 +22,7 @@ class DecomposedEntry:
 
     def __init__(self, entry: os.DirEntry[str]) -> None:
         self.name = unicodedata.normalize("NFD", entry.name)
-        self.is_dir, self.is_file, self.inode = entry.is_dir, entry.is_file, entry.inode
+        self.is_dir, self.is_file, self.inode, self.stat = entry.is_dir, entry.is_file, entry.inode, entry.stat
 
 
 class DecomposingSystem:
@@ -49,6 +49,25 @@ async def test_a_listing_has_names_as_they_were_stored(tmp_path: Path, monkeypat
     assert [info.location async for info in backend.iter_objects()] == stored
     assert [info.location async for info in backend.iter_objects("Müller/")] == stored[:2]
     assert [info.location async for info in backend.iter_objects(start_after=stored[1])] == stored[2:]
+    await backend.aclose()
+
+
+class StutteringSystem(DecomposingSystem):
+    """The calls of a system that lists each name twice, as one may while its directory is changed."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def scandir(directory: int) -> Iterator[Iterator[os.DirEntry[str]]]:  # type: ignore[override]
+        with os.scandir(directory) as entries:
+            yield iter([*entries] * 2)
+
+
+async def test_a_name_that_is_listed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = LocalStorageBackend(tmp_path, fsync=False)
+    for location in ("a", "b"):
+        await backend.put_bytes(location, b"...")
+    monkeypatch.setattr(_local_tree, "os", StutteringSystem())
+    assert [info.location async for info in backend.iter_objects()] == ["a", "a", "b", "b"]
     await backend.aclose()
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import text as sql
 from granite_storage import StoredObjectRef
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
-from granite_storage.orm.columns import location_of, unnest_variants, value_in, variant_locations, variants_in
+from granite_storage.orm.columns import join_variants, location_of, value_in, variant_locations, variants_in
 from granite_storage.orm.references import iter_model_storage_refs
 from granite_storage.refs import iter_refs
 from tests.gc.environment import Base, Crate, GcEnvironment
@@ -125,8 +125,8 @@ async def test_the_same_objects_in_python_in_sql_and_for_the_collector(env: GcEn
             found = (await connection.execute(select(own, nested).where(column.is_not(None)))).all()
             in_sql = {ref for ref, _ in found}.union(*(variant_locations(variants) for _, variants in found))
             assert in_sql == expected[column.name]
-            unnested, variant = unnest_variants(column, dialect)
-            each = select(value_in(variant, "location", dialect)).select_from(column.table).join(unnested, column.is_not(None))
+            unnested, variant = join_variants(column, dialect)
+            each = select(value_in(variant, "location", dialect)).select_from(unnested)
             assert {ref for ref, _ in found} | set((await connection.execute(each)).scalars()) == expected[column.name]
     async with env.sessions() as session:
         for name, locations in expected.items():

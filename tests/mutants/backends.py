@@ -90,8 +90,8 @@ MUTANTS = [
         name="local-lists-in-any-order",
         rule="Objects are listed in the byte order of UTF-8.",
         path="granite_storage/backends/_local_tree.py",
-        old="    found.sort()\n",
-        new="    found.sort(key=lambda entry: entry[1])\n",
+        old="found.sort(key=_path_of)",
+        new="found.sort(key=itemgetter(1))",
         tests=("tests/backends/test_conformance.py::TestLocal::test_byte_order",),
     ),
     Mutant(

@@ -428,8 +428,8 @@ _STEM_AS_GLOB = "[0-9a-f]" * 12 + "7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" *
 
 
 def most_at_once(columns: Sequence[Column[Any]], journals: Sequence[JournalTables] = ()) -> int:
-    """Return how many locations fit into one statement: each is in it twice for every column and for every journal."""
-    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * len(columns) + 2 * len(journals) + 1)))
+    """Return how many locations fit into one statement: each is in it twice for every table, and four times for every column."""
+    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (2 * len(columns) + 2 * len(journals) + 1))))
 
 
 async def find_references(
@@ -453,15 +453,13 @@ async def find_references(
             generated id, or in their `extra`.
     """
     dialect = connection.dialect
-    # What has a generated id is found by it alone: the same location has the same id.
-    by_id = {location: name for location in locations if (name := generated_id(location)) is not None} if extra else {}
-    ids, others = sorted(set(by_id.values())), [location for location in locations if location not in by_id]
+    ids = sorted({found for found in map(generated_id, locations) if found is not None}) if extra else []
     # This reads the catalogue of the database only: that a column exists does not depend on any row.
     generated = await with_location_column(connection, columns)
-    parts = [_referring(column, dialect, others, ids, extra=extra, is_generated=column in generated) for column in columns]
-    parts += [_nesting(column, dialect, others, ids, extra=extra) for column in columns]
+    parts = [_referring(column, dialect, locations, ids, extra=extra, is_generated=column in generated) for column in columns]
+    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]
     noted = [table.c for journal in journals for table in (journal.intent, journal.reclaim)]
-    parts += [_among(entry.backend, entry.location, dialect, others, ids) for entry in noted]
+    parts += [_among(entry.backend, entry.location, dialect, locations, ids) for entry in noted]
     if not parts:
         return set()
     held: set[tuple[str, str]] = set()
@@ -596,13 +594,8 @@ def _among(
 def _is_among(
     location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
 ) -> ColumnElement[bool]:
-    """Return the criterion that a location is one of these, or has one of these ids; either may be empty."""
-    ways: list[ColumnElement[bool]] = []
-    if ids:
-        ways.append(_id_in(location, dialect).in_(ids))
-    if locations or not ids:
-        ways.append(location.in_(locations))
-    return or_(*ways)
+    wanted: ColumnElement[bool] = location.in_(locations)
+    return or_(wanted, _id_in(location, dialect).in_(ids)) if ids else wanted
 
 
 def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:

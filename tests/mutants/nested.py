@@ -20,7 +20,7 @@ MUTANTS = [
         name="nested-recheck-is-blind",
         rule="The re-check before a delete looks into values, too.",
         path="granite_storage/orm/references.py",
-        old="    parts += [_nesting(column, dialect, others, ids, extra=extra) for column in columns]\n",
+        old="    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]\n",
         new="",
         tests=(f"{_GC}::test_a_variant_that_comes_after_the_nomination",),
     ),

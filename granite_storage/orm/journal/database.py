@@ -9,7 +9,6 @@ import asyncio
 import copy
 import json
 import os
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
@@ -74,7 +73,7 @@ class JournalPool:
         self._size = size
         self._timeout: float | None = None
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-        self._engines = _Engines(self._new_engine)
+        self._engines = Engines(self._new_engine)
         self._open_pools = _open_pools_of(root_engine(self._outer))
         self._open_pools.add(self)
 
@@ -256,7 +255,7 @@ class JournalPool:
         self._outer.dialect.set_isolation_level(connection, _ISOLATION)
 
 
-class _Engines:
+class Engines:
     """The engines of a pool: one, and another for the event loop of synchronous callers, where connections belong to a loop.
 
     A forked child makes its own and closes none of its parent's connections.
@@ -311,38 +310,23 @@ class _Engines:
             await engine.dispose()
 
 
-class _OpenPools:
-    """The open pools beside an engine: disposing of the engine disposes of them, even if the journal was dropped."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = weakref.ref(engine)
-        self._pools: set[JournalPool] = set()
-        event.listen(engine, "engine_disposed", self._dispose)
-
-    def add(self, pool: JournalPool) -> None:
-        self._pools.add(pool)
-
-    def discard(self, pool: JournalPool) -> None:
-        self._pools.discard(pool)
-
-    def _dispose(self, engine: Engine) -> None:
-        # The engines of journals have a copy of this listener, as of all others of the application's engine.
-        if engine is self._engine():
-            for pool in list(self._pools):
-                pool.dispose()
+_OPEN_POOLS: Final = "_granite_storage_open_pools"
+"""The attribute of an engine that has the open pools beside it: a dictionary of this module's would hold the engine by them."""
 
 
-_open_pools: WeakKeyDictionary[Engine, weakref.ref[_OpenPools]] = WeakKeyDictionary()
-"""By engine; what is held here strongly would hold the engine."""
-
-
-def _open_pools_of(engine: Engine) -> _OpenPools:
-    reference = _open_pools.get(engine)
-    found = None if reference is None else reference()
-    if found is None:
-        found = _OpenPools(engine)  # its listener, and so the engine, keeps it alive
-        _open_pools[engine] = weakref.ref(found)
+def _open_pools_of(engine: Engine) -> set[JournalPool]:
+    """Return the open pools beside an engine: disposing of the engine disposes of them, even if the journal was dropped."""
+    if not hasattr(engine, _OPEN_POOLS):
+        setattr(engine, _OPEN_POOLS, set())
+        event.listen(engine, "engine_disposed", _dispose_of_open_pools)
+    found: set[JournalPool] = getattr(engine, _OPEN_POOLS)
     return found
+
+
+def _dispose_of_open_pools(engine: Engine) -> None:
+    # The engines of journals have a copy of this listener, as of all others of the application's engine, and no such pools.
+    for pool in list(getattr(engine, _OPEN_POOLS, ())):
+        pool.dispose()
 
 
 def _require_able(given: AsyncEngine | Engine) -> Engine:

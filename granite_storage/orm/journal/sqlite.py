@@ -45,7 +45,7 @@ from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import batches, wait
-from granite_storage.orm.journal.database import JournalPool, effective, has_beat
+from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
 
@@ -432,13 +432,10 @@ class _Opened:
 
 @dataclass(slots=True)
 class _File:
-    """What the pools of one sidecar share; a forked child opens its own connections, and closes none of its parent's."""
+    """What the pools of one sidecar share: its path, and the name that the rows' database has confirmed."""
 
     path: str | None = None
     named: str | None = None
-    engine: AsyncEngine | None = None
-    process: int = 0
-    inherited: list[AsyncEngine] = field(default_factory=list)
 
 
 class SidecarPool(_LockingPool):
@@ -462,6 +459,7 @@ class SidecarPool(_LockingPool):
         self._main = main
         self._given = path
         self._file = _File()
+        self._engines = Engines(self._new_engine)
 
     def of(self, main: SQLitePool) -> SidecarPool:
         """Return the same pool, bound as the connections to the rows' database are."""
@@ -541,15 +539,6 @@ class SidecarPool(_LockingPool):
             self._file.path = await asyncio.to_thread(os.path.abspath, os.fspath(path))
         return await super()._begin(stack, statement)
 
-    @property
-    def _engine(self) -> AsyncEngine:
-        file = self._file
-        if file.engine is None or file.process != os.getpid():
-            if file.engine is not None:
-                file.inherited.append(file.engine)
-            file.engine, file.process = self._new_engine(), os.getpid()
-        return file.engine
-
     def _new_engine(self) -> AsyncEngine:
         options = {"poolclass": QueuePool, "pool_size": self._size, "max_overflow": 0, "hide_parameters": True}
         engine = create_engine("sqlite://", creator=self._connect, **options)
@@ -586,13 +575,7 @@ class SidecarPool(_LockingPool):
 
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
-        if self._file.process == os.getpid():
-            await self._engine.dispose()
-
-    def dispose(self) -> None:
-        """Close the connections from within an event of SQLAlchemy."""
-        if self._file.process == os.getpid():
-            self._engine.sync_engine.dispose()
+        await self._engines.aclose()
 
 
 class _SidecarConnection(sqlite3.Connection):

@@ -27,6 +27,7 @@ from granite_storage._portal import has_running_loop, portal
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 TRANSLATE_MAP: Final = "schema_translate_map"
 """The name of SQLAlchemy's option."""
@@ -108,7 +109,7 @@ def deferred_cancellation() -> Iterator[None]:
         task.cancel()
 
 
-# Batches that fit into a statement.
+# Batches that fit into a statement, and groups.
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -116,6 +117,14 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def group(items: Iterable[T], by: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return the items in lists by what a function returns for them, in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(by(item), []).append(item)
+    return groups
 
 
 # Statements that insert rows. SQLAlchemy caches no compiled form of an INSERT whose rows are in `values()`, and compiling takes

@@ -48,7 +48,7 @@ from sqlalchemy.exc import DBAPIError
 from granite_storage._telemetry import fields_of
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._interfaces import StoredObject, active_bindings
-from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, schema_on, without_pool
+from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, group, schema_on, without_pool
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import (
     Tables,
@@ -862,9 +862,7 @@ class Catalogue:
     def namesakes(self) -> dict[Place, Column[Any]]:
         """Return all columns with the names of a model's column and table that may contain refs, in all schemas."""
         places: dict[Place, Column[Any]] = {}
-        by_table: dict[str, list[Column[Any]]] = {}
-        for item in self._columns:
-            by_table.setdefault(self._folded(item.table.name), []).append(item)
+        by_table = group(self._columns, lambda item: self._folded(item.table.name))
         for (_, name), named in self._tables.items():
             for wanted in by_table.get(name, ()):
                 found = named.get(self._folded(wanted.name))

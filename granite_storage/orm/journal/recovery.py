@@ -40,7 +40,7 @@ from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import again_after_deadlock, batches, try_briefly
+from granite_storage.orm._util import again_after_deadlock, batches, group, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.jobs import FIRST_RETRY, LEFT_IN_COMPANY, LONGEST_RETRY, MOST_REPORTED, UNTRIED, take_over
@@ -347,14 +347,11 @@ class Recovery:
 
     def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
         """Group the rows that one request deletes; unfinished uploads are removed one by one."""
-        together: dict[str, list[_Reclaim]] = {}
-        alone: list[list[_Reclaim]] = []
-        for item in items:
-            if item.kind == DELETE and self._deletes_in_batches(item.backend):
-                together.setdefault(item.backend, []).append(item)
-            else:
-                alone.append([item])
-        return [*together.values(), *alone]
+
+        def request(item: _Reclaim) -> str | UUID:
+            return item.backend if item.kind == DELETE and self._deletes_in_batches(item.backend) else item.id
+
+        return list(group(items, request).values())
 
     def _deletes_in_batches(self, backend: str) -> bool:
         return isinstance(self._manager.backends.get(backend), SupportsBatchDelete)

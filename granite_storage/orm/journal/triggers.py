@@ -6,12 +6,14 @@ Each database has a module of its own, such as `_postgresql_triggers`, which pro
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import Column, Connection, MetaData, Table, event
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
+from granite_storage.orm._util import group
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
@@ -148,14 +150,12 @@ def find_sources(
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
     evidence = sorted(Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None)
-    by_table: dict[Table, list[str]] = {}
-    for column in columns:
-        by_table.setdefault(column.table, []).append(column.name)
-    return [
-        dialect.source(connection, GuardedTable(*found, _keys_of(table), tuple(sorted(names))), evidence, journal, place[0])
-        for table, names in by_table.items()
-        if (found := places[table]) is not None
-    ]
+    sources: list[TriggerSource] = []
+    for table, own in group(columns, attrgetter("table")).items():
+        if (found := places[table]) is not None:
+            guarded = GuardedTable(*found, _keys_of(table), tuple(sorted(column.name for column in own)))
+            sources.append(dialect.source(connection, guarded, evidence, journal, place[0]))
+    return sources
 
 
 def _dialect_of(connection: Connection) -> TriggerDialect:

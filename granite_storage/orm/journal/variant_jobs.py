@@ -33,7 +33,7 @@ from granite_storage.exceptions import (
     StaleAttachmentError,
 )
 from granite_storage.orm._interfaces import Intent
-from granite_storage.orm._util import again_after_deadlock
+from granite_storage.orm._util import again_after_deadlock, group
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.deletes import PendingDelete, nominate
 from granite_storage.orm.journal.jobs import (
@@ -108,11 +108,8 @@ class VariantJobs(JobQueue):
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
         for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                by_object: dict[tuple[str, str], list[LeasedJob]] = {}
-                for job in jobs:
-                    by_object.setdefault(job.place, []).append(job)
                 async with background(*map(self._renew, jobs)):
-                    await run_bounded(by_object.values(), work, CONCURRENCY)
+                    await run_bounded(group(jobs, attrgetter("place")).values(), work, CONCURRENCY)
         await self._forget_dead(backend, own)
         report.refused = self._refused
         return report

@@ -301,6 +301,11 @@ def attached_databases(connection: Connection) -> list[str]:
     return sorted(names, key=lambda name: name != "temp")
 
 
+def file_of(connection: Connection) -> str:
+    """Return the path of an SQLite connection's main database; empty for one without a file."""
+    return next(file or "" for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
+
+
 def connection_of(session: Session, state: InstanceState[Any]) -> Connection:
     """Return the connection that a session's flush writes an instance on; a sharded session has one for each shard."""
     if session.connection_callable is not None:

@@ -312,6 +312,7 @@ class JobQueue:
         self._journal = journal
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
+        self._refused: list[FailedReclaim] = []
 
     async def count(self, report: RecoveryReport) -> None:
         """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""

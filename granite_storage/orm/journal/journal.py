@@ -67,7 +67,6 @@ Queue = TypeVar("Queue", bound=JobQueue)
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_OPERATION_TIMEOUT = 30.0
 _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
@@ -617,7 +616,6 @@ class StorageJournal:
                 references,
                 lease=self._lease,
                 max_attempts=self._max_attempts,
-                timeout=_OPERATION_TIMEOUT,
             )
             for of_file, tables, references in files
         ]

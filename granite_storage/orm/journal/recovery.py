@@ -67,6 +67,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _BATCH = 100
 _LARGE_BATCH = 1000  # as many as one request to S3 deletes
 _DELETES_AT_A_TIME = 8
+_LONGEST_DELETE = 30.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,6 @@ class Recovery:
         references: What tells which objects rows refer to.
         lease: How long the row of a deleted upload waits for what may still arrive.
         max_attempts: After how many failures, or deaths of workers that were processing only it, an object is a dead letter.
-        timeout: The longest that one delete may take, in seconds.
     """
 
     def __init__(
@@ -106,7 +107,6 @@ class Recovery:
         *,
         lease: timedelta,
         max_attempts: int,
-        timeout: float,
     ) -> None:
         self._pool = pool
         self._tables = tables
@@ -114,9 +114,8 @@ class Recovery:
         self._references = references
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
-        self._timeout = timeout
         # How long a row is this worker's own; then another one may resume it.
-        self._hold = min(self._lease, 4 * timeout)
+        self._hold = min(self._lease, 4 * _LONGEST_DELETE)
 
     async def run(self, backend: str) -> RecoveryReport:
         """Process everything that is due on one backend, given by its key."""
@@ -360,7 +359,7 @@ class Recovery:
         """Delete objects or unfinished uploads of one backend; return the error of each that failed."""
         engine, backend = self._manager._engine, items[0].backend
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(_LONGEST_DELETE):
                 if items[0].kind == DELETE:
                     failures = await engine.delete_many(backend, [item.location for item in items])
                     return [(item, failures.get(item.location)) for item in items]

@@ -44,7 +44,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import batches, wait
+from granite_storage.orm._util import batches, file_of, wait
 from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
@@ -269,7 +269,7 @@ class SQLitePool(_LockingPool):
         """
         if self._main.path is None:
             async with self.reading() as connection:
-                found = await connection.run_sync(_file_of)
+                found = await connection.run_sync(file_of)
             self._main.path = await asyncio.to_thread(os.path.realpath, found) if found else ""
         if not self._main.path:
             raise _refuse("the database has no file: use one")
@@ -332,7 +332,7 @@ class SQLitePool(_LockingPool):
         """Refuse the transaction of a session on another file."""
         info = connection.info
         if _OF_CONNECTION not in info:
-            found = _file_of(connection)
+            found = file_of(connection)
             info[_OF_CONNECTION] = wait(asyncio.to_thread(os.path.realpath, found)) if found else ""
         own = self._main.path or wait(self.path())
         if info[_OF_CONNECTION] != own:
@@ -390,11 +390,6 @@ class SQLitePool(_LockingPool):
 
 def _refuse(why: str) -> ConfigurationError:
     return ConfigurationError(f"this SQLite database cannot have a journal: {why}", see=Page.JOURNAL_ON_SQLITE)
-
-
-def _file_of(connection: Connection) -> str:
-    """Return the path of a connection's main database; empty for one without a file."""
-    return next(file or "" for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
 
 
 def _network_file_system(path: str) -> str | None:

@@ -250,12 +250,5 @@ class RecoveryReport:
 
     def add(self, other: RecoveryReport) -> None:
         """Add the counts of another pass."""
-        self.claimed += other.claimed
-        self.deleted += other.deleted
-        self.kept += other.kept
-        self.confirmed += other.confirmed
-        self.scanned += other.scanned
-        self.derived += other.derived
-        self.effects += other.effects
-        self.failed += other.failed
-        self.refused += other.refused
+        for name in ("claimed", "deleted", "kept", "confirmed", "scanned", "derived", "effects", "failed", "refused"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))

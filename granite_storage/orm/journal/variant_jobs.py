@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
@@ -51,7 +51,7 @@ from granite_storage.orm.journal.jobs import (
     variant_key,
     variants_of,
 )
-from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock, describe_error, describe_refusal
+from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error, describe_refusal
 from granite_storage.orm.transactions import refused_ref
 from granite_storage.orm.uploads import make_variant, prepare_variant, require_lease
 from granite_storage.orm.variants import (
@@ -85,10 +85,6 @@ class VariantJobs(JobQueue):
     """Makes variants, and lets the rows of their originals have them; its arguments are those of `JobQueue`."""
 
     _column_type = AttachmentType
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._refused: list[FailedReclaim] = []
 
     async def derive(self, backend: str) -> RecoveryReport:
         """Make the variants that are due of objects on one backend, given by its key.

@@ -26,11 +26,12 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from uuid import UUID, uuid4
 from weakref import WeakKeyDictionary
 
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import JournalTables
 
 __all__ = ["SQLitePool", "SidecarPool", "SidecarReferences"]
+
+T = TypeVar("T")
 
 _SUFFIX: Final = "-granite_storage"
 _BARRIER: Final = "barrier"
@@ -120,30 +123,32 @@ class _LockingPool(JournalPool):
 
     async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
         """Begin a transaction that ends with a stack; try again while another connection has the lock."""
-        until = time.monotonic() + self._patience
-        while True:
+
+        async def begin() -> AsyncConnection:
             async with AsyncExitStack() as attempt:
-                try:
-                    connection = await attempt.enter_async_context(self._engine.begin())
-                    await connection.run_sync(_begin, statement)
-                except DBAPIError as error:
-                    _require_busy(error.orig, until, error)
-                else:
-                    stack.push_async_exit(attempt.pop_all())
-                    return connection
-            await _pause()
+                connection = await attempt.enter_async_context(self._engine.begin())
+                await connection.run_sync(_begin, statement)
+                stack.push_async_exit(attempt.pop_all())
+                return connection
+
+        return await self._try_while_busy(begin)
 
     async def _commit(self, connection: AsyncConnection) -> None:
         """Commit; try again where readers hold it up, as in rollback mode: the transaction stays open with its lock."""
+        await self._try_while_busy(partial(connection.run_sync, _commit))
+
+    async def _try_while_busy(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do some work, again while another connection has the lock and there is time."""
         until = time.monotonic() + self._patience
         while True:
             try:
-                await connection.run_sync(_commit)
-            except sqlite3.OperationalError as error:
-                _require_busy(error, until, error)
-            else:
-                return
-            await _pause()
+                return await work()
+            except (DBAPIError, sqlite3.OperationalError) as error:
+                if not _is_busy(error.orig if isinstance(error, DBAPIError) else error):
+                    raise
+                if time.monotonic() >= until:
+                    raise TimeoutError from error
+            await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311  # not a secret
 
     @property
     def _patience(self) -> float:
@@ -171,18 +176,10 @@ def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
 
 
-def _require_busy(error: object, until: float, raised: BaseException) -> None:
-    """Raise an error, unless another connection has the lock and there is time to try again."""
+def _is_busy(error: object) -> bool:
+    """Return whether the driver has raised an error because another connection has the lock."""
     code = getattr(error, "sqlite_errorcode", None)
-    is_busy = "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
-    if not is_busy:
-        raise raised
-    if time.monotonic() >= until:
-        raise TimeoutError from raised
-
-
-async def _pause() -> None:
-    await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311  # not a secret
+    return "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
 
 
 def _put(name: str, value: str) -> Insert:

@@ -131,15 +131,10 @@ class EffectJobs(JobQueue):
         report = RecoveryReport()
         if not (effects := effects_of(self._columns)):
             return report
-
-        async def work(job: LeasedJob) -> None:
-            is_called = await self._call(job)
-            report.effects += is_called
-
         own = self._job.c.key.in_(sorted(map(effect_key, effects)))
         for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                await run_bounded(jobs, work, limit)
+                report.effects += sum(await run_bounded(jobs, self._call, limit))
         return report
 
     async def call_now(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:

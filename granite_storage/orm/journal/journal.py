@@ -264,14 +264,9 @@ class StorageJournal:
         # A worker may have deleted one before that: its intent must not be evidence for a row.
         await self._require_objects(adopted, withdraw=True)
 
-    async def _require_objects(self, refs: Iterable[StoredObjectRef], *, withdraw: bool = False) -> None:
-        missing: list[StoredObjectRef] = []
-
-        async def look(ref: StoredObjectRef) -> None:
-            if not await self.manager.exists(ref):
-                missing.append(ref)
-
-        await run_bounded(list(refs), look, _LOOKS_AT_A_TIME)
+    async def _require_objects(self, refs: Sequence[StoredObjectRef], *, withdraw: bool = False) -> None:
+        found = await run_bounded(refs, self.manager.exists, _LOOKS_AT_A_TIME)
+        missing = [ref for ref, is_there in zip(refs, found, strict=True) if not is_there]
         if not missing:
             return
         if withdraw:

@@ -95,17 +95,13 @@ class VariantJobs(JobQueue):
         declared = [variant for column in self._columns for variant in variants_of(column).values()]
         if not declared:
             return report
-
-        async def work(jobs: Sequence[LeasedJob]) -> None:
-            made = await self._derive(jobs)
-            report.derived += made
-
         recipes = {(variant_key(variant.name), variant.digest) for variant in declared}
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
         for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
+                by_object = group(jobs, attrgetter("place")).values()
                 async with background(*map(self._renew, jobs)):
-                    await run_bounded(group(jobs, attrgetter("place")).values(), work, CONCURRENCY)
+                    report.derived += sum(await run_bounded(by_object, self._derive, CONCURRENCY))
         await self._forget_dead(backend, own)
         report.refused = self._refused
         return report

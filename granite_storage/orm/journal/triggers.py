@@ -28,7 +28,6 @@ __all__ = [
     "find_sources",
     "find_trigger_problems",
     "find_triggers_in_the_way",
-    "has_current_triggers",
     "has_some_triggers",
     "have_triggers",
     "require_rolled_out",
@@ -182,7 +181,7 @@ def require_rolled_out(connection: Connection, sources: Iterable[TriggerSource],
     Raises:
         ConfigurationError: One was at work lately, and triggers are to be created.
     """
-    if journal is not None and not all(has_current_triggers(connection, source) for source in sources):
+    if journal is not None and not all(source.is_current(connection) for source in sources):
         require_current_workers(connection, journal)
 
 
@@ -209,11 +208,6 @@ def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSourc
 def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
     """Return the tables whose triggers are to be dropped before others are changed; see `TriggerDialect.find_in_the_way`."""
     return _dialect_of(connection).find_in_the_way(connection, tables)
-
-
-def has_current_triggers(connection: Connection, source: TriggerSource) -> bool:
-    """Return whether a table and its partitions have these very triggers."""
-    return source.is_current(connection)
 
 
 def has_some_triggers(connection: Connection, table: Table) -> bool:

@@ -331,11 +331,11 @@ def _dispose_of_open_pools(engine: Engine) -> None:
 
 def _require_able(given: AsyncEngine | Engine) -> Engine:
     if not isinstance(given, AsyncEngine | Engine):
-        raise ConfigurationError(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}", see=Page.JOURNAL)
+        raise _refuse(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}")
     engine = given.sync_engine if isinstance(given, AsyncEngine) else given
     name, pool = engine.dialect.name, engine.pool
     if name not in ("postgresql", "mysql", "mariadb", "sqlite"):
-        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}", see=Page.JOURNAL)
+        raise _refuse(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}")
     if not isinstance(pool, QueuePool | NullPool):
         raise ConfigurationError(
             f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
@@ -343,6 +343,10 @@ def _require_able(given: AsyncEngine | Engine) -> Engine:
             see=Page.CONNECTIONS,
         )
     return engine
+
+
+def _refuse(why: str) -> ConfigurationError:
+    return ConfigurationError(why, see=Page.JOURNAL)
 
 
 def _small_pool(pool: Pool, size: int, *, is_async: bool) -> Pool:
@@ -673,13 +677,12 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
     except DBAPIError as error:
         name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
-        raise ConfigurationError(
+        raise _refuse(
             f"the journal's table {name} is missing, is of another version or may not be written to: {error.orig}."
             " Create it with the models' own (Base.metadata.create_all or a migration) after journal_tables(Base.metadata),"
             " and let the application's database user read and write it. Sessions with a schema_translate_map of their own share"
             " one set of the journal's tables: it is where the engine that was passed to StorageJournal finds it, with that"
-            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)",
-            see=Page.JOURNAL,
+            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)"
         ) from error
 
 
@@ -715,23 +718,14 @@ async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | N
     version = (await connection.execute(text("SELECT VERSION()"))).scalar_one()
     numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
     if "mariadb" not in version.lower():
-        raise ConfigurationError(
-            f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out", see=Page.JOURNAL
-        )
+        raise _refuse(f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out")
     if numbers < _OLDEST_MARIADB:
-        raise ConfigurationError(
-            f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}", see=Page.JOURNAL
-        )
+        raise _refuse(f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}")
     if (await connection.execute(text("SELECT @@innodb_flush_log_at_trx_commit"))).scalar_one() != 1:
-        raise ConfigurationError(
-            "with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1",
-            see=Page.JOURNAL,
-        )
+        raise _refuse("with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1")
     level = (await connection.execute(text("SELECT @@global.tx_isolation"))).scalar_one()
     if level == "READ-UNCOMMITTED":
-        raise ConfigurationError(
-            "at READ UNCOMMITTED the journal can miss its own rows: set another isolation level", see=Page.JOURNAL
-        )
+        raise _refuse("at READ UNCOMMITTED the journal can miss its own rows: set another isolation level")
     await _check_engines(connection, tables)
 
 
@@ -750,8 +744,7 @@ async def _check_engines(connection: AsyncConnection, tables: list[tuple[str | N
         if (schema, name) in tables or (is_default and (None, name) in tables)
     ]
     if wrong:
-        raise ConfigurationError(
+        raise _refuse(
             f"the journal needs InnoDB, and these tables have another engine: {', '.join(wrong)};"
-            " change them with ALTER TABLE ... ENGINE=InnoDB",
-            see=Page.JOURNAL,
+            " change them with ALTER TABLE ... ENGINE=InnoDB"
         )

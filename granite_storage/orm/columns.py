@@ -696,7 +696,8 @@ class Tables:
                 self._attachments[name] = columns
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
-                    self._cascades.setdefault(_referred_name(constraint), []).append(constraint)
+                    parent, _, _ = constraint.elements[0].target_fullname.rpartition(".")
+                    self._cascades.setdefault(parent, []).append(constraint)
         self._concerned, found = set(), set(self._attachments)
         while found:
             self._concerned |= found
@@ -714,10 +715,6 @@ def attachment_tables(metadata: MetaData) -> Tables:
     if found is None:
         found = metadata.info[_TABLES_KEY] = Tables(metadata)
     return found
-
-
-def _referred_name(constraint: ForeignKeyConstraint) -> str:
-    return constraint.elements[0].target_fullname.rpartition(".")[0]
 
 
 @lru_cache(maxsize=1024)  # statements of the same table are compiled once

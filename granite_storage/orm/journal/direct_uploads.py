@@ -187,6 +187,7 @@ class Claim:
 
     async def release(self) -> None:
         """Release it, so that another request may claim the object."""
+        await self._stop_renewing()
         note, self._note = self._note, None
         if note is not None:
             await self._staging.write(self._staging_id, note, self._before)
@@ -196,11 +197,7 @@ class Claim:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await shielded_cleanup(self._stop(), "releasing the claim of a direct upload")
-
-    async def _stop(self) -> None:
-        await self._stop_renewing()
-        await self.release()
+        await shielded_cleanup(self.release(), "releasing the claim of a direct upload")
 
     async def _stop_renewing(self) -> None:
         """Wait until a renewal in progress has ended, because its result must be known."""

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ from granite_storage.orm.journal.tables import (
     VERSION_NAME,
     WORKER_VERSION,
     clock,
+    in_utc,
 )
 
 if TYPE_CHECKING:
@@ -425,8 +426,8 @@ def find_older_worker(connection: Connection, tables: JournalTables) -> str | No
     running = [row for row in older if _silence(row) is None]
     if not running:
         return None
-    last = max(running, key=lambda row: _naive(row.changed))
-    begun, over = _naive(last.changed), _naive(last.changed) + _longest_silence(last)
+    last = max(running, key=lambda row: in_utc(row.changed))
+    begun, over = in_utc(last.changed), in_utc(last.changed) + _longest_silence(last)
     row = f"the row {_WORKER}{_WITHOUT_VERSION} of {tables.meta.fullname}"
     return (
         f"a worker of an older version of the library was at work at {begun:%Y-%m-%d %H:%M} UTC, and beside triggers it can"
@@ -533,17 +534,13 @@ async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> _Row
 
 def _silence(last: _Row) -> timedelta | None:
     """Return for how long there was no beat, where one is overdue, by the database's clock alone."""
-    silence = _naive(last.now) - _naive(last.changed)
+    silence = in_utc(last.now) - in_utc(last.changed)
     return silence if silence > _longest_silence(last) else None
 
 
 def _longest_silence(last: _Row) -> timedelta:
     expected = timedelta(seconds=float(last.value)) if last.value.isdigit() else timedelta(0)
     return max(_SHORTEST_GAP, _MISSED * expected)
-
-
-def _naive(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=None)
 
 
 # The schemas that an application's tables are in, where a `schema_translate_map` says so.

@@ -55,6 +55,7 @@ from granite_storage.orm.journal.tables import (
     RecoveryReport,
     clock,
     describe_error,
+    in_utc,
 )
 from granite_storage.orm.journal.triggers import triggers_work
 
@@ -140,7 +141,7 @@ class Recovery:
         dues = [select(func.min(table.c.due)).where(table.c.backend == backend).scalar_subquery() for table in tables]
         async with self._pool.reading() as connection:
             now, *found = (await connection.execute(select(clock(), *dues))).one()
-        return max([0.0, *((_in_utc(now) - _in_utc(due)).total_seconds() for due in found if due is not None)])
+        return max([0.0, *((in_utc(now) - in_utc(due)).total_seconds() for due in found if due is not None)])
 
     async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
         """Process the intents of an ended transaction at once, by their ids.
@@ -497,8 +498,4 @@ def _is_own(reclaim: Table) -> ColumnElement[bool]:
 
 
 def _failure(row: Row[Any]) -> FailedReclaim:
-    return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else _in_utc(row.due))
-
-
-def _in_utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else in_utc(row.due))

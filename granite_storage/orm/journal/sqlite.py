@@ -188,8 +188,7 @@ def _put(name: str, value: str) -> Insert:
     return new.on_conflict_do_update(index_elements=["name"], set_={"value": new.excluded.value, "changed": new.excluded.changed})
 
 
-def _value_of(name: str) -> Select[str]:
-    return select(_TABLES.meta.c.value).where(_TABLES.meta.c.name == name)
+_NAME_OF_SIDECAR: Final = select(_TABLES.meta.c.value).where(_TABLES.meta.c.name == SIDECAR_NAME)
 
 
 # The rows' database.
@@ -306,7 +305,7 @@ class SQLitePool(_LockingPool):
     async def name(self, sidecar: _Opened) -> None:
         """Name a sidecar in the database, durably; from then on the intents of any other are void."""
         async with self.reading() as connection:
-            if (await connection.execute(_value_of(SIDECAR_NAME))).scalar_one_or_none() == sidecar.name:
+            if (await connection.execute(_NAME_OF_SIDECAR)).scalar_one_or_none() == sidecar.name:
                 return
         async with self.writing() as connection:
             if await asyncio.to_thread(sidecar.is_there):
@@ -353,7 +352,7 @@ class SQLitePool(_LockingPool):
                 "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE",
                 see=Page.JOURNAL_ON_SQLITE,
             )
-        named = connection.execute(_value_of(SIDECAR_NAME), execution_options=self.options).scalar_one_or_none()
+        named = connection.execute(_NAME_OF_SIDECAR, execution_options=self.options).scalar_one_or_none()
         name, pending = wait(self._sidecar.look(ids))
         if name != named:
             self._sidecar.doubt()
@@ -622,7 +621,7 @@ def _prepare(connection: sqlite3.Connection) -> str:
         new = f"INSERT OR IGNORE INTO {_TABLES.meta.name} (name, value, changed) VALUES (?, ?, ?)"  # noqa: S608  # ours
         connection.execute(new, (SIDECAR_NAME, uuid4().hex, "2000-01-01 00:00:00.000000"))
         connection.execute("COMMIT")
-    (name,) = connection.execute(_sql(_value_of(SIDECAR_NAME)), (SIDECAR_NAME,)).fetchone()
+    (name,) = connection.execute(_sql(_NAME_OF_SIDECAR), (SIDECAR_NAME,)).fetchone()
     return str(name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Boolean, Column, DateTime, Float, Index, Integer, MetaData, String, Table, Text, Uuid, bindparam
@@ -165,6 +165,11 @@ def _on_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
     # In the format of SQLAlchemy's DateTime there, so that moments compare as texts.
     seconds = f"printf('%+.6f seconds', {compiler.process(element.clauses, **kw)})"
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {seconds})"
+
+
+def in_utc(moment: datetime) -> datetime:
+    """Return a moment of the database with its time zone, which not every driver tells."""
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 _LONGEST_ERROR = 500

@@ -703,10 +703,7 @@ def find_named_columns(connection: Connection, tables: Sequence[str], columns: S
             rows = _sqlite_named(connection, tables, columns)
         case _:
             rows = _mariadb_named(connection, names)
-    return [
-        NamedColumn(schema, table, name, bool(is_default), obstacle, form)
-        for schema, table, name, is_default, obstacle, form in rows
-    ]
+    return [NamedColumn(schema, table, name, bool(is_default), *rest) for schema, table, name, is_default, *rest in rows]
 
 
 def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[tuple[Any, ...]]:

@@ -587,7 +587,6 @@ class StorageJournal:
     def _jobs(self, kind: type[Queue]) -> Queue:
         return kind(
             self._pool,
-            self.tables,
             self.manager,
             self._references_by(self._pool),
             self._columns(),

@@ -175,7 +175,7 @@ class _ThreadedResult:
 
     async def partitions(self) -> AsyncIterator[Sequence[Any]]:
         pages = self._result.partitions()
-        while page := await self._worker.run(next, pages, ()):
+        while page := await self._worker.run(lambda: next(pages, ())):
             yield page
 
     async def close(self) -> None:

@@ -18,7 +18,6 @@ from granite_storage.orm.journal.triggers import (
     drop_triggers,
     find_sources,
     find_triggers_in_the_way,
-    has_current_triggers,
     has_some_triggers,
     have_triggers,
     require_rolled_out,
@@ -187,7 +186,7 @@ def _are_current(connection: Connection, metadata: MetaData) -> bool:
         if any(column.table is table and column.name not in there for column in found.refs()):
             return False
     sources = [] if journal is None else find_sources(connection, found.all_attachments(), found.refs(), journal)
-    return all(has_current_triggers(connection, source) for source in sources)
+    return all(source.is_current(connection) for source in sources)
 
 
 def _named(metadata: MetaData, others: Iterable[str]) -> dict[str, Table]:

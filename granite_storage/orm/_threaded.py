@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, copy_context
 from typing import Any, Self, TypeAlias, TypeVar, cast
@@ -175,20 +175,11 @@ class _ThreadedResult:
 
     async def partitions(self) -> AsyncIterator[Sequence[Any]]:
         pages = self._result.partitions()
-        while page := await self._worker.run(_next_page, pages):
+        while page := await self._worker.run(lambda: next(pages, ())):
             yield page
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        async for page in self.partitions():
-            for row in page:
-                yield row
 
     async def close(self) -> None:
         await self._worker.run(self._result.close)
-
-
-def _next_page(pages: Iterator[Sequence[Any]]) -> Sequence[Any]:
-    return next(pages, ())
 
 
 class _Savepoint:

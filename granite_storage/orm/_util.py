@@ -27,6 +27,7 @@ from granite_storage._portal import has_running_loop, portal
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 TRANSLATE_MAP: Final = "schema_translate_map"
 """The name of SQLAlchemy's option."""
@@ -108,7 +109,7 @@ def deferred_cancellation() -> Iterator[None]:
         task.cancel()
 
 
-# Batches that fit into a statement.
+# Batches that fit into a statement, and groups.
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -116,6 +117,14 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def group(items: Iterable[T], by: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return the items in lists by what a function returns for them, in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(by(item), []).append(item)
+    return groups
 
 
 # Statements that insert rows. SQLAlchemy caches no compiled form of an INSERT whose rows are in `values()`, and compiling takes
@@ -290,6 +299,11 @@ def attached_databases(connection: Connection) -> list[str]:
     """Return the databases of an SQLite connection in the order in which it resolves tables."""
     names = [row[1] for row in connection.exec_driver_sql("PRAGMA database_list")]
     return sorted(names, key=lambda name: name != "temp")
+
+
+def file_of(connection: Connection) -> str:
+    """Return the path of an SQLite connection's main database; empty for one without a file."""
+    return next(file or "" for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
 
 
 def connection_of(session: Session, state: InstanceState[Any]) -> Connection:

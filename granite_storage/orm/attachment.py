@@ -479,11 +479,9 @@ class AttachmentState:
 
     def _origin(self) -> ByteSource | WholeFile | ReadOnce | AttachmentState:
         """Return the source to store: a stream once; bytes, files that can seek and the original of a copy several times."""
-        source = self.source
-        if isinstance(source, AttachmentState) and source.status is Status.PENDING:
-            # The original was rolled back as well, and only its own source is left.
-            return source._origin()
-        if source is None and self._is_discarded:
+        holder = self._holder()
+        source = holder.source
+        if source is None and holder._is_discarded:
             raise ConsumedSourceError(
                 "the attachment was deleted when its form or its request ended, because no row referred to it; assign it to an"
                 " instance before that"
@@ -496,21 +494,23 @@ class AttachmentState:
         return source
 
     def _take_source(self) -> ByteSource | WholeFile | ReadOnce | AttachmentState:
-        source = self.source
-        if isinstance(source, AttachmentState) and source.status is Status.PENDING:
-            return source._take_source()
-        origin = self._origin()
-        if not self.is_repeatable:
-            self.drop_source()
+        origin, holder = self._origin(), self._holder()
+        if not holder.is_repeatable:
+            holder.drop_source()
         return origin
 
     def _drop_consumed(self) -> None:
         """Release a file that turned out to be readable only once."""
+        holder = self._holder()
+        if isinstance(holder.source, WholeFile) and not holder.source.can_rewind:
+            holder.drop_source()
+
+    def _holder(self) -> AttachmentState:
+        """Return the state that has the source: where the original of a copy was rolled back as well, only its own is left."""
         source = self.source
         if isinstance(source, AttachmentState) and source.status is Status.PENDING:
-            source._drop_consumed()
-        elif isinstance(source, WholeFile) and not source.can_rewind:
-            self.drop_source()
+            return source._holder()
+        return self
 
 
 UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLike]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,7 @@ def bind_storage(
     return binding
 
 
+@dataclass(eq=False, repr=False)
 class StorageBinding:
     """The binding of a base to a manager, as `bind_storage` returns it.
 
@@ -119,19 +121,11 @@ class StorageBinding:
         journal: The journal, or None.
     """
 
-    def __init__(
-        self,
-        base: Any,
-        metadata: MetaData,
-        manager: StorageManager,
-        session_factory: async_sessionmaker[AsyncSession] | None,
-        journal: StorageJournal | None = None,
-    ) -> None:
-        self.base = base
-        self.metadata = metadata
-        self.manager = manager
-        self.session_factory = session_factory
-        self.journal = journal
+    base: Any
+    metadata: MetaData
+    manager: StorageManager
+    session_factory: async_sessionmaker[AsyncSession] | None
+    journal: StorageJournal | None = None
 
     @property
     def base_name(self) -> str:

@@ -644,7 +644,8 @@ class Tables:
         self._seen = (-1, -1)
         self._attachments: dict[str, tuple[Column[Any], ...]] = {}
         self._cascades: dict[str, list[ForeignKeyConstraint]] = {}
-        self._leading: set[str] = set()
+        # The tables that have attachments, or deleting whose rows cascades to some.
+        self._concerned: set[str] = set()
         self._refs: list[Column[Any]] = []
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
@@ -656,16 +657,12 @@ class Tables:
     def cascades(self, table: Table) -> Sequence[ForeignKeyConstraint]:
         """Return the foreign keys by which deleting rows of `table` cascades to attachments."""
         self._refresh()
-        return [
-            constraint
-            for constraint in self._cascades.get(table.fullname, ())
-            if constraint.table.fullname in self._leading or constraint.table.fullname in self._attachments
-        ]
+        return [link for link in self._cascades.get(table.fullname, ()) if link.table.fullname in self._concerned]
 
     def concerns(self, table: Table) -> bool:
         """Return whether a table has attachments, or deleting its rows cascades to some."""
         self._refresh()
-        return table.fullname in self._attachments or table.fullname in self._leading
+        return table.fullname in self._concerned
 
     def concerned(self, mapper: Mapper[Any]) -> tuple[Table, ...]:
         """Return the tables of a mapper that `concerns` holds for."""
@@ -701,22 +698,17 @@ class Tables:
                 self._attachments[name] = columns
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
-                    self._cascades.setdefault(_referred_name(constraint), []).append(constraint)
-        self._leading = self._tables_that_lead_to_attachments()
-        self._seen = seen
-
-    def _tables_that_lead_to_attachments(self) -> set[str]:
-        leading: set[str] = set()
-        while True:
+                    parent, _, _ = constraint.elements[0].target_fullname.rpartition(".")
+                    self._cascades.setdefault(parent, []).append(constraint)
+        self._concerned, found = set(), set(self._attachments)
+        while found:
+            self._concerned |= found
             found = {
                 parent
-                for parent, constraints in self._cascades.items()
-                for constraint in constraints
-                if constraint.table.fullname in self._attachments or constraint.table.fullname in leading
+                for parent, links in self._cascades.items()
+                if parent not in self._concerned and any(link.table.fullname in found for link in links)
             }
-            if found <= leading:
-                return leading
-            leading |= found
+        self._seen = seen
 
 
 def attachment_tables(metadata: MetaData) -> Tables:
@@ -725,10 +717,6 @@ def attachment_tables(metadata: MetaData) -> Tables:
     if found is None:
         found = metadata.info[_TABLES_KEY] = Tables(metadata)
     return found
-
-
-def _referred_name(constraint: ForeignKeyConstraint) -> str:
-    return constraint.elements[0].target_fullname.rpartition(".")[0]
 
 
 @lru_cache(maxsize=1024)  # statements of the same table are compiled once

@@ -27,6 +27,7 @@ from granite_storage.orm._util import (
     UNTRANSLATED,
     attached_databases,
     connection_of,
+    group,
     in_greenlet,
     quoted_name,
     require_wait,
@@ -230,12 +231,9 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
 
 def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -> None:
     """Record in the transaction of a connection that objects are to be deleted."""
-    by_journal: dict[Journal, list[StoredObject]] = {}
-    for stored in displaced:
-        if stored.intent is not None:
-            by_journal.setdefault(stored.intent.journal, []).append(stored)
-    for journal, items in by_journal.items():
-        journal.intents.displace(connection, [(item.ref, journal.retention_of(item.ref)) for item in items])
+    for journal, items in group(displaced, lambda stored: None if stored.intent is None else stored.intent.journal).items():
+        if journal is not None:
+            journal.intents.displace(connection, [(item.ref, journal.retention_of(item.ref)) for item in items])
 
 
 def restore_deleted(unit: UnitOfWork, change: Change) -> None:
@@ -816,11 +814,9 @@ def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
 
 def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObjectRef]:
     """Return the refs that a trigger has replaced in their rows by another value."""
-    by_table: dict[tuple[Connection, Table], list[Change]] = {}
     connections = _Connections(session)
-    for change in written:
-        if change.state.obj() is not None:
-            by_table.setdefault((connections.of(change.state), change.slot.column.table), []).append(change)
+    present = [change for change in written if change.state.obj() is not None]
+    by_table = group(present, lambda change: (connections.of(change.state), change.slot.column.table))
     lost: set[StoredObjectRef] = set()
     for (connection, table), changes in by_table.items():
         if has_triggers(connection, table):

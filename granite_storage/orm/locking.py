@@ -48,7 +48,7 @@ from sqlalchemy.exc import DBAPIError
 from granite_storage._telemetry import fields_of
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._interfaces import StoredObject, active_bindings
-from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, schema_on, without_pool
+from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, file_of, group, schema_on, without_pool
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import (
     Tables,
@@ -285,8 +285,8 @@ def _named_in(source: FromClause, column: Column[Any]) -> Column[Any]:
 
 
 def _locked(connection: Connection, statement: Select[Any], keys: Sequence[Column[Any]], *, deleting: bool) -> Select[Any]:
-    table = keys[0].table
-    return statement.order_by(*keys).with_for_update(key_share=not deleting, of=_lockable(connection, table))
+    of = keys[0].table if connection.dialect.name == "postgresql" else None
+    return statement.order_by(*keys).with_for_update(key_share=not deleting, of=of)
 
 
 def _children(
@@ -300,12 +300,7 @@ def _children(
     child, other = constraint.table, parent.alias()
     joined = and_(*(link.parent == other.c[link.column.key] for link in constraint.elements))
     statement = select(*child.primary_key, *columns).join_from(child, other, joined).where(among(other, keys))
-    return statement.order_by(*child.primary_key).with_for_update(of=_lockable(connection, child))
-
-
-def _lockable(connection: Connection, table: FromClause) -> FromClause | None:
-    """Return the table for `FOR UPDATE OF`, or None if the database does not support it."""
-    return table if connection.dialect.name == "postgresql" else None
+    return _locked(connection, statement, list(child.primary_key), deleting=True)
 
 
 def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Iterator[RowRef]:
@@ -399,7 +394,7 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
                 fresh = connection.execution_options(**options)
                 match connection.dialect.name:
                     case "sqlite":
-                        if not _has_file(fresh):
+                        if not file_of(fresh):
                             continue
                         fresh.exec_driver_sql(f"PRAGMA busy_timeout = {_LOCK_TIMEOUT * 1000}")
                     case name:
@@ -413,11 +408,6 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
             )
             return {item.ref.location for item in objects}
     return shared
-
-
-def _has_file(connection: Connection) -> bool:
-    """Return whether an SQLite database is in a file, which a second connection reads as well."""
-    return any(name == "main" and file for _, name, file in connection.exec_driver_sql("PRAGMA database_list"))
 
 
 def find_referenced(
@@ -443,7 +433,11 @@ def find_referenced(
     wanted = list(dict.fromkeys(locations))
     if not columns or not wanted:
         return set()
-    look = partial(_places_again, connection, columns, required)
+
+    def look() -> dict[Place, Sequence[Column[Any]]]:
+        with _savepoint(connection):
+            return _places(connection, columns, required)
+
     try:
         with _savepoint(connection):
             places = _places(connection, columns, required)
@@ -496,13 +490,6 @@ def _places(
         )
     # Sorted, so that the statements are the same for all tenants.
     return dict(sorted(places.items(), key=lambda item: item[0].names))
-
-
-def _places_again(
-    connection: Connection, columns: Sequence[Column[Any]], required: Collection[Column[Any]]
-) -> dict[Place, Sequence[Column[Any]]]:
-    with _savepoint(connection):
-        return _places(connection, columns, required)
 
 
 @lru_cache(maxsize=256)  # transactions share the statements, and so their compiled forms
@@ -716,10 +703,7 @@ def find_named_columns(connection: Connection, tables: Sequence[str], columns: S
             rows = _sqlite_named(connection, tables, columns)
         case _:
             rows = _mariadb_named(connection, names)
-    return [
-        NamedColumn(schema, table, name, bool(is_default), obstacle, form)
-        for schema, table, name, is_default, obstacle, form in rows
-    ]
+    return [NamedColumn(schema, table, name, bool(is_default), *rest) for schema, table, name, is_default, *rest in rows]
 
 
 def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -862,9 +846,7 @@ class Catalogue:
     def namesakes(self) -> dict[Place, Column[Any]]:
         """Return all columns with the names of a model's column and table that may contain refs, in all schemas."""
         places: dict[Place, Column[Any]] = {}
-        by_table: dict[str, list[Column[Any]]] = {}
-        for item in self._columns:
-            by_table.setdefault(self._folded(item.table.name), []).append(item)
+        by_table = group(self._columns, lambda item: self._folded(item.table.name))
         for (_, name), named in self._tables.items():
             for wanted in by_table.get(name, ()):
                 found = named.get(self._folded(wanted.name))

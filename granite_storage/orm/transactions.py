@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -457,6 +457,7 @@ class ConnectionWatch:
         """
         return outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and self.has_snapshot)
 
+    @deferred_cancellation()  # an event of a connection must not be broken off
     def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
         """Act on the end of the outer transaction, which may still be in progress."""
         joined, self.joined = self.joined, []
@@ -471,10 +472,12 @@ class ConnectionWatch:
         now = [stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None]
         remove_now(now, is_async=self.is_async, keep=keep)
 
+    @deferred_cancellation()
     def settle(self) -> None:
         """Let journals delete what a rollback has left, now that it is done."""
         stored, self.to_delete_after_rollback = self.to_delete_after_rollback, []
-        remove_now(stored, is_async=self.is_async)
+        if stored:
+            remove_now(stored, is_async=self.is_async)
 
 
 def unit_of(session: Session) -> UnitOfWork:
@@ -670,8 +673,7 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
     found.rolled_back = True
     # A session's own rollback is told by the session.
     if found.joined or found.to_delete:
-        with deferred_cancellation():
-            found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, in_progress=True)
+        found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, in_progress=True)
 
 
 def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
@@ -704,10 +706,8 @@ def _on_begin(connection: Connection, *_: Any) -> None:
         return
     found.lost = found.rolled_back = False
     if found.committing:
-        _resolve(found, Outcome.ROLLED_BACK if found.refused else Outcome.COMMITTED)
-    if found.to_delete_after_rollback:
-        with deferred_cancellation():
-            found.settle()
+        found.resolve(Outcome.ROLLED_BACK if found.refused else Outcome.COMMITTED)
+    found.settle()
 
 
 def _on_checkin(driver_connection: Any, record: Any) -> None:
@@ -718,15 +718,13 @@ def _on_checkin(driver_connection: Any, record: Any) -> None:
         return
     if found.is_unfinished:
         _roll_back(driver_connection, record)
-    if found.to_delete_after_rollback:
-        with deferred_cancellation():
-            found.settle()
+    found.settle()
     if not (found.joined or found.to_delete):
         return
     if found.refused:
-        _resolve(found, Outcome.ROLLED_BACK)
+        found.resolve(Outcome.ROLLED_BACK)
     else:
-        _resolve(found, Outcome.COMMITTED if found.committing else Outcome.UNKNOWN)
+        found.resolve(Outcome.COMMITTED if found.committing else Outcome.UNKNOWN)
 
 
 def _forget_claims(connection: Connection) -> None:
@@ -739,16 +737,11 @@ def _forget_claims(connection: Connection) -> None:
 
 def _forget_claims_at_last(driver_connection: Any, record: Any) -> None:
     """Clear it before the next user of the connection, or drop the connection."""
-    if driver_connection is None or record.info.pop(CLAIMING_KEY, None) is None:
-        return
-    try:
-        cursor = driver_connection.cursor()
-        cursor.execute(FORGET_CLAIMS)
-        cursor.close()
-    except BaseException as error:
-        record.invalidate(error)
-        if not isinstance(error, Exception):
-            raise
+    if driver_connection is not None and record.info.pop(CLAIMING_KEY, None) is not None:
+        with _dropped_on_error(record):
+            cursor = driver_connection.cursor()
+            cursor.execute(FORGET_CLAIMS)
+            cursor.close()
 
 
 def _roll_back(driver_connection: Any, record: Any) -> None:
@@ -757,8 +750,15 @@ def _roll_back(driver_connection: Any, record: Any) -> None:
     SQLAlchemy returns it like that where a COMMIT was interrupted before it was sent, by a signal or by a listener, and the
     session was closed and not rolled back. The next user of the connection would commit what this one has written.
     """
-    try:
+    with _dropped_on_error(record):
         driver_connection.rollback()
+
+
+@contextmanager
+def _dropped_on_error(record: Any) -> Iterator[None]:
+    """Drop a connection that goes back to its pool where a block fails; the error is raised only if it ends the program."""
+    try:
+        yield
     except BaseException as error:
         record.invalidate(error)
         if not isinstance(error, Exception):
@@ -778,13 +778,7 @@ def _on_invalidate(_: Any, record: Any, __: Any) -> None:
             with deferred_cancellation():
                 conclude(session, root)
     if found.joined or found.to_delete:
-        _resolve(found, Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
-
-
-def _resolve(found: ConnectionWatch, outcome: Outcome) -> None:
-    """Act on the end of an outer transaction, inside an event of its connection, which must not be broken off."""
-    with deferred_cancellation():
-        found.resolve(outcome)
+        found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import IO, TYPE_CHECKING, Self
 
 from sqlalchemy.util import greenlet_spawn
@@ -17,7 +18,7 @@ from granite_storage._telemetry import fields_of, traced
 from granite_storage.derived import DerivationSource, Recipe
 from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
 from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Intent, Journal, StoredObject, UploadLease
-from granite_storage.orm._util import can_wait, in_greenlet, wait
+from granite_storage.orm._util import can_wait, group, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
 from granite_storage.refs import StoredObjectRef, is_held, iter_refs
 
@@ -108,10 +109,7 @@ async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> N
 
 def ids_by_journal(intents: Iterable[Intent]) -> dict[Journal, list[UUID]]:
     """Return the ids of intents by their journals."""
-    found: dict[Journal, list[UUID]] = {}
-    for intent in intents:
-        found.setdefault(intent.journal, []).append(intent.id)
-    return found
+    return {journal: [intent.id for intent in own] for journal, own in group(intents, attrgetter("journal")).items()}
 
 
 async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:

@@ -6,21 +6,20 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from granite_storage._documentation import Page
 from granite_storage._headers import Disposition
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import ConfigurationError, InfectedObjectError, ScanPendingError
-from granite_storage.orm._util import in_greenlet, wait
+from granite_storage.orm._util import group, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, fields_schema, shown_fields
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
-
-    from granite_storage.manager import StorageManager
 
 
 async def sign_urls(
@@ -52,12 +51,9 @@ async def sign_urls(
         await sign_urls(files, expires_in=timedelta(hours=1))
         ```
     """
-    wanted: dict[StorageManager, list[Attachment | AttachmentVariant]] = {}
-    for file in files:
-        if file is not None and file._state.error is None and _is_passed(file.ref):
-            wanted.setdefault(file.manager, []).append(file)
+    wanted = [file for file in files if file is not None and file._state.error is None and _is_passed(file.ref)]
     until = time.time() + expires_in.total_seconds()
-    for manager, chosen in wanted.items():
+    for manager, chosen in group(wanted, attrgetter("manager")).items():
         refs = [file.ref for file in chosen]
         urls = await manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
         for file, ref, url in zip(chosen, refs, urls, strict=True):

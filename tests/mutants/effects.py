@@ -20,16 +20,18 @@ MUTANTS = [
         name="effects-change-during-the-call",
         rule="A job that a transaction has recorded anew during the call stays, and is due.",
         path=_EFFECTS,
-        old="delete(table).where(self._is_own(job), table.c.recipe == job.recipe)",
-        new="delete(table).where(self._is_own(job))",
+        old="        await self._write_own(job, delete(self._job))\n",
+        new="        async with self._pool.writing() as connection:\n"
+        "            await connection.execute(delete(self._job).where(self._is_own(job)))\n",
         tests=(f"{_TESTS}::TestMoves::test_while_it_is_put[asyncpg]",),
     ),
     Mutant(
         name="effects-failure-of-the-past",
         rule="A failure counts for what was to be done then, not for a change that has come meanwhile.",
         path=_EFFECTS,
-        old="own = update(table).where(self._is_own(job), table.c.recipe == job.recipe)",
-        new="own = update(table).where(self._is_own(job))",
+        old="        await self._write_own(job, update(self._job).values(values))\n",
+        new="        async with self._pool.writing() as connection:\n"
+        "            await connection.execute(update(self._job).where(self._is_own(job)).values(values))\n",
         tests=(f"{_TESTS}::TestFailures::test_a_change_while_it_fails_is_due_at_once[asyncpg]",),
     ),
     Mutant(

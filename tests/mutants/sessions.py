@@ -84,7 +84,7 @@ MUTANTS = [
         name="sessions-rows-not-locked",
         rule="What a row holds is read under its lock before it is displaced.",
         path="granite_storage/orm/locking.py",
-        old="return statement.order_by(*keys).with_for_update(key_share=not deleting, of=_lockable(connection, table))",
+        old="return statement.order_by(*keys).with_for_update(key_share=not deleting, of=of)",
         new="return statement.order_by(*keys)",
         tests=("tests/orm/test_concurrency.py::TestSameRow::test_two_replace_with_stale_identity_maps[asyncpg]",),
     ),

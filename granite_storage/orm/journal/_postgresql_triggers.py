@@ -239,6 +239,7 @@ $granite$"""
 END"""
 
     def _on_update(self) -> str:
+        own_retention = self._retention(f"(SELECT m.value FROM {self._meta} m WHERE m.name = {_meta_name('policy')})")
         nominate: list[str] = []
         guard: list[str] = []
         for name in map(quoted, self.table.columns):
@@ -246,7 +247,7 @@ END"""
             single = f"""policy := coalesce({old} ->> 'storage_key', '');
       seconds := CAST(CAST(nullif(current_setting('{_RETENTION}', true), '') AS jsonb) ->> policy AS float8);
       IF seconds IS NULL THEN
-        seconds := {self._own_retention("policy")};
+        seconds := {own_retention};
         PERFORM set_config('{_RETENTION}', CAST(jsonb_build_object(policy, seconds) AS text), true);
       END IF;
       INSERT INTO {self._intent} AS i (id, kind, backend, location, source, due)
@@ -285,9 +286,6 @@ BEGIN{"".join(nominate)}{"".join(guard)}
   RETURN NEW;
 END"""
 
-    def _own_retention(self, policy: str) -> str:
-        return self._retention(f"(SELECT m.value FROM {self._meta} m WHERE m.name = {_meta_name(policy)})")
-
     # Guarding.
 
     def _on_insert(self) -> str:
@@ -325,7 +323,7 @@ BEGIN
     ) ORDER BY i.id FOR UPDATE
   ) s;
   IF {_counted("0")} = 0 THEN
-    before := coalesce((SELECT min({_command("t")}) FROM {self._qualified} t JOIN changed n ON {same_row}), 0);
+    before := coalesce((SELECT min({_COMMAND}) FROM {self._qualified} t JOIN changed n ON {same_row}), 0);
   END IF;
   FOR missing IN SELECT DISTINCT w.location, w.source FROM (
     {brought}
@@ -385,7 +383,7 @@ END"""
         return f"""
     IF NOT is_known THEN
       PERFORM FROM {_qualified(holder.schema, holder.table)} t WHERE {is_holder}
-        AND (before IS NULL OR NOT ({_command("t")} >= before AND {_is_own("t")})) LIMIT 1 FOR SHARE;
+        AND (before IS NULL OR NOT ({_COMMAND} >= before AND {_is_own("t")})) LIMIT 1 FOR SHARE;
       is_known := FOUND;
     END IF;"""
 
@@ -415,8 +413,8 @@ def _at(holder: Holder, location: str) -> str:
     return f"(t.{quoted(holder.column)} ->> 'location') = {location}"
 
 
-def _command(alias: str) -> str:
-    return f"CAST(CAST({alias}.cmin AS text) AS bigint)"
+_COMMAND = "CAST(CAST(t.cmin AS text) AS bigint)"
+"""The command that has written a row."""
 
 
 def _is_own(alias: str) -> str:

@@ -9,10 +9,9 @@ import asyncio
 import copy
 import json
 import os
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from weakref import WeakKeyDictionary
@@ -37,6 +36,7 @@ from granite_storage.orm.journal.tables import (
     VERSION_NAME,
     WORKER_VERSION,
     clock,
+    in_utc,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class JournalPool:
         self._size = size
         self._timeout: float | None = None
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-        self._engines = _Engines(self._new_engine)
+        self._engines = Engines(self._new_engine)
         self._open_pools = _open_pools_of(root_engine(self._outer))
         self._open_pools.add(self)
 
@@ -256,7 +256,7 @@ class JournalPool:
         self._outer.dialect.set_isolation_level(connection, _ISOLATION)
 
 
-class _Engines:
+class Engines:
     """The engines of a pool: one, and another for the event loop of synchronous callers, where connections belong to a loop.
 
     A forked child makes its own and closes none of its parent's connections.
@@ -311,47 +311,32 @@ class _Engines:
             await engine.dispose()
 
 
-class _OpenPools:
-    """The open pools beside an engine: disposing of the engine disposes of them, even if the journal was dropped."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = weakref.ref(engine)
-        self._pools: set[JournalPool] = set()
-        event.listen(engine, "engine_disposed", self._dispose)
-
-    def add(self, pool: JournalPool) -> None:
-        self._pools.add(pool)
-
-    def discard(self, pool: JournalPool) -> None:
-        self._pools.discard(pool)
-
-    def _dispose(self, engine: Engine) -> None:
-        # The engines of journals have a copy of this listener, as of all others of the application's engine.
-        if engine is self._engine():
-            for pool in list(self._pools):
-                pool.dispose()
+_OPEN_POOLS: Final = "_granite_storage_open_pools"
+"""The attribute of an engine that has the open pools beside it: a dictionary of this module's would hold the engine by them."""
 
 
-_open_pools: WeakKeyDictionary[Engine, weakref.ref[_OpenPools]] = WeakKeyDictionary()
-"""By engine; what is held here strongly would hold the engine."""
-
-
-def _open_pools_of(engine: Engine) -> _OpenPools:
-    reference = _open_pools.get(engine)
-    found = None if reference is None else reference()
-    if found is None:
-        found = _OpenPools(engine)  # its listener, and so the engine, keeps it alive
-        _open_pools[engine] = weakref.ref(found)
+def _open_pools_of(engine: Engine) -> set[JournalPool]:
+    """Return the open pools beside an engine: disposing of the engine disposes of them, even if the journal was dropped."""
+    if not hasattr(engine, _OPEN_POOLS):
+        setattr(engine, _OPEN_POOLS, set())
+        event.listen(engine, "engine_disposed", _dispose_of_open_pools)
+    found: set[JournalPool] = getattr(engine, _OPEN_POOLS)
     return found
+
+
+def _dispose_of_open_pools(engine: Engine) -> None:
+    # The engines of journals have a copy of this listener, as of all others of the application's engine, and no such pools.
+    for pool in list(getattr(engine, _OPEN_POOLS, ())):
+        pool.dispose()
 
 
 def _require_able(given: AsyncEngine | Engine) -> Engine:
     if not isinstance(given, AsyncEngine | Engine):
-        raise ConfigurationError(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}", see=Page.JOURNAL)
+        raise _refuse(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}")
     engine = given.sync_engine if isinstance(given, AsyncEngine) else given
     name, pool = engine.dialect.name, engine.pool
     if name not in ("postgresql", "mysql", "mariadb", "sqlite"):
-        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}", see=Page.JOURNAL)
+        raise _refuse(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}")
     if not isinstance(pool, QueuePool | NullPool):
         raise ConfigurationError(
             f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
@@ -359,6 +344,10 @@ def _require_able(given: AsyncEngine | Engine) -> Engine:
             see=Page.CONNECTIONS,
         )
     return engine
+
+
+def _refuse(why: str) -> ConfigurationError:
+    return ConfigurationError(why, see=Page.JOURNAL)
 
 
 def _small_pool(pool: Pool, size: int, *, is_async: bool) -> Pool:
@@ -437,8 +426,8 @@ def find_older_worker(connection: Connection, tables: JournalTables) -> str | No
     running = [row for row in older if _silence(row) is None]
     if not running:
         return None
-    last = max(running, key=lambda row: _naive(row.changed))
-    begun, over = _naive(last.changed), _naive(last.changed) + _longest_silence(last)
+    last = max(running, key=lambda row: in_utc(row.changed))
+    begun, over = in_utc(last.changed), in_utc(last.changed) + _longest_silence(last)
     row = f"the row {_WORKER}{_WITHOUT_VERSION} of {tables.meta.fullname}"
     return (
         f"a worker of an older version of the library was at work at {begun:%Y-%m-%d %H:%M} UTC, and beside triggers it can"
@@ -545,17 +534,13 @@ async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> _Row
 
 def _silence(last: _Row) -> timedelta | None:
     """Return for how long there was no beat, where one is overdue, by the database's clock alone."""
-    silence = _naive(last.now) - _naive(last.changed)
+    silence = in_utc(last.now) - in_utc(last.changed)
     return silence if silence > _longest_silence(last) else None
 
 
 def _longest_silence(last: _Row) -> timedelta:
     expected = timedelta(seconds=float(last.value)) if last.value.isdigit() else timedelta(0)
     return max(_SHORTEST_GAP, _MISSED * expected)
-
-
-def _naive(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=None)
 
 
 # The schemas that an application's tables are in, where a `schema_translate_map` says so.
@@ -689,13 +674,12 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
     except DBAPIError as error:
         name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
-        raise ConfigurationError(
+        raise _refuse(
             f"the journal's table {name} is missing, is of another version or may not be written to: {error.orig}."
             " Create it with the models' own (Base.metadata.create_all or a migration) after journal_tables(Base.metadata),"
             " and let the application's database user read and write it. Sessions with a schema_translate_map of their own share"
             " one set of the journal's tables: it is where the engine that was passed to StorageJournal finds it, with that"
-            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)",
-            see=Page.JOURNAL,
+            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)"
         ) from error
 
 
@@ -731,23 +715,14 @@ async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | N
     version = (await connection.execute(text("SELECT VERSION()"))).scalar_one()
     numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
     if "mariadb" not in version.lower():
-        raise ConfigurationError(
-            f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out", see=Page.JOURNAL
-        )
+        raise _refuse(f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out")
     if numbers < _OLDEST_MARIADB:
-        raise ConfigurationError(
-            f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}", see=Page.JOURNAL
-        )
+        raise _refuse(f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}")
     if (await connection.execute(text("SELECT @@innodb_flush_log_at_trx_commit"))).scalar_one() != 1:
-        raise ConfigurationError(
-            "with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1",
-            see=Page.JOURNAL,
-        )
+        raise _refuse("with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1")
     level = (await connection.execute(text("SELECT @@global.tx_isolation"))).scalar_one()
     if level == "READ-UNCOMMITTED":
-        raise ConfigurationError(
-            "at READ UNCOMMITTED the journal can miss its own rows: set another isolation level", see=Page.JOURNAL
-        )
+        raise _refuse("at READ UNCOMMITTED the journal can miss its own rows: set another isolation level")
     await _check_engines(connection, tables)
 
 
@@ -766,8 +741,7 @@ async def _check_engines(connection: AsyncConnection, tables: list[tuple[str | N
         if (schema, name) in tables or (is_default and (None, name) in tables)
     ]
     if wrong:
-        raise ConfigurationError(
+        raise _refuse(
             f"the journal needs InnoDB, and these tables have another engine: {', '.join(wrong)};"
-            " change them with ALTER TABLE ... ENGINE=InnoDB",
-            see=Page.JOURNAL,
+            " change them with ALTER TABLE ... ENGINE=InnoDB"
         )

@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID
 
@@ -34,7 +34,7 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import STAGING, clock
+from granite_storage.orm.journal.tables import STAGING, clock, in_utc
 from granite_storage.refs import StoredObjectRef
 
 logger: logging.Logger = logging.getLogger("granite_storage")
@@ -101,7 +101,7 @@ class Staging:
                 return Finished(None, None)
             said = json.loads(row.upload_id)
             if "claim" in said:
-                return Finished(None, row.upload_id, is_claimed=_seconds(row.now) < said["until"])
+                return Finished(None, row.upload_id, is_claimed=in_utc(row.now).timestamp() < said["until"])
             if "verdict" in said:
                 return Finished(None, row.upload_id, verdict=said["verdict"])
             ref = StoredObjectRef.from_dict(said["ref"])
@@ -132,7 +132,7 @@ class Staging:
     async def now(self) -> float:
         """Return the database's time, in seconds since 1970."""
         async with self._pool.reading() as connection:
-            return _seconds((await connection.execute(select(clock()))).scalar_one())
+            return in_utc((await connection.execute(select(clock()))).scalar_one()).timestamp()
 
     def _is(self, staging_id: UUID) -> Any:
         return (self._intent.c.id == staging_id) & (self._intent.c.kind == STAGING)
@@ -190,6 +190,7 @@ class Claim:
 
     async def release(self) -> None:
         """Release it, so that another request may claim the object."""
+        await self._stop_renewing()
         note, self._note = self._note, None
         if note is not None:
             await self._staging.write(self._staging_id, note, self._before)
@@ -199,11 +200,7 @@ class Claim:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await shielded_cleanup(self._stop(), "releasing the claim of a direct upload")
-
-    async def _stop(self) -> None:
-        await self._stop_renewing()
-        await self.release()
+        await shielded_cleanup(self.release(), "releasing the claim of a direct upload")
 
     async def _stop_renewing(self) -> None:
         """Wait until a renewal in progress has ended, because its result must be known."""
@@ -233,7 +230,3 @@ class Claim:
 async def _release(claim: Claim | None) -> None:
     if claim is not None:
         await claim.release()
-
-
-def _seconds(moment: datetime) -> float:
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

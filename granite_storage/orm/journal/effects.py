@@ -27,7 +27,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import Column, Connection, Table, case, delete, select, update
+from sqlalchemy import Column, Connection, Delete, Table, Update, case, delete, select, update
 
 from granite_storage._tasks import run_bounded, shielded, task_group
 from granite_storage._telemetry import fields_of
@@ -131,15 +131,10 @@ class EffectJobs(JobQueue):
         report = RecoveryReport()
         if not (effects := effects_of(self._columns)):
             return report
-
-        async def work(job: LeasedJob) -> None:
-            is_called = await self._call(job)
-            report.effects += is_called
-
         own = self._job.c.key.in_(sorted(map(effect_key, effects)))
         for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                await run_bounded(jobs, work, limit)
+                report.effects += sum(await run_bounded(jobs, self._call, limit))
         return report
 
     async def call_now(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
@@ -273,23 +268,18 @@ class EffectJobs(JobQueue):
 
     @again_after_deadlock
     async def _finish(self, job: LeasedJob) -> None:
-        """Delete a job, or let it be due where a transaction has recorded it again."""
-        table = self._job
-        async with self._pool.writing() as connection:
-            result = await connection.execute(delete(table).where(self._is_own(job), table.c.recipe == job.recipe))
-            if result.rowcount == 0:
-                await connection.execute(self._released(job))
+        await self._write_own(job, delete(self._job))
 
     async def _update_own(self, job: LeasedJob, **values: Any) -> None:
-        table = self._job
-        async with self._pool.writing() as connection:
-            own = update(table).where(self._is_own(job), table.c.recipe == job.recipe)
-            if (await connection.execute(own.values(values))).rowcount == 0:
-                # What has failed is not what is to be done now.
-                await connection.execute(self._released(job))
+        await self._write_own(job, update(self._job).values(values))
 
-    def _released(self, job: LeasedJob) -> Any:
-        return update(self._job).where(self._is_own(job)).values(due=clock(), attempts=0, takeovers=0)
+    async def _write_own(self, job: LeasedJob, written: Delete | Update) -> None:
+        """Execute a statement on a job, or let it be due where a transaction has recorded it again: it is another one now."""
+        async with self._pool.writing() as connection:
+            result = await connection.execute(written.where(self._is_own(job), self._job.c.recipe == job.recipe))
+            if result.rowcount == 0:
+                released = update(self._job).where(self._is_own(job)).values(due=clock(), attempts=0, takeovers=0)
+                await connection.execute(released)
 
 
 def _note_of(column: Column[Any], name: str) -> str:

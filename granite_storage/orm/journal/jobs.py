@@ -28,7 +28,7 @@ from granite_storage._tasks import shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import DeclaredVariant, Journal, JournalTables
+from granite_storage.orm._interfaces import DeclaredVariant, Journal
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
@@ -280,11 +280,10 @@ class JobQueue:
 
     Args:
         pool: The journal's own connections.
-        tables: The journal's tables.
         manager: Whose backends have the objects, and whose policies have the scanners.
         references: What tells which rows hold an object.
         columns: The columns whose jobs this process does.
-        journal: The journal, which records uploads.
+        journal: The journal, which has the tables, and records uploads.
         lease: How long a job is this worker's own without renewal.
         max_attempts: After how many deaths of workers that were processing only this job it is dead.
     """
@@ -295,7 +294,6 @@ class JobQueue:
     def __init__(
         self,
         pool: JournalPool,
-        tables: JournalTables,
         manager: StorageManager,
         references: References,
         columns: Iterable[Column[Any]],
@@ -305,7 +303,7 @@ class JobQueue:
         max_attempts: int,
     ) -> None:
         self._pool = pool
-        self._tables = tables
+        self._tables = tables = journal.tables
         self._job = tables.job
         self._intent = tables.intent
         self._manager = manager
@@ -314,6 +312,7 @@ class JobQueue:
         self._journal = journal
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
+        self._refused: list[FailedReclaim] = []
 
     async def count(self, report: RecoveryReport) -> None:
         """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""

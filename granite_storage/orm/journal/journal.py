@@ -68,7 +68,6 @@ Queue = TypeVar("Queue", bound=JobQueue)
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_OPERATION_TIMEOUT = 30.0
 _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
@@ -268,14 +267,9 @@ class StorageJournal:
             still_there = partial(self._require_objects, [one for _, (one, _) in batch])
             await self.intents.adopt(pending, self._lease, still_there)
 
-    async def _require_objects(self, refs: Iterable[StoredObjectRef]) -> None:
-        missing: list[StoredObjectRef] = []
-
-        async def look(ref: StoredObjectRef) -> None:
-            if not await self.manager.exists(ref):
-                missing.append(ref)
-
-        await run_bounded(list(refs), look, _LOOKS_AT_A_TIME)
+    async def _require_objects(self, refs: Sequence[StoredObjectRef]) -> None:
+        found = await run_bounded(refs, self.manager.exists, _LOOKS_AT_A_TIME)
+        missing = [ref for ref, is_there in zip(refs, found, strict=True) if not is_there]
         if not missing:
             return
         raise ObjectNotFoundError(
@@ -591,7 +585,6 @@ class StorageJournal:
     def _jobs(self, kind: type[Queue]) -> Queue:
         return kind(
             self._pool,
-            self.tables,
             self.manager,
             self._references_by(self._pool),
             self._columns(),
@@ -615,7 +608,6 @@ class StorageJournal:
                 references,
                 lease=self._lease,
                 max_attempts=self._max_attempts,
-                timeout=_OPERATION_TIMEOUT,
             )
             for of_file, tables, references in files
         ]

@@ -40,7 +40,7 @@ from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import again_after_deadlock, batches, try_briefly
+from granite_storage.orm._util import again_after_deadlock, batches, group, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.jobs import FIRST_RETRY, LEFT_IN_COMPANY, LONGEST_RETRY, MOST_REPORTED, UNTRIED, take_over
@@ -55,6 +55,7 @@ from granite_storage.orm.journal.tables import (
     RecoveryReport,
     clock,
     describe_error,
+    in_utc,
     moment_in,
 )
 from granite_storage.orm.journal.triggers import triggers_work
@@ -68,6 +69,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _BATCH = 100
 _LARGE_BATCH = 1000  # as many as one request to S3 deletes
 _DELETES_AT_A_TIME = 8
+_LONGEST_DELETE = 30.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,6 @@ class Recovery:
         references: What tells which objects rows refer to.
         lease: How long the row of a deleted upload waits for what may still arrive.
         max_attempts: After how many failures, or deaths of workers that were processing only it, an object is a dead letter.
-        timeout: The longest that one delete may take, in seconds.
     """
 
     def __init__(
@@ -108,7 +110,6 @@ class Recovery:
         *,
         lease: timedelta,
         max_attempts: int,
-        timeout: float,
     ) -> None:
         self._pool = pool
         self._tables = tables
@@ -116,9 +117,8 @@ class Recovery:
         self._references = references
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
-        self._timeout = timeout
         # How long a row is this worker's own; then another one may resume it.
-        self._hold = min(self._lease, 4 * timeout)
+        self._hold = min(self._lease, 4 * _LONGEST_DELETE)
 
     async def run(self, backend: str) -> RecoveryReport:
         """Process everything that is due on one backend, given by its key."""
@@ -143,7 +143,7 @@ class Recovery:
         dues = [select(func.min(table.c.due)).where(table.c.backend == backend).scalar_subquery() for table in tables]
         async with self._pool.reading() as connection:
             now, *found = (await connection.execute(select(clock(), *dues))).one()
-        return max([0.0, *((_in_utc(now) - _in_utc(due)).total_seconds() for due in found if due is not None)])
+        return max([0.0, *((in_utc(now) - in_utc(due)).total_seconds() for due in found if due is not None)])
 
     async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
         """Process the intents of an ended transaction at once, by their ids.
@@ -353,14 +353,11 @@ class Recovery:
 
     def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
         """Group the rows that one request deletes; unfinished uploads are removed one by one."""
-        together: dict[str, list[_Reclaim]] = {}
-        alone: list[list[_Reclaim]] = []
-        for item in items:
-            if item.kind == DELETE and self._deletes_in_batches(item.backend):
-                together.setdefault(item.backend, []).append(item)
-            else:
-                alone.append([item])
-        return [*together.values(), *alone]
+
+        def request(item: _Reclaim) -> str | UUID:
+            return item.backend if item.kind == DELETE and self._deletes_in_batches(item.backend) else item.id
+
+        return list(group(items, request).values())
 
     def _deletes_in_batches(self, backend: str) -> bool:
         return isinstance(self._manager.backends.get(backend), SupportsBatchDelete)
@@ -369,7 +366,7 @@ class Recovery:
         """Delete objects or unfinished uploads of one backend; return the error of each that failed."""
         engine, backend = self._manager._engine, items[0].backend
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(_LONGEST_DELETE):
                 if items[0].kind == DELETE:
                     failures = await engine.delete_many(backend, [item.location for item in items])
                     return [(item, failures.get(item.location)) for item in items]
@@ -514,8 +511,4 @@ def _is_own(reclaim: Table) -> ColumnElement[bool]:
 
 
 def _failure(row: Row[Any]) -> FailedReclaim:
-    return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else _in_utc(row.due))
-
-
-def _in_utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else in_utc(row.due))

@@ -26,11 +26,12 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from uuid import UUID, uuid4
 from weakref import WeakKeyDictionary
 
@@ -44,8 +45,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import batches, wait
-from granite_storage.orm.journal.database import JournalPool, effective, has_beat
+from granite_storage.orm._util import batches, file_of, wait
+from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import OF_FENCES, References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
 
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import JournalTables
 
 __all__ = ["SQLitePool", "SidecarPool", "SidecarReferences"]
+
+T = TypeVar("T")
 
 _SUFFIX: Final = "-granite_storage"
 _BARRIER: Final = "barrier"
@@ -120,30 +123,32 @@ class _LockingPool(JournalPool):
 
     async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
         """Begin a transaction that ends with a stack; try again while another connection has the lock."""
-        until = time.monotonic() + self._patience
-        while True:
+
+        async def begin() -> AsyncConnection:
             async with AsyncExitStack() as attempt:
-                try:
-                    connection = await attempt.enter_async_context(self._engine.begin())
-                    await connection.run_sync(_begin, statement)
-                except DBAPIError as error:
-                    _require_busy(error.orig, until, error)
-                else:
-                    stack.push_async_exit(attempt.pop_all())
-                    return connection
-            await _pause()
+                connection = await attempt.enter_async_context(self._engine.begin())
+                await connection.run_sync(_begin, statement)
+                stack.push_async_exit(attempt.pop_all())
+                return connection
+
+        return await self._try_while_busy(begin)
 
     async def _commit(self, connection: AsyncConnection) -> None:
         """Commit; try again where readers hold it up, as in rollback mode: the transaction stays open with its lock."""
+        await self._try_while_busy(partial(connection.run_sync, _commit))
+
+    async def _try_while_busy(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do some work, again while another connection has the lock and there is time."""
         until = time.monotonic() + self._patience
         while True:
             try:
-                await connection.run_sync(_commit)
-            except sqlite3.OperationalError as error:
-                _require_busy(error, until, error)
-            else:
-                return
-            await _pause()
+                return await work()
+            except (DBAPIError, sqlite3.OperationalError) as error:
+                if not _is_busy(error.orig if isinstance(error, DBAPIError) else error):
+                    raise
+                if time.monotonic() >= until:
+                    raise TimeoutError from error
+            await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311  # not a secret
 
     @property
     def _patience(self) -> float:
@@ -171,18 +176,10 @@ def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
 
 
-def _require_busy(error: object, until: float, raised: BaseException) -> None:
-    """Raise an error, unless another connection has the lock and there is time to try again."""
+def _is_busy(error: object) -> bool:
+    """Return whether the driver has raised an error because another connection has the lock."""
     code = getattr(error, "sqlite_errorcode", None)
-    is_busy = "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
-    if not is_busy:
-        raise raised
-    if time.monotonic() >= until:
-        raise TimeoutError from raised
-
-
-async def _pause() -> None:
-    await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311  # not a secret
+    return "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
 
 
 def _put(name: str, value: str) -> Insert:
@@ -191,8 +188,7 @@ def _put(name: str, value: str) -> Insert:
     return new.on_conflict_do_update(index_elements=["name"], set_={"value": new.excluded.value, "changed": new.excluded.changed})
 
 
-def _value_of(name: str) -> Select[str]:
-    return select(_TABLES.meta.c.value).where(_TABLES.meta.c.name == name)
+_NAME_OF_SIDECAR: Final = select(_TABLES.meta.c.value).where(_TABLES.meta.c.name == SIDECAR_NAME)
 
 
 # The rows' database.
@@ -269,7 +265,7 @@ class SQLitePool(_LockingPool):
         """
         if self._main.path is None:
             async with self.reading() as connection:
-                found = await connection.run_sync(_file_of)
+                found = await connection.run_sync(file_of)
             self._main.path = await asyncio.to_thread(os.path.realpath, found) if found else ""
         if not self._main.path:
             raise _refuse("the database has no file: use one")
@@ -309,7 +305,7 @@ class SQLitePool(_LockingPool):
     async def name(self, sidecar: _Opened) -> None:
         """Name a sidecar in the database, durably; from then on the intents of any other are void."""
         async with self.reading() as connection:
-            if (await connection.execute(_value_of(SIDECAR_NAME))).scalar_one_or_none() == sidecar.name:
+            if (await connection.execute(_NAME_OF_SIDECAR)).scalar_one_or_none() == sidecar.name:
                 return
         async with self.writing() as connection:
             if await asyncio.to_thread(sidecar.is_there):
@@ -332,7 +328,7 @@ class SQLitePool(_LockingPool):
         """Refuse the transaction of a session on another file."""
         info = connection.info
         if _OF_CONNECTION not in info:
-            found = _file_of(connection)
+            found = file_of(connection)
             info[_OF_CONNECTION] = wait(asyncio.to_thread(os.path.realpath, found)) if found else ""
         own = self._main.path or wait(self.path())
         if info[_OF_CONNECTION] != own:
@@ -356,7 +352,7 @@ class SQLitePool(_LockingPool):
                 "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE",
                 see=Page.JOURNAL_ON_SQLITE,
             )
-        named = connection.execute(_value_of(SIDECAR_NAME), execution_options=self.options).scalar_one_or_none()
+        named = connection.execute(_NAME_OF_SIDECAR, execution_options=self.options).scalar_one_or_none()
         name, pending = wait(self._sidecar.look(ids))
         if name != named:
             self._sidecar.doubt()
@@ -390,11 +386,6 @@ class SQLitePool(_LockingPool):
 
 def _refuse(why: str) -> ConfigurationError:
     return ConfigurationError(f"this SQLite database cannot have a journal: {why}", see=Page.JOURNAL_ON_SQLITE)
-
-
-def _file_of(connection: Connection) -> str:
-    """Return the path of a connection's main database; empty for one without a file."""
-    return next(file or "" for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
 
 
 def _network_file_system(path: str) -> str | None:
@@ -432,13 +423,10 @@ class _Opened:
 
 @dataclass(slots=True)
 class _File:
-    """What the pools of one sidecar share; a forked child opens its own connections, and closes none of its parent's."""
+    """What the pools of one sidecar share: its path, and the name that the rows' database has confirmed."""
 
     path: str | None = None
     named: str | None = None
-    engine: AsyncEngine | None = None
-    process: int = 0
-    inherited: list[AsyncEngine] = field(default_factory=list)
 
 
 class SidecarPool(_LockingPool):
@@ -462,6 +450,7 @@ class SidecarPool(_LockingPool):
         self._main = main
         self._given = path
         self._file = _File()
+        self._engines = Engines(self._new_engine)
 
     def of(self, main: SQLitePool) -> SidecarPool:
         """Return the same pool, bound as the connections to the rows' database are."""
@@ -541,15 +530,6 @@ class SidecarPool(_LockingPool):
             self._file.path = await asyncio.to_thread(os.path.abspath, os.fspath(path))
         return await super()._begin(stack, statement)
 
-    @property
-    def _engine(self) -> AsyncEngine:
-        file = self._file
-        if file.engine is None or file.process != os.getpid():
-            if file.engine is not None:
-                file.inherited.append(file.engine)
-            file.engine, file.process = self._new_engine(), os.getpid()
-        return file.engine
-
     def _new_engine(self) -> AsyncEngine:
         options = {"poolclass": QueuePool, "pool_size": self._size, "max_overflow": 0, "hide_parameters": True}
         engine = create_engine("sqlite://", creator=self._connect, **options)
@@ -586,13 +566,7 @@ class SidecarPool(_LockingPool):
 
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
-        if self._file.process == os.getpid():
-            await self._engine.dispose()
-
-    def dispose(self) -> None:
-        """Close the connections from within an event of SQLAlchemy."""
-        if self._file.process == os.getpid():
-            self._engine.sync_engine.dispose()
+        await self._engines.aclose()
 
 
 class _SidecarConnection(sqlite3.Connection):
@@ -647,7 +621,7 @@ def _prepare(connection: sqlite3.Connection) -> str:
         new = f"INSERT OR IGNORE INTO {_TABLES.meta.name} (name, value, changed) VALUES (?, ?, ?)"  # noqa: S608  # ours
         connection.execute(new, (SIDECAR_NAME, uuid4().hex, "2000-01-01 00:00:00.000000"))
         connection.execute("COMMIT")
-    (name,) = connection.execute(_sql(_value_of(SIDECAR_NAME)), (SIDECAR_NAME,)).fetchone()
+    (name,) = connection.execute(_sql(_NAME_OF_SIDECAR), (SIDECAR_NAME,)).fetchone()
     return str(name)
 
 

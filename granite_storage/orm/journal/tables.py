@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Boolean, Column, DateTime, Float, Index, Integer, MetaData, String, Table, Text, Uuid, bindparam, select
@@ -174,6 +174,11 @@ def _on_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {seconds})"
 
 
+def in_utc(moment: datetime) -> datetime:
+    """Return a moment of the database with its time zone, which not every driver tells."""
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
 _LONGEST_ERROR = 500
 
 
@@ -257,12 +262,5 @@ class RecoveryReport:
 
     def add(self, other: RecoveryReport) -> None:
         """Add the counts of another pass."""
-        self.claimed += other.claimed
-        self.deleted += other.deleted
-        self.kept += other.kept
-        self.confirmed += other.confirmed
-        self.scanned += other.scanned
-        self.derived += other.derived
-        self.effects += other.effects
-        self.failed += other.failed
-        self.refused += other.refused
+        for name in ("claimed", "deleted", "kept", "confirmed", "scanned", "derived", "effects", "failed", "refused"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))

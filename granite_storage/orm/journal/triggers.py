@@ -6,12 +6,14 @@ Each database has a module of its own, such as `_postgresql_triggers`, which pro
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import Column, Connection, MetaData, Table, event
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
+from granite_storage.orm._util import group
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
@@ -26,7 +28,6 @@ __all__ = [
     "find_sources",
     "find_trigger_problems",
     "find_triggers_in_the_way",
-    "has_current_triggers",
     "has_some_triggers",
     "have_triggers",
     "require_rolled_out",
@@ -148,14 +149,12 @@ def find_sources(
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
     evidence = sorted(Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None)
-    by_table: dict[Table, list[str]] = {}
-    for column in columns:
-        by_table.setdefault(column.table, []).append(column.name)
-    return [
-        dialect.source(connection, GuardedTable(*found, _keys_of(table), tuple(sorted(names))), evidence, journal, place[0])
-        for table, names in by_table.items()
-        if (found := places[table]) is not None
-    ]
+    sources: list[TriggerSource] = []
+    for table, own in group(columns, attrgetter("table")).items():
+        if (found := places[table]) is not None:
+            guarded = GuardedTable(*found, _keys_of(table), tuple(sorted(column.name for column in own)))
+            sources.append(dialect.source(connection, guarded, evidence, journal, place[0]))
+    return sources
 
 
 def _dialect_of(connection: Connection) -> TriggerDialect:
@@ -182,7 +181,7 @@ def require_rolled_out(connection: Connection, sources: Iterable[TriggerSource],
     Raises:
         ConfigurationError: One was at work lately, and triggers are to be created.
     """
-    if journal is not None and not all(has_current_triggers(connection, source) for source in sources):
+    if journal is not None and not all(source.is_current(connection) for source in sources):
         require_current_workers(connection, journal)
 
 
@@ -209,11 +208,6 @@ def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSourc
 def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
     """Return the tables whose triggers are to be dropped before others are changed; see `TriggerDialect.find_in_the_way`."""
     return _dialect_of(connection).find_in_the_way(connection, tables)
-
-
-def has_current_triggers(connection: Connection, source: TriggerSource) -> bool:
-    """Return whether a table and its partitions have these very triggers."""
-    return source.is_current(connection)
 
 
 def has_some_triggers(connection: Connection, table: Table) -> bool:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
@@ -33,7 +33,7 @@ from granite_storage.exceptions import (
     StaleAttachmentError,
 )
 from granite_storage.orm._interfaces import Intent
-from granite_storage.orm._util import again_after_deadlock
+from granite_storage.orm._util import again_after_deadlock, group
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.deletes import PendingDelete, nominate
 from granite_storage.orm.journal.jobs import (
@@ -51,7 +51,7 @@ from granite_storage.orm.journal.jobs import (
     variant_key,
     variants_of,
 )
-from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock, describe_error, describe_refusal
+from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error, describe_refusal
 from granite_storage.orm.transactions import refused_ref
 from granite_storage.orm.uploads import make_variant, prepare_variant, require_lease
 from granite_storage.orm.variants import (
@@ -86,10 +86,6 @@ class VariantJobs(JobQueue):
 
     _column_type = AttachmentType
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._refused: list[FailedReclaim] = []
-
     async def derive(self, backend: str) -> RecoveryReport:
         """Make the variants that are due of objects on one backend, given by its key.
 
@@ -99,20 +95,13 @@ class VariantJobs(JobQueue):
         declared = [variant for column in self._columns for variant in variants_of(column).values()]
         if not declared:
             return report
-
-        async def work(jobs: Sequence[LeasedJob]) -> None:
-            made = await self._derive(jobs)
-            report.derived += made
-
         recipes = {(variant_key(variant.name), variant.digest) for variant in declared}
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
         for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                by_object: dict[tuple[str, str], list[LeasedJob]] = {}
-                for job in jobs:
-                    by_object.setdefault(job.place, []).append(job)
+                by_object = group(jobs, attrgetter("place")).values()
                 async with background(*map(self._renew, jobs)):
-                    await run_bounded(by_object.values(), work, CONCURRENCY)
+                    report.derived += sum(await run_bounded(by_object, self._derive, CONCURRENCY))
         await self._forget_dead(backend, own)
         report.refused = self._refused
         return report

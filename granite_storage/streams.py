@@ -554,33 +554,15 @@ async def _read_claimed(file: Any, claim: Claim) -> AsyncGenerator[BytesLike, No
                 del chunk
 
 
-def _read(file: Any) -> AsyncGenerator[BytesLike, None]:
+async def _read(file: Any) -> AsyncGenerator[BytesLike, None]:
     """Read a file from its current position.
 
     Raises:
         ConsumedSourceError: It is closed, perhaps only since the last chunk.
     """
-    return _read_async(file) if inspect.iscoroutinefunction(file.read) else _read_in_thread(file)
-
-
-async def _read_async(file: Any) -> AsyncGenerator[BytesLike, None]:
     while True:
         with _found_closed(file):
-            chunk = _bytes_like(await file.read(CHUNK_SIZE))
-        if not chunk:
-            return
-        yield chunk
-        del chunk
-
-
-async def _read_in_thread(file: Any) -> AsyncGenerator[BytesLike, None]:
-    in_context: Callable[..., Any] = copy_context().run
-    while True:
-        with _found_closed(file):
-            chunk = await _threads.run(in_context, file.read, CHUNK_SIZE, cancel_timeout=_CANCEL_TIMEOUT)
-            if inspect.isawaitable(chunk):
-                chunk = await chunk
-        chunk = _bytes_like(chunk)
+            chunk = _bytes_like(await _call(file.read, CHUNK_SIZE))
         if not chunk:
             return
         yield chunk

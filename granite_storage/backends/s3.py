@@ -28,10 +28,8 @@ from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationEr
 from granite_storage.backends._s3_upload import (
     LARGEST_PART,
     PROBE_PREFIX,
-    BytesSource,
     ObjectWriter,
     PartSource,
-    StreamSource,
     abort_upload,
     abort_uploads,
     date_of,
@@ -394,10 +392,10 @@ class S3StorageBackend:
         self._check(location)
         client = await self._clients.get()
         try:
-            return await self._write(client, location, BytesSource(content), content_type)
+            return await self._write(client, location, PartSource(content, client.room), content_type)
         except ConflictError:
             # S3 wants a multipart upload in conflict with another write made again, which only bytes can be
-            return await self._write(client, location, BytesSource(content), content_type)
+            return await self._write(client, location, PartSource(content, client.room), content_type)
 
     async def put_stream(
         self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
@@ -407,7 +405,7 @@ class S3StorageBackend:
         client = await self._clients.get()
         size = stream.declared_size if isinstance(stream, MeasuredStream) else None
         async with aclosing(regrouped(stream)) as pieces:
-            return await self._write(client, location, StreamSource(pieces, client.room, size), content_type)
+            return await self._write(client, location, PartSource(pieces, client.room, size), content_type)
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
@@ -577,7 +575,8 @@ class S3StorageBackend:
         return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
-        await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")
+        client = await self._clients.get()
+        await self._write(client, MARKER, PartSource(content, client.room), "text/plain")
 
     def _check(self, location: str) -> None:
         check_key(location, self._settings.prefix)

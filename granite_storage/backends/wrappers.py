@@ -28,7 +28,7 @@ from granite_storage.backends.base import (
     SupportsPresignedUpload,
     SupportsReopen,
     UploadRequest,
-    close_listing,
+    closing_listing,
 )
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError
 from granite_storage.locations import check_location, check_segment
@@ -90,12 +90,9 @@ class WrappedBackend:
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with `prefix`, in the byte order of UTF-8."""
         after = self._listed(start_after) if start_after else None
-        objects = self.inner.iter_objects(self._listed(prefix), start_after=after)
-        try:
+        async with closing_listing(self.inner.iter_objects(self._listed(prefix), start_after=after)) as objects:
             async for info in objects:
                 yield replace(info, location=self._outside(info.location))
-        finally:
-            await close_listing(objects)
 
     async def aclose(self) -> None:
         """Close the inner backend."""

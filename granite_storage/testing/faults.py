@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, close_listing
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, closing_listing
 from granite_storage.backends.wrappers import ReopeningReader, WrappedBackend, WrappedReader
 from granite_storage.exceptions import BackendUnavailableError
 
@@ -193,16 +193,13 @@ class FaultInjectingBackend(WrappedBackend):
         strike = self._begin("iter_objects", [])
         await strike.before()
         passed = 0
-        objects = self.inner.iter_objects(prefix, start_after=start_after)
-        try:
+        async with closing_listing(self.inner.iter_objects(prefix, start_after=start_after)) as objects:
             async for info in objects:
                 if strike.cut is not None and passed >= strike.cut:
                     strike.break_off()
                     return
                 passed += 1
                 yield info
-        finally:
-            await close_listing(objects)
         strike.after()
 
     async def _call(self, operation: Any, locations: Iterable[str], call: Callable[[], Awaitable[T]]) -> T:

@@ -6,11 +6,13 @@ import asyncio
 import importlib.util
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from granite_storage._tasks import shielded_cleanup
-from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
+from granite_storage.backends._identity import MARKER, IdentityObject
 from granite_storage.backends._listing import Listing
 from granite_storage.backends._obstore_client import CANCEL_TIMEOUT, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
@@ -20,7 +22,7 @@ from granite_storage.backends._remote import (
     delete_each,
     delete_in_batches,
     open_reader,
-    read_beginning,
+    read_marker,
     require_expiry,
 )
 from granite_storage.backends._resuming import open_resuming
@@ -298,7 +300,8 @@ class ObjectStoreBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage`; see `SupportsIdentity.identities`. Over HTTP none is created."""
-        return await self._identity.identities(self._read_marker, self._create_marker, create=create and self._client.kind.writes)
+        may_create = create and self._client.kind.writes
+        return await self._identity.identities(partial(read_marker, self._service), self._create_marker, create=may_create)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix, or the folder; see `SupportsPlaces.places`."""
@@ -319,15 +322,9 @@ class ObjectStoreBackend:
         return await delete_each(locations, self._client.delete, BackendError)
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
-        reader = await open_resuming(self, location)
-        try:
+        async with aclosing(await open_resuming(self, location)) as reader:
             while chunk := await reader.read(_COPY_STEP):
                 yield chunk
-        finally:
-            await reader.aclose()
-
-    async def _read_marker(self) -> bytes:
-        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         await self._unchecked_writer(MARKER, "text/plain").put([content])

@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
+from granite_storage.backends._identity import MARKER, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
 from granite_storage.backends._remote import (
     Opened,
@@ -19,7 +20,7 @@ from granite_storage.backends._remote import (
     delete_in_batches,
     error_at,
     open_reader,
-    read_beginning,
+    read_marker,
     require_expiry,
 )
 from granite_storage.backends._resuming import ConnectionTakenError
@@ -60,6 +61,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
+_CONNECTION_LIMITS = ("max_pool_connections", "max_attempts", "connect_timeout", "read_timeout", "pool_timeout")
+_POSITIVE = ("part_concurrency", "max_parts_in_memory", *_CONNECTION_LIMITS)
 _OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
 _HEADERS = {
@@ -321,15 +324,6 @@ class S3StorageBackend:
             raise ConfigurationError("bucket must not be empty")
         if not _SMALLEST_PART <= part_size <= LARGEST_PART:
             raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 requires, not {part_size} bytes")
-        _require_positive(
-            part_concurrency=part_concurrency,
-            max_parts_in_memory=max_parts_in_memory,
-            max_pool_connections=max_pool_connections,
-            max_attempts=max_attempts,
-            connect_timeout=connect_timeout,
-            read_timeout=read_timeout,
-            pool_timeout=pool_timeout,
-        )
         named = {"endpoint_url": endpoint_url, "region_name": region_name}
         self._settings = S3Settings(
             bucket=bucket,
@@ -355,6 +349,9 @@ class S3StorageBackend:
             pool_timeout=pool_timeout,
             list_by_folder=list_by_folder,
         )
+        for name in _POSITIVE:
+            if (number := getattr(self._settings, name)) <= 0:
+                raise ConfigurationError(f"{name} must be greater than 0, not {number!r}")
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
         self._service = _Service(self._clients, max_attempts)
@@ -560,7 +557,7 @@ class S3StorageBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage` below the prefix; see `SupportsIdentity.identities`."""
-        return await self._identity.identities(self._read_marker, self._create_marker, create=create)
+        return await self._identity.identities(partial(read_marker, self._service), self._create_marker, create=create)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix; see `SupportsPlaces.places`."""
@@ -570,9 +567,6 @@ class S3StorageBackend:
     async def aclose(self) -> None:
         """Close the running event loop's client; see `StorageBackend.aclose`. Readers that are still open break."""
         await self._clients.aclose()
-
-    async def _read_marker(self) -> bytes:
-        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         client = await self._clients.get()
@@ -658,9 +652,3 @@ def _checked(argument: str, given: dict[str, Any], *, reserved: frozenset[str] |
         if name in reserved or name.startswith("Checksum"):
             raise ConfigurationError(f"{argument} must not contain {name!r}: the backend sets it")
     return given
-
-
-def _require_positive(**numbers: float) -> None:
-    for argument, number in numbers.items():
-        if number <= 0:
-            raise ConfigurationError(f"{argument} must be greater than 0, not {number!r}")

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 from granite_storage._tasks import run_bounded, wait_or_cancel
 from granite_storage._telemetry import fields_of
-from granite_storage.backends._identity import MARKER, MARKER_SIZE
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader, read_all
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError
@@ -181,13 +180,13 @@ async def _open_empty(service: Service, location: str, offset: int) -> RemoteRea
     return RemoteReader(service, info, byte_range(offset, 0, info.size), None)
 
 
-async def read_marker(service: Service) -> bytes:
-    """Return the content of the object that holds the identities of a store, as far as it is read."""
+async def read_beginning(service: Service, location: str, size: int) -> bytes:
+    """Return the first bytes of an object, at most so many."""
 
     async def open_range(offset: int, length: int | None) -> RemoteReader:
-        return await open_reader(service, MARKER, offset=offset, length=length)
+        return await open_reader(service, location, offset=offset, length=length)
 
-    async with aclosing(await ResumingReader(open_range, length=MARKER_SIZE).start()) as reader:
+    async with aclosing(await ResumingReader(open_range, length=size).start()) as reader:
         return await reader.read()
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from granite_storage._tasks import shielded_cleanup
-from granite_storage.backends._identity import MARKER, IdentityObject
+from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
 from granite_storage.backends._obstore_client import CANCEL_TIMEOUT, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
@@ -22,7 +22,7 @@ from granite_storage.backends._remote import (
     delete_each,
     delete_in_batches,
     open_reader,
-    read_marker,
+    read_beginning,
     require_expiry,
 )
 from granite_storage.backends._resuming import open_resuming
@@ -300,8 +300,8 @@ class ObjectStoreBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage`; see `SupportsIdentity.identities`. Over HTTP none is created."""
-        may_create = create and self._client.kind.writes
-        return await self._identity.identities(partial(read_marker, self._service), self._create_marker, create=may_create)
+        read = partial(read_beginning, self._service, MARKER, MARKER_SIZE)
+        return await self._identity.identities(read, self._create_marker, create=create and self._client.kind.writes)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix, or the folder; see `SupportsPlaces.places`."""

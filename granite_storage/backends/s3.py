@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from granite_storage.backends._identity import MARKER, IdentityObject, bucket_place
+from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
 from granite_storage.backends._remote import (
     Opened,
@@ -20,7 +20,7 @@ from granite_storage.backends._remote import (
     delete_in_batches,
     error_at,
     open_reader,
-    read_marker,
+    read_beginning,
     require_expiry,
 )
 from granite_storage.backends._resuming import ConnectionTakenError
@@ -557,7 +557,8 @@ class S3StorageBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage` below the prefix; see `SupportsIdentity.identities`."""
-        return await self._identity.identities(partial(read_marker, self._service), self._create_marker, create=create)
+        read = partial(read_beginning, self._service, MARKER, MARKER_SIZE)
+        return await self._identity.identities(read, self._create_marker, create=create)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix; see `SupportsPlaces.places`."""

@@ -16,8 +16,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache, partial
-from types import MappingProxyType, ModuleType
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from granite_storage._documentation import Page
@@ -40,7 +40,7 @@ from granite_storage.backends.base import (
     SupportsPlaces,
     SupportsPresignedUpload,
     UploadRequest,
-    close_listing,
+    closing_listing,
     object_headers,
     overlap,
 )
@@ -58,7 +58,7 @@ from granite_storage.exceptions import (
 from granite_storage.inspection.base import HEAD_SIZE, Checks, UploadPreview, Validator
 from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
-from granite_storage.policies import StoragePolicy
+from granite_storage.policies import StoragePolicy, load_gate
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
 from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only, require_scanned
 from granite_storage.signing import UrlSigner, signed_urls
@@ -80,14 +80,6 @@ from granite_storage.streams import (
 
 if TYPE_CHECKING:
     from granite_storage.inspection.gate import Gate, Pieces, Verdict
-
-
-@cache
-def _gate() -> ModuleType:
-    """Return what judges uploads. It takes as long to load as the rest, so only the policies that need it have loaded it."""
-    from granite_storage.inspection import gate
-
-    return gate
 
 
 # What is known of an object before its bytes are stored, and the receipt that becomes of it.
@@ -543,9 +535,9 @@ class Engine:
         filename = clean_filename(original_filename)
         location_name = filename
         if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says
-            location_name = _gate().fit_location(filename, policy.accept)
+            location_name = load_gate().fit_location(filename, policy.accept)
         if policy.public is not None:
-            location_name = _gate().fit_public(location_name)
+            location_name = load_gate().fit_public(location_name)
         location = make_location(
             key_prefix=policy.key_prefix,
             model_name=model_name,
@@ -632,7 +624,7 @@ class Engine:
                     pieces: Pieces = regrouped(stream)
                 else:  # what is declared is true of what comes in, not of what is stored
                     pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
-                gate = _gate().Gate(pieces, prepared.checks, replace(prepared.preview, size=expected), close=stream.aclose)
+                gate = load_gate().Gate(pieces, prepared.checks, replace(prepared.preview, size=expected))
                 return await self._store_judged(prepared, gate, size, checksum)
         except BaseException:
             await stream.aclose()
@@ -726,12 +718,10 @@ class Engine:
         with self._lifecycle.call():  # closing the manager waits for calls, not for an iteration that may never end
             whole = prefix if policy.key_prefix is None else f"{policy.key_prefix}/{prefix}"
             objects = self.backend(policy.backend_key).iter_objects(whole, start_after=start_after)
-        try:
+        async with closing_listing(objects):
             with self._attribute_errors(policy.backend_key):
                 async for info in objects:
                     yield info
-        finally:
-            await close_listing(objects)
 
     async def delete(self, ref: StoredObjectRef, *, while_closing: bool = False) -> None:
         """Delete an object; a missing object is not an error.
@@ -909,7 +899,7 @@ class Engine:
         key = prepared.policy.backend_key
         with self._lifecycle.call():
             if prepared.checks is not None:
-                content, verdict = await _gate().judge_bytes(content, prepared.checks, prepared.preview)
+                content, verdict = await load_gate().judge_bytes(content, prepared.checks, prepared.preview)
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
@@ -958,7 +948,7 @@ class Engine:
     async def _validate_copy(self, ref: StoredObjectRef, prepared: PreparedUpload, checks: Checks) -> None:
         async with self.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
-        await _gate().validate(checks, replace(prepared.preview, head=head, size=ref.size))
+        await load_gate().validate(checks, replace(prepared.preview, head=head, size=ref.size))
 
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
@@ -976,7 +966,7 @@ class Engine:
                 if prepared.checks is None:
                     copy = await self._store(prepared, content)
                 else:
-                    gate = _gate().Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
+                    gate = load_gate().Gate(content, prepared.checks, replace(prepared.preview, size=ref.size))
                     copy = await self._store_judged(prepared, gate, None, None)
             except BaseException:
                 await reader.aclose()

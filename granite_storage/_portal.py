@@ -330,20 +330,12 @@ def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: 
 
     The arguments and errors are those of `run_blocking`.
     """
-    value = run_blocking(_enter(entered), name, awaited)
+    value = run_blocking(entered.__aenter__(), name, awaited)
     try:
         yield value
     finally:
         if not sys.is_finalizing():
-            portal.run(_leave(entered))
-
-
-async def _enter(entered: AbstractAsyncContextManager[T]) -> T:
-    return await entered.__aenter__()
-
-
-async def _leave(entered: AbstractAsyncContextManager[Any]) -> None:
-    await entered.__aexit__(None, None, None)
+            portal.run(entered.__aexit__(None, None, None))
 
 
 def has_running_loop() -> bool:

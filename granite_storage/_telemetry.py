@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from importlib.util import find_spec
 from inspect import iscoroutinefunction
+from operator import is_
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
@@ -119,20 +120,12 @@ def _redacted(error: BaseException, done: dict[int, BaseException]) -> BaseExcep
 
 def _redacted_copy(error: BaseException, done: dict[int, BaseException]) -> BaseException:
     words = str(error)
-    cause, context = (one and _redacted(one, done) for one in (error.__cause__, error.__context__))
     notes = [redact(note) for note in getattr(error, "__notes__", ())]
-    inner = [_redacted(one, done) for one in error.exceptions] if isinstance(error, BaseExceptionGroup) else []
-    same = (
-        redact(words) == words
-        and cause is error.__cause__
-        and context is error.__context__
-        and notes == getattr(error, "__notes__", [])
-        and (
-            not isinstance(error, BaseExceptionGroup)
-            or all(one is other for one, other in zip(inner, error.exceptions, strict=True))
-        )
-    )
-    if same:
+    cause, context = (one and _redacted(one, done) for one in (error.__cause__, error.__context__))
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    inner = [_redacted(one, done) for one in parts]
+    is_same = all(map(is_, (cause, context, *inner), (error.__cause__, error.__context__, *parts)))
+    if is_same and redact(words) == words and notes == getattr(error, "__notes__", []):
         return error
     likeness: BaseException
     if isinstance(error, BaseExceptionGroup):

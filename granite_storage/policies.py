@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from types import ModuleType
 from typing import get_args
 
 from granite_storage._documentation import Page
@@ -251,9 +253,15 @@ def _require_public(storage_key: str, value: object, *, may_hold: bool) -> None:
         )
 
 
-def load_gate() -> None:
-    """Load what judges uploads: loading reads files, which an upload on the event loop must not wait for."""
-    from granite_storage.inspection import gate  # noqa: F401
+@cache
+def load_gate() -> ModuleType:
+    """Return what judges uploads: loading reads files, which an upload on the event loop must not wait for.
+
+    It takes as long to load as the rest, so only the policies that need it load it.
+    """
+    from granite_storage.inspection import gate
+
+    return gate
 
 
 def require_validator(owner: str, value: object) -> None:

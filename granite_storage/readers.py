@@ -98,7 +98,7 @@ class StoredObjectReader:
                 yield chunk
         finally:
             if self._iteration is iteration:
-                await self._release_handle()
+                await self.release()
 
     async def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Move the position and return it, without reading.
@@ -132,13 +132,19 @@ class StoredObjectReader:
 
         Call it on a reader that is not read for a while. The next read returns bytes of the same object, or raises an error.
         """
-        await self._release_handle()
+
+        async def release() -> None:
+            async with self._lock:
+                await self._release()
+
+        if self._source.is_open or self._sha256 is not None or self._lock.locked():
+            await self._finish(release())
 
     async def aclose(self) -> None:
         """Release the backend's handle; idempotent. Reading afterwards raises `ValueError`."""
         self.closed = True
         self._iteration = None
-        await self._release_handle()
+        await self.release()
 
     close = aclose
 
@@ -211,14 +217,6 @@ class StoredObjectReader:
     async def _move(self, position: int) -> None:
         self._source.position = position
         await self._finish(self._release())
-
-    async def _release_handle(self) -> None:
-        async def release() -> None:
-            async with self._lock:
-                await self._release()
-
-        if self._source.is_open or self._sha256 is not None or self._lock.locked():
-            await self._finish(release())
 
     async def _release(self) -> None:
         try:

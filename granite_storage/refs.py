@@ -38,30 +38,30 @@ def _refuse_change(*_: Any, **__: Any) -> NoReturn:
     raise TypeError("a stored object's ref is read-only; make a new one with dataclasses.replace()")
 
 
-class ReadOnlyDict(dict[str, Any]):
+class _Immutable:
+    """Is its own copy."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+
+class ReadOnlyDict(_Immutable, dict[str, Any]):
     """A dict that cannot be changed in place: a change of a receipt would silently be lost."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
 
-    def __copy__(self) -> Self:
-        return self
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Self:
-        return self
-
-
-class ReadOnlyList(list[Any]):
+class ReadOnlyList(_Immutable, list[Any]):
     """A list that cannot be changed in place."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (list(self),)
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Self:
-        return self
 
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
@@ -72,7 +72,7 @@ for _name in ("pop", "remove", "reverse", "sort"):
     setattr(ReadOnlyList, _name, _refuse_change)
 
 
-class _UnknownKeys:
+class _UnknownKeys(_Immutable):
     """Holds the keys that a newer version wrote, outside the dataclass's fields, so that writing the ref again keeps them."""
 
     __slots__ = ("_unknown",)
@@ -166,12 +166,6 @@ class StoredObjectRef(_UnknownKeys):
         ref = cls(*values)
         object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
         return ref
-
-    def __copy__(self) -> Self:
-        return self
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Self:
-        return self
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: Any) -> Any:

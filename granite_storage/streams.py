@@ -26,7 +26,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, aclosing, closing, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
@@ -237,7 +237,7 @@ def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGener
         return source.chunks()
     if is_file(source):
         _require_readable(source)
-        return WholeFile(source).chunks() if is_upload(source) else _read_claimed(source, claim)
+        return WholeFile(source).chunks() if is_upload(source) else _read(source, claim)
     if isinstance(source, AsyncIterable):
         return _iterate_async(source, claim)
     if _is_buffer(source):
@@ -510,30 +510,12 @@ async def _call(function: Callable[..., Any], *args: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
-_turns: dict[tuple[int, int], _Turns] = {}
+_turns: weakref.WeakValueDictionary[tuple[int, int], asyncio.Lock] = weakref.WeakValueDictionary()
 
 
-class _Turns:
-    """Those who read one file on one event loop."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.count = 0
-
-
-@asynccontextmanager
-async def _turn_at(file: object) -> AsyncGenerator[None, None]:
-    """Wait until no other iteration reads a file; an upload and the file inside it are the same."""
-    key = id(asyncio.get_running_loop()), id(_innermost(file))
-    turns = _turns.setdefault(key, _Turns())
-    turns.count += 1
-    try:
-        async with turns.lock:
-            yield
-    finally:
-        turns.count -= 1
-        if not turns.count:
-            _turns.pop(key, None)
+def _turn_at(file: object) -> asyncio.Lock:
+    """Return what lets one iteration at a time read a file on this event loop; an upload and the file inside it are the same."""
+    return _turns.setdefault((id(asyncio.get_running_loop()), id(_innermost(file))), asyncio.Lock())
 
 
 def _innermost(file: object) -> object:
@@ -546,45 +528,20 @@ def _innermost(file: object) -> object:
     return file
 
 
-async def _read_claimed(file: Any, claim: Claim) -> AsyncGenerator[BytesLike, None]:
-    with claim(file):
-        async with aclosing(_read(file)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-                del chunk
-
-
-def _read(file: Any) -> AsyncGenerator[BytesLike, None]:
+async def _read(file: Any, claim: Claim = nullcontext) -> AsyncGenerator[BytesLike, None]:
     """Read a file from its current position.
 
     Raises:
         ConsumedSourceError: It is closed, perhaps only since the last chunk.
     """
-    return _read_async(file) if inspect.iscoroutinefunction(file.read) else _read_in_thread(file)
-
-
-async def _read_async(file: Any) -> AsyncGenerator[BytesLike, None]:
-    while True:
-        with _found_closed(file):
-            chunk = _bytes_like(await file.read(CHUNK_SIZE))
-        if not chunk:
-            return
-        yield chunk
-        del chunk
-
-
-async def _read_in_thread(file: Any) -> AsyncGenerator[BytesLike, None]:
-    in_context: Callable[..., Any] = copy_context().run
-    while True:
-        with _found_closed(file):
-            chunk = await _threads.run(in_context, file.read, CHUNK_SIZE, cancel_timeout=_CANCEL_TIMEOUT)
-            if inspect.isawaitable(chunk):
-                chunk = await chunk
-        chunk = _bytes_like(chunk)
-        if not chunk:
-            return
-        yield chunk
-        del chunk
+    with claim(file):
+        while True:
+            with _found_closed(file):
+                chunk = _bytes_like(await _call(file.read, CHUNK_SIZE))
+            if not chunk:
+                return
+            yield chunk
+            del chunk
 
 
 @contextmanager
@@ -970,7 +927,7 @@ async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, N
     chunk of 64 KiB or more is passed on as it is: to join such ones would cost more than that.
     """
     turn = Turn(_TURN_SECONDS)
-    with _Group() as group:
+    with closing(_Group()) as group:
         async for chunk in chunks:
             size = len(chunk)
             if group.must_go_before(size):
@@ -1003,10 +960,7 @@ class _Group:
         self.size = 0
         self._chunks: list[bytes] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._count(-self.size)
 
     def add(self, chunk: bytes) -> None:

@@ -156,15 +156,17 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
         report = ConversionReport(what.table, what.source, what.target, count(connection, table, waiting))
         for keys in key_pages(connection, table, waiting, what.rows_per_step):
             made: Sequence[Made] = []
-            unwritten: _UnwrittenError | None = None
+            is_written = False
             try:
                 with step():
-                    made = _step(connection, table, target, and_(among(table, keys), waiting), work)
-            except _UnwrittenError as error:
-                unwritten = error
-            if unwritten is not None:
-                unwritten.undo()
-                raise unwritten.cause  # outside of the except block it keeps its own cause
+                    rows = _lock_rows(connection, table, target, and_(among(table, keys), waiting))
+                    made = work(connection, table, rows)
+                    _write(connection, table, target, rows, made)
+                    is_written = True
+            except BaseException:
+                if not is_written:
+                    _undo(made)
+                raise
             report = _add_counts(report, made)
             _report_progress(report, progress)
     return report
@@ -179,33 +181,22 @@ def _is_finished(connection: Connection, what: Conversion) -> bool:
     return True
 
 
-def _step(connection: Connection, table: Table, target: Column[Any], where: ColumnElement[bool], work: Work) -> Sequence[Made]:
-    keys = list(table.primary_key)
-    statement = select(*(column for column in table.c if column is not target)).where(where).order_by(*keys)
-    rows = [dict(row) for row in connection.execute(statement.with_for_update()).mappings()]
-    made = work(connection, table, rows)
-    try:
-        for row, item in zip(rows, made, strict=True):
-            if item.value is not None:
-                own = among(table, [tuple(row[column.name] for column in keys)])
-                connection.execute(update(table).where(own).values({target: item.value}))
-    except BaseException as error:
-        raise _UnwrittenError(made, error) from error
-    return made
+def _lock_rows(connection: Connection, table: Table, target: Column[Any], where: ColumnElement[bool]) -> list[Row]:
+    statement = select(*(column for column in table.c if column is not target)).where(where).order_by(*table.primary_key)
+    return [dict(row) for row in connection.execute(statement.with_for_update()).mappings()]
 
 
-class _UnwrittenError(Exception):
-    """The rows of a step could not be written, so its objects are not needed."""
+def _write(connection: Connection, table: Table, target: Column[Any], rows: Sequence[Row], made: Sequence[Made]) -> None:
+    for row, item in zip(rows, made, strict=True):
+        if item.value is not None:
+            connection.execute(update(table).where(among(table, [_key(table, row)])).values({target: item.value}))
 
-    def __init__(self, made: Sequence[Made], cause: BaseException) -> None:
-        super().__init__(made, cause)
-        self.cause = cause
-        self._made = made
 
-    def undo(self) -> None:
-        for item in self._made:
-            if item.undo is not None:
-                item.undo()
+def _undo(made: Sequence[Made]) -> None:
+    """Remove the objects of a step whose rows could not be written."""
+    for item in made:
+        if item.undo is not None:
+            item.undo()
 
 
 def _add_counts(report: ConversionReport, made: Sequence[Made]) -> ConversionReport:
@@ -278,9 +269,7 @@ def text_to_storage(
         return str(row[source]).encode(encoding)
 
     conversion = Conversion(table, source, target, schema, target, also_read, require_concurrency(concurrency))
-    return _store_contents(
-        op, _Storing(manager, storage_key, target, concurrency), conversion, encode, content_type, filename, progress
-    )
+    return _store_contents(op, manager, storage_key, conversion, encode, content_type, filename, progress)
 
 
 def blob_to_storage(
@@ -304,9 +293,7 @@ def blob_to_storage(
         return bytes(row[source])
 
     conversion = Conversion(table, source, target, schema, target, also_read, require_concurrency(concurrency))
-    return _store_contents(
-        op, _Storing(manager, storage_key, target, concurrency), conversion, encode, content_type, filename, progress
-    )
+    return _store_contents(op, manager, storage_key, conversion, encode, content_type, filename, progress)
 
 
 def paths_to_storage(
@@ -497,7 +484,8 @@ class _Storing:
 
 def _store_contents(
     op: Op,
-    storing: _Storing,
+    manager: StorageManager,
+    storage_key: str,
     conversion: Conversion,
     encode: Callable[[Row], bytes],
     content_type: Of,
@@ -507,12 +495,13 @@ def _store_contents(
     def work_of(row: Row, label: str) -> Callable[[Place], StoreWork]:
         with naming(label):
             content, kind, name = encode(row), _resolve(content_type, row), _resolve(filename, row)
-        return lambda place: store_bytes(storing.manager, place, content, kind, name)
+        return lambda place: store_bytes(manager, place, content, kind, name)
 
     def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
         return storing.store(table, rows, [work_of(row, _label(table, row)) for row in rows])
 
-    with closing(storing.manager):
+    storing = _Storing(manager, storage_key, conversion.target, conversion.rows_per_step)
+    with closing(manager):
         return convert(op, conversion, store, progress)
 
 

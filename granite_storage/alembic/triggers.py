@@ -197,24 +197,15 @@ def _named(metadata: MetaData, others: Iterable[str]) -> dict[str, Table]:
 
 def _shrinking(operation: ops.MigrateOperation) -> list[str]:
     """Return the table that an operation drops, or drops columns of."""
-    match operation:
-        case ops.DropTableOp():
-            return [_fullname(operation.schema, operation.table_name)]
-        case ops.ModifyTableOps() if any(isinstance(item, ops.DropColumnOp) for item in operation.ops):
-            return [_fullname(operation.schema, operation.table_name)]
-        case _:
-            return []
+    items = operation.ops if isinstance(operation, ops.ModifyTableOps) else [operation]
+    return _changed(operation) if any(isinstance(item, ops.DropTableOp | ops.DropColumnOp) for item in items) else []
 
 
 def _changed(operation: ops.MigrateOperation) -> list[str]:
     """Return the table that an operation changes in any way, or drops."""
     if isinstance(operation, ops.DropTableOp | ops.ModifyTableOps):
-        return [_fullname(operation.schema, operation.table_name)]
+        return [f"{operation.schema}.{operation.table_name}" if operation.schema else operation.table_name]
     return []
-
-
-def _fullname(schema: str | None, name: str) -> str:
-    return f"{schema}.{name}" if schema else name
 
 
 def _by_table(columns: Iterable[Column[Any]]) -> dict[str, list[str]]:

@@ -222,7 +222,10 @@ class Listing:
 
     async def children(self, folder: str) -> AsyncIterator[Item]:
         """Yield what is directly in a folder."""
-        for item in await self._children(folder):
+        path = folder.rstrip("/") or None
+        found: Mapping[str, Any] = await self.client.call("list", None, lambda store: store.list_with_delimiter_async(path))
+        folders: list[Item] = [(f"{name}/".encode(), None) for name in found["common_prefixes"]]
+        for item in sorted([*folders, *((entry["path"].encode(), entry) for entry in found["objects"])], key=_key_of):
             yield item
 
     async def _pages(self, folder: str, offset: str | None) -> AsyncIterator[list[Item]]:
@@ -233,12 +236,6 @@ class Listing:
             if not page:
                 return
             yield [(entry["path"].encode(), entry) for entry in page]
-
-    async def _children(self, folder: str) -> list[Item]:
-        path = folder.rstrip("/") or None
-        found: Mapping[str, Any] = await self.client.call("list", None, lambda store: store.list_with_delimiter_async(path))
-        folders: list[Item] = [(f"{name}/".encode(), None) for name in found["common_prefixes"]]
-        return sorted([*folders, *((entry["path"].encode(), entry) for entry in found["objects"])], key=_key_of)
 
 
 def _is_location(text: str) -> bool:

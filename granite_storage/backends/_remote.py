@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from granite_storage._tasks import run_bounded, wait_or_cancel
 from granite_storage._telemetry import fields_of
-from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
+from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader, read_all
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location
@@ -185,11 +186,8 @@ async def read_beginning(service: Service, location: str, size: int) -> bytes:
     async def open_range(offset: int, length: int | None) -> RemoteReader:
         return await open_reader(service, location, offset=offset, length=length)
 
-    reader = await ResumingReader(open_range, length=size).start()
-    try:
+    async with aclosing(await ResumingReader(open_range, length=size).start()) as reader:
         return await reader.read()
-    finally:
-        await reader.aclose()
 
 
 class RemoteReader:
@@ -220,7 +218,7 @@ class RemoteReader:
             BackendError: The reader is closed.
         """
         if size < 0:
-            return await self._read_all()
+            return await read_all(self.read, self._stop - self._position)
         wanted = min(size, self._stop - self._position)
         if not wanted:
             return b""
@@ -262,12 +260,6 @@ class RemoteReader:
         """Release the connection; idempotent."""
         self._closed = True
         await self._release()
-
-    async def _read_all(self) -> bytes:
-        chunks = []
-        while self._position < self._stop:
-            chunks.append(await self.read(self._stop - self._position))
-        return b"".join(chunks)
 
     def _cut(self) -> BackendUnavailableError:
         location = self.info.location

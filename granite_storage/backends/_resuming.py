@@ -68,7 +68,7 @@ class ResumingReader:
             BackendError: The object was replaced meanwhile, or its bytes ended early.
         """
         if size < 0:
-            return await self._read_all()
+            return await read_all(self.read, self._stop - self.position)
         wanted = min(size, self._stop - self.position)
         if wanted <= 0:
             return b""
@@ -95,12 +95,6 @@ class ResumingReader:
             await reader.aclose()
 
     aclose = release
-
-    async def _read_all(self) -> bytes:
-        chunks = []
-        while self.position < self._stop:
-            chunks.append(await self.read(self._stop - self.position))
-        return b"".join(chunks)
 
     def _may_go_on(self, cut: BackendUnavailableError) -> bool:
         if isinstance(cut, ConnectionTakenError):
@@ -133,6 +127,15 @@ class ResumingReader:
     def _changed(self) -> BackendError:
         location = self.info.location
         return BackendError(f"the object at {location!r} changed while it was read", location=location)
+
+
+async def read_all(read: Callable[[int], Awaitable[bytes]], left: int) -> bytes:
+    """Return as many bytes, of reads each of which may return fewer than it is asked for."""
+    chunks = []
+    while left > 0:
+        chunks.append(await read(left))
+        left -= len(chunks[-1])
+    return b"".join(chunks)
 
 
 async def open_resuming(backend: StorageBackend, location: str, *, offset: int = 0, length: int | None = None) -> ResumingReader:

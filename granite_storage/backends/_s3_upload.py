@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from granite_storage._tasks import run_bounded, shielded_cleanup, task_group, wait_or_cancel
 from granite_storage.backends._remote import ANSWER_TIMEOUT, MAX_PARTS, Found, PreconditionFailedError, RemoteWriter
@@ -146,61 +146,27 @@ def base64_text(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
 
 
-class PartSource(Protocol):
-    """Where the parts of an object come from, in order.
+class PartSource:
+    """Where the parts of an object come from, in order; all have the size that is asked for, since some servers want them equal.
+
+    Args:
+        content: Bytes, of which none is copied, or a stream of pieces that are not short: a list of those would be larger than
+            they are.
+        room: How many parts of all streams may be in memory; one that is larger than `UNRESERVED` waits for its place.
+        size: How many bytes a stream will yield, None where that is not known.
 
     Attributes:
         size: How many bytes there will be, None where that is not known.
     """
 
-    size: int | None
+    def __init__(self, content: bytes | AsyncIterator[bytes], room: asyncio.Semaphore, size: int | None = None) -> None:
+        self.size = size if isinstance(content, AsyncIterator) else len(content)
+        self._stream = content if isinstance(content, AsyncIterator) else None
+        self._rest: Piece = b"" if isinstance(content, AsyncIterator) else content
+        self._room = room
 
     async def take(self, size: int) -> Body:
         """Return the next `size` bytes, fewer only where they end; who takes them drops them."""
-        ...
-
-    async def ended(self) -> bool:
-        """Return whether nothing is left."""
-        ...
-
-
-class BytesSource:
-    """Parts of bytes in memory, none of which is copied."""
-
-    def __init__(self, content: bytes) -> None:
-        self.size: int | None = len(content)
-        self._content = content
-        self._position = 0
-
-    async def take(self, size: int) -> Body:
-        """Return the next bytes; see `PartSource`."""
-        start = self._position
-        self._position = min(start + size, len(self._content))
-        return Body([memoryview(self._content)[start : self._position]])
-
-    async def ended(self) -> bool:
-        """Return whether nothing is left."""
-        return self._position == len(self._content)
-
-
-class StreamSource:
-    """Parts of a stream; all have the size that is asked for, to the byte, since some servers want them equal.
-
-    Args:
-        stream: The stream, of pieces that are not short: a list of those would be larger than they are.
-        room: How many parts of all streams may be in memory; one that is larger than `UNRESERVED` waits for its place.
-        size: How many bytes the stream will yield, None where that is not known.
-    """
-
-    def __init__(self, stream: AsyncIterator[bytes], room: asyncio.Semaphore, size: int | None = None) -> None:
-        self.size = size
-        self._stream = stream
-        self._room = room
-        self._rest: Piece = b""
-        self._over = False
-
-    async def take(self, size: int) -> Body:
-        """Return the next bytes; see `PartSource`."""
         pieces: list[Piece] = []
         left = size
         room: asyncio.Semaphore | None = None
@@ -219,11 +185,11 @@ class StreamSource:
 
     async def ended(self) -> bool:
         """Return whether nothing is left, which the stream itself must have said."""
-        while not (self._rest or self._over):
+        while not self._rest and self._stream is not None:
             try:
                 self._rest = await anext(self._stream)
             except StopAsyncIteration:
-                self._over = True
+                self._stream = None
         return not self._rest
 
     def _cut(self, size: int) -> Piece:
@@ -555,7 +521,7 @@ async def _remove(client: S3Client, key: str, upload_id: str | None, made: list[
     if upload_id is not None:
         await client.call("abort_multipart_upload", Key=key, UploadId=upload_id)
     for version in {answer.get("VersionId") for answer in made}:
-        named = {"VersionId": version} if version and version != "null" else {}
+        named = version_of({"VersionId": version})
         try:
             await client.call("delete_object", Key=key, **named)
         except AccessDeniedError:  # a version needs a permission of its own

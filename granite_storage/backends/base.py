@@ -7,6 +7,7 @@ hashed them in passing; a backend only moves them. See `docs/backends.md` for a 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -39,6 +40,7 @@ __all__ = [
     "UploadRequest",
     "byte_range",
     "close_listing",
+    "closing_listing",
     "object_headers",
     "overlap",
     "upload_begun",
@@ -461,6 +463,15 @@ def overlap(places: Iterable[Place], others: Iterable[Place]) -> bool:
 @runtime_checkable
 class _SupportsAclose(Protocol):
     async def aclose(self) -> None: ...
+
+
+@asynccontextmanager
+async def closing_listing(objects: AsyncIterator[ObjectInfo]) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
+    """Yield what `iter_objects` has returned, and close it at the end of the block."""
+    try:
+        yield objects
+    finally:
+        await close_listing(objects)
 
 
 async def close_listing(objects: AsyncIterator[ObjectInfo]) -> None:

@@ -6,7 +6,9 @@ import asyncio
 import importlib.util
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from granite_storage._tasks import shielded_cleanup
@@ -298,7 +300,8 @@ class ObjectStoreBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage`; see `SupportsIdentity.identities`. Over HTTP none is created."""
-        return await self._identity.identities(self._read_marker, self._create_marker, create=create and self._client.kind.writes)
+        read = partial(read_beginning, self._service, MARKER, MARKER_SIZE)
+        return await self._identity.identities(read, self._create_marker, create=create and self._client.kind.writes)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix, or the folder; see `SupportsPlaces.places`."""
@@ -319,15 +322,9 @@ class ObjectStoreBackend:
         return await delete_each(locations, self._client.delete, BackendError)
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
-        reader = await open_resuming(self, location)
-        try:
+        async with aclosing(await open_resuming(self, location)) as reader:
             while chunk := await reader.read(_COPY_STEP):
                 yield chunk
-        finally:
-            await reader.aclose()
-
-    async def _read_marker(self) -> bytes:
-        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         await self._unchecked_writer(MARKER, "text/plain").put([content])

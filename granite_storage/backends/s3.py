@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,10 +29,8 @@ from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationEr
 from granite_storage.backends._s3_upload import (
     LARGEST_PART,
     PROBE_PREFIX,
-    BytesSource,
     ObjectWriter,
     PartSource,
-    StreamSource,
     abort_upload,
     abort_uploads,
     date_of,
@@ -62,6 +61,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
+_CONNECTION_LIMITS = ("max_pool_connections", "max_attempts", "connect_timeout", "read_timeout", "pool_timeout")
+_POSITIVE = ("part_concurrency", "max_parts_in_memory", *_CONNECTION_LIMITS)
 _OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
 _HEADERS = {
@@ -323,15 +324,6 @@ class S3StorageBackend:
             raise ConfigurationError("bucket must not be empty")
         if not _SMALLEST_PART <= part_size <= LARGEST_PART:
             raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 requires, not {part_size} bytes")
-        _require_positive(
-            part_concurrency=part_concurrency,
-            max_parts_in_memory=max_parts_in_memory,
-            max_pool_connections=max_pool_connections,
-            max_attempts=max_attempts,
-            connect_timeout=connect_timeout,
-            read_timeout=read_timeout,
-            pool_timeout=pool_timeout,
-        )
         named = {"endpoint_url": endpoint_url, "region_name": region_name}
         self._settings = S3Settings(
             bucket=bucket,
@@ -357,6 +349,9 @@ class S3StorageBackend:
             pool_timeout=pool_timeout,
             list_by_folder=list_by_folder,
         )
+        for name in _POSITIVE:
+            if (number := getattr(self._settings, name)) <= 0:
+                raise ConfigurationError(f"{name} must be greater than 0, not {number!r}")
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
         self._service = _Service(self._clients, max_attempts)
@@ -394,10 +389,10 @@ class S3StorageBackend:
         self._check(location)
         client = await self._clients.get()
         try:
-            return await self._write(client, location, BytesSource(content), content_type)
+            return await self._write(client, location, PartSource(content, client.room), content_type)
         except ConflictError:
             # S3 wants a multipart upload in conflict with another write made again, which only bytes can be
-            return await self._write(client, location, BytesSource(content), content_type)
+            return await self._write(client, location, PartSource(content, client.room), content_type)
 
     async def put_stream(
         self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
@@ -407,7 +402,7 @@ class S3StorageBackend:
         client = await self._clients.get()
         size = stream.declared_size if isinstance(stream, MeasuredStream) else None
         async with aclosing(regrouped(stream)) as pieces:
-            return await self._write(client, location, StreamSource(pieces, client.room, size), content_type)
+            return await self._write(client, location, PartSource(pieces, client.room, size), content_type)
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
@@ -562,7 +557,8 @@ class S3StorageBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage` below the prefix; see `SupportsIdentity.identities`."""
-        return await self._identity.identities(self._read_marker, self._create_marker, create=create)
+        read = partial(read_beginning, self._service, MARKER, MARKER_SIZE)
+        return await self._identity.identities(read, self._create_marker, create=create)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix; see `SupportsPlaces.places`."""
@@ -573,11 +569,9 @@ class S3StorageBackend:
         """Close the running event loop's client; see `StorageBackend.aclose`. Readers that are still open break."""
         await self._clients.aclose()
 
-    async def _read_marker(self) -> bytes:
-        return await read_beginning(self._service, MARKER, MARKER_SIZE)
-
     async def _create_marker(self, content: bytes) -> None:
-        await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")
+        client = await self._clients.get()
+        await self._write(client, MARKER, PartSource(content, client.room), "text/plain")
 
     def _check(self, location: str) -> None:
         check_key(location, self._settings.prefix)
@@ -659,9 +653,3 @@ def _checked(argument: str, given: dict[str, Any], *, reserved: frozenset[str] |
         if name in reserved or name.startswith("Checksum"):
             raise ConfigurationError(f"{argument} must not contain {name!r}: the backend sets it")
     return given
-
-
-def _require_positive(**numbers: float) -> None:
-    for argument, number in numbers.items():
-        if number <= 0:
-            raise ConfigurationError(f"{argument} must be greater than 0, not {number!r}")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from granite_storage.backends.base import (
     ObjectInfo,
@@ -28,13 +28,14 @@ from granite_storage.backends.base import (
     SupportsPresignedUpload,
     SupportsReopen,
     UploadRequest,
-    close_listing,
+    closing_listing,
 )
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError
 from granite_storage.locations import check_location, check_segment
 
 __all__ = ["PrefixedBackend", "WrappedBackend"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -61,48 +62,37 @@ class WrappedBackend:
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any] | None:
         """Store `content`."""
-        inside = self._inside(location)
-        return await self._call("put_bytes", [location], lambda: self.inner.put_bytes(inside, content, content_type=content_type))
+        return await self._at("put_bytes", location, self.inner.put_bytes, content, content_type=content_type)
 
     async def put_stream(
         self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
     ) -> Mapping[str, Any] | None:
         """Store what `stream` yields."""
-        inside = self._inside(location)
-        return await self._call(
-            "put_stream", [location], lambda: self.inner.put_stream(inside, stream, content_type=content_type)
-        )
+        return await self._at("put_stream", location, self.inner.put_stream, stream, content_type=content_type)
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range for reading."""
-        inside = self._inside(location)
-        reader = await self._call("open", [location], lambda: self.inner.open(inside, offset=offset, length=length))
+        reader = await self._at("open", location, self.inner.open, offset=offset, length=length)
         return _wrap_reader(reader, location, self._call)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Return the properties of an object."""
-        inside = self._inside(location)
-        return replace(await self._call("stat", [location], lambda: self.inner.stat(inside)), location=location)
+        return replace(await self._at("stat", location, self.inner.stat), location=location)
 
     async def exists(self, location: str) -> bool:
         """Return whether an object is at the location."""
-        inside = self._inside(location)
-        return await self._call("exists", [location], lambda: self.inner.exists(inside))
+        return await self._at("exists", location, self.inner.exists)
 
     async def delete(self, location: str) -> None:
         """Remove an object; a missing object is not an error."""
-        inside = self._inside(location)
-        await self._call("delete", [location], lambda: self.inner.delete(inside))
+        await self._at("delete", location, self.inner.delete)
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with `prefix`, in the byte order of UTF-8."""
         after = self._listed(start_after) if start_after else None
-        objects = self.inner.iter_objects(self._listed(prefix), start_after=after)
-        try:
+        async with closing_listing(self.inner.iter_objects(self._listed(prefix), start_after=after)) as objects:
             async for info in objects:
                 yield replace(info, location=self._outside(info.location))
-        finally:
-            await close_listing(objects)
 
     async def aclose(self) -> None:
         """Close the inner backend."""
@@ -127,6 +117,13 @@ class WrappedBackend:
     def _own_place(self, place: Place) -> Place:
         """Our place, for one of the inner backend."""
         return place
+
+    async def _at(
+        self, operation: str, location: str, call: Callable[Concatenate[str, P], Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> T:
+        """Make a call of the inner backend about one location."""
+        inside = self._inside(location)
+        return await self._call(operation, [location], lambda: call(inside, *args, **options))
 
     async def _call(self, operation: str, locations: Iterable[str], call: Callable[[], Awaitable[T]]) -> T:
         """Make one call of the inner backend; an error about one of our locations says our name for it."""
@@ -204,9 +201,7 @@ class _TellsPlaces(WrappedBackend):
 class _Aborts(WrappedBackend):
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
         """Abort an unfinished upload until no part of it is left."""
-        inner = cast(SupportsAbort, self.inner)
-        inside = self._inside(location)
-        await self._call("abort_upload", [location], lambda: inner.abort_upload(inside, upload_id))
+        await self._at("abort_upload", location, cast(SupportsAbort, self.inner).abort_upload, upload_id)
 
 
 class _Presigns(WrappedBackend):
@@ -214,12 +209,9 @@ class _Presigns(WrappedBackend):
         self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
     ) -> str:
         """Return a URL that serves a GET of the object until it expires."""
-        inner = cast(SupportsPresign, self.inner)
-        inside = self._inside(location)
-        return await self._call(
-            "presign_get",
-            [location],
-            lambda: inner.presign_get(inside, expires_in=expires_in, content_type=content_type, disposition=disposition),
+        presign = cast(SupportsPresign, self.inner).presign_get
+        return await self._at(
+            "presign_get", location, presign, expires_in=expires_in, content_type=content_type, disposition=disposition
         )
 
 
@@ -236,14 +228,15 @@ class _PresignsUploads(WrappedBackend):
         self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
     ) -> UploadRequest:
         """Return a request that stores an object at exactly this location."""
-        inner = cast(SupportsPresignedUpload, self.inner)
-        inside = self._inside(location)
-        return await self._call(
+        presign = cast(SupportsPresignedUpload, self.inner).presign_upload
+        return await self._at(
             "presign_upload",
-            [location],
-            lambda: inner.presign_upload(
-                inside, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
-            ),
+            location,
+            presign,
+            expires_in=expires_in,
+            content_type=content_type,
+            min_size=min_size,
+            max_size=max_size,
         )
 
 
@@ -269,11 +262,13 @@ def _class_with(cls: Any, abilities: tuple[Any, ...]) -> type[WrappedBackend]:
 
 
 def _wrap_reader(inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> ObjectReader:
-    wrapper = _ReopeningReader if isinstance(inner, SupportsReopen) else _WrappedReader
+    wrapper = ReopeningReader if isinstance(inner, SupportsReopen) else WrappedReader
     return wrapper(inner, location, call)
 
 
-class _WrappedReader:
+class WrappedReader:
+    """A reader of the inner backend, under our name for its location."""
+
     def __init__(self, inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> None:
         self.info = replace(inner.info, location=location)
         self._inner = inner
@@ -290,7 +285,9 @@ class _WrappedReader:
         await self._inner.aclose()
 
 
-class _ReopeningReader(_WrappedReader):
+class ReopeningReader(WrappedReader):
+    """One that opens its object again."""
+
     @property
     def max_attempts(self) -> int:
         """What the inner reader says."""

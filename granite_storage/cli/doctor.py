@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -338,11 +339,8 @@ async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) 
                 await backend.put_bytes(location, _CONTENT, content_type="text/plain")
                 doing = "reading the probe"
                 modified = (await backend.stat(location)).modified
-                reader = await backend.open(location)
-                try:
+                async with aclosing(await backend.open(location)) as reader:
                     content = await reader.read()
-                finally:
-                    await reader.aclose()
                 doing = "listing the probe"
                 listed = [info.location async for info in backend.iter_objects(location)]
             finally:

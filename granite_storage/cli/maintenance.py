@@ -15,17 +15,15 @@ from granite_storage._documentation import Page
 from granite_storage._words import count_of
 from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import (
-    AFTER,
-    CONCURRENCY,
     DRY_RUN,
     JSON,
-    RATE,
     YES,
     CommandContext,
     Duration,
     Exit,
     Settings,
     in_options,
+    of_a_job,
     require_key,
     run,
     usage_of,
@@ -103,30 +101,25 @@ def _require_policy(context: CommandContext, storage_key: str | None) -> None:
 @click.command("verify")
 @click.option("--storage-key", metavar="KEY", help="Only the references of this policy.")
 @click.option("--deep", is_flag=True, help="Read all bytes and compare their checksums.")
-@AFTER
-@CONCURRENCY
-@RATE
+@of_a_job
 @JSON
 @click.pass_obj
 def verify_command(
     settings: Settings,
     storage_key: str | None,
     deep: bool,
-    after: str | None,
-    concurrency: int | None,
-    rate: float | None,
+    job: Mapping[str, Any],
     as_json: bool,
 ) -> None:
     """Compare every reference with its object.
 
     Nothing is changed. The exit code is 1 where something is wrong; an unknown checksum is reported, and is not wrong.
     """
-    more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
     async def work(context: CommandContext) -> Exit | None:
         _require_policy(context, storage_key)
-        require_key(context.binding, after)
-        verification = verify(context.binding, storage_key=storage_key, deep=deep, after=after, bytes_per_second=rate, **more)
+        require_key(context.binding, job.get("after"))
+        verification = verify(context.binding, storage_key=storage_key, deep=deep, **job)
         try:
             await _verify(context, verification)
         finally:
@@ -427,9 +420,7 @@ def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> Non
 @click.command("migrate")
 @click.option("--storage-key", required=True, metavar="KEY", help="The policy whose objects to move.")
 @click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend to move them to.")
-@AFTER
-@CONCURRENCY
-@RATE
+@of_a_job
 @YES
 @DRY_RUN
 @JSON
@@ -438,9 +429,7 @@ def migrate_command(
     settings: Settings,
     storage_key: str,
     to_backend: str,
-    after: str | None,
-    concurrency: int | None,
-    rate: float | None,
+    job: Mapping[str, Any],
     yes: bool,
     dry_run: bool,
     as_json: bool,
@@ -451,16 +440,13 @@ def migrate_command(
     row is changed, and the old object is deleted as one that was replaced. Without --yes the command shows what there is to move,
     and asks.
     """
-    more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
     async def work(context: CommandContext) -> Exit | None:
         _require_policy(context, storage_key)
         with usage_of("--to"):
             context.binding.manager.backend(to_backend)
-        require_key(context.binding, after)
-        migration = migrate(
-            context.binding, storage_key=storage_key, to_backend=to_backend, after=after, bytes_per_second=rate, **more
-        )
+        require_key(context.binding, job.get("after"))
+        migration = migrate(context.binding, storage_key=storage_key, to_backend=to_backend, **job)
         if dry_run or not yes:
             count = await _show_plan(context, migration)
             if dry_run or not count or not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
@@ -527,9 +513,7 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
 @click.option("--column", "columns", multiple=True, metavar="TABLE.COLUMN", help="Only this column; may be repeated.")
 @click.option("--variant", "names", multiple=True, metavar="NAME", help="Only this variant or effect; may be repeated.")
 @click.option("--drop-undeclared", is_flag=True, help="Also delete variants that their columns no longer declare.")
-@AFTER
-@CONCURRENCY
-@RATE
+@of_a_job
 @YES
 @DRY_RUN
 @JSON
@@ -542,9 +526,7 @@ def derive_command(
     columns: Sequence[str],
     names: Sequence[str],
     drop_undeclared: bool,
-    after: str | None,
-    concurrency: int | None,
-    rate: float | None,
+    job: Mapping[str, Any],
     yes: bool,
     dry_run: bool,
     as_json: bool,
@@ -555,7 +537,6 @@ def derive_command(
     --drop-undeclared variants leave their rows and are deleted as files that were replaced: without --yes the command shows what
     there is to do, and asks. The rate counts the bytes of the originals.
     """
-    more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
     if only_missing + stale + everything > 1:
         raise click.UsageError("--only-missing, --stale and --all exclude each other: pass one of them")
     which: Which = "all" if everything else "stale" if stale else "missing"
@@ -566,17 +547,8 @@ def derive_command(
             require_columns(context.binding, columns)
         with usage_of("--variant"):
             require_names(context.binding, names, drop_undeclared=drop_undeclared)
-        require_key(context.binding, after)
-        derivation = rederive(
-            context.binding,
-            which=which,
-            columns=columns,
-            names=names,
-            drop_undeclared=drop_undeclared,
-            after=after,
-            bytes_per_second=rate,
-            **more,
-        )
+        require_key(context.binding, job.get("after"))
+        derivation = rederive(context.binding, which=which, columns=columns, names=names, drop_undeclared=drop_undeclared, **job)
         if dry_run or (deletes and not yes):
             count = await _show_underived(context, derivation)
             if dry_run or not count or not context.confirm("Make these, and delete what they take the places of?", yes=yes):

@@ -6,6 +6,7 @@ import asyncio
 import mimetypes
 import os
 import tempfile
+from contextlib import aclosing
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ import click
 
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
-from granite_storage.backends.base import ObjectInfo, ObjectReader, close_listing
+from granite_storage.backends.base import ObjectInfo, ObjectReader, closing_listing
 from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run, usage_of
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
@@ -45,15 +46,12 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
         with usage_of(f"the prefix {prefix!r}"):
             check_location(f"{prefix}x")  # a prefix of nothing but locations that cannot be would list nothing
         number = 0
-        objects = context.binding.manager.backend(key).iter_objects(prefix)
-        try:
+        async with closing_listing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
             async for info in objects:
                 _show_object(context, info)
                 number += 1
                 if number == limit:
                     return
-        finally:
-            await close_listing(objects)
 
     run(settings, work, as_json=as_json)
 
@@ -181,8 +179,7 @@ def cp_command(
 
 
 async def _copy_out(context: CommandContext, key: str, location: str, target: str, *, force: bool) -> None:
-    reader = await open_resuming(context.binding.manager.backend(key), location)
-    try:
+    async with aclosing(await open_resuming(context.binding.manager.backend(key), location)) as reader:
         if target == "-":
             await _pump(context, reader, context.output.raw)
             return
@@ -190,8 +187,6 @@ async def _copy_out(context: CommandContext, key: str, location: str, target: st
         if await asyncio.to_thread(path.is_dir):
             path /= location.rpartition("/")[2]
         await _copy_to_file(context, reader, path, force=force)
-    finally:
-        await reader.aclose()
 
 
 async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Path, *, force: bool) -> None:

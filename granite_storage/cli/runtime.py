@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import inspect
 import os
@@ -31,11 +32,8 @@ from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.references import Scan
 
 __all__ = [
-    "AFTER",
-    "CONCURRENCY",
     "DRY_RUN",
     "JSON",
-    "RATE",
     "YES",
     "ByteCount",
     "CommandContext",
@@ -44,6 +42,7 @@ __all__ = [
     "Settings",
     "in_options",
     "load_binding",
+    "of_a_job",
     "require_key",
     "run",
     "usage_of",
@@ -97,13 +96,12 @@ async def load_binding(name: str) -> StorageBinding:
 def _import_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ConfigurationError(
-                f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it", see=Page.COMMAND_LINE
-            ) from error
-        raise _wrap_failure(f"importing {module!r}", error) from error
     except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise ConfigurationError(
+                f"there is no module {missing!r} here: pass --app-dir with the folder that contains it", see=Page.COMMAND_LINE
+            ) from error
         raise _wrap_failure(f"importing {module!r}", error) from error
 
 
@@ -363,6 +361,17 @@ class Duration(click.ParamType[timedelta]):
 JSON = click.option("--json", "as_json", is_flag=True, help="Write JSON for a program: one object per line.")
 YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
-AFTER = click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
-CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
-RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")
+
+
+def of_a_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a job over rows; its function gets them in `job`, as the arguments of the job."""
+
+    @click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
+    @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
+    @click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")
+    @functools.wraps(command)
+    def collected(*args: Any, after: str | None, concurrency: int | None, rate: float | None, **others: Any) -> None:
+        given = {"after": after, "concurrency": concurrency, "bytes_per_second": rate}
+        command(*args, job={name: value for name, value in given.items() if value is not None}, **others)
+
+    return collected

@@ -31,7 +31,7 @@ import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -191,9 +191,7 @@ class WorkerProcesses:
             "function": function,
             "arguments": dict(arguments),
             "parent": os.getpid(),
-            "timeout": limits.timeout,
-            "max_memory": limits.max_memory,
-            "max_size": limits.max_size,
+            **asdict(limits),
         }
         call = _Call(self, request, [files.source.fileno(), files.result.fileno()])
         running = asyncio.ensure_future(self._threads.run(call.perform))

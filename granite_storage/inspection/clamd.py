@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any, get_args
 
 from granite_storage.exceptions import ConfigurationError, ScannerUnavailableError
@@ -319,21 +319,16 @@ class _Connection:
 
 async def _open_socket(family: int, address: Any, timeout: float) -> socket.socket | Exception:
     """Return a connected socket or the error, which is not raised because it would hold the caller's frame."""
-    try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        return error
-    try:
-        sock.setblocking(False)
-        async with asyncio.timeout(timeout):
-            await _connect_socket(sock, address)
-    except OSError as error:
-        sock.close()
-        return error
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    with ExitStack() as stack:
+        try:
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setblocking(False)
+            async with asyncio.timeout(timeout):
+                await _connect_socket(sock, address)
+        except OSError as error:
+            return error
+        stack.pop_all()  # it stays open
+        return sock
 
 
 async def _connect_socket(sock: socket.socket, address: Any) -> None:

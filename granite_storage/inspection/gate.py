@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -95,26 +95,17 @@ class Gate:
     end of the stream never publishes what is refused.
 
     Args:
-        pieces: The content.
+        pieces: The content; what they come from is the caller's to close.
         checks: What is asked of it.
         preview: What is known of it; without a head.
-        close: Closes what the pieces come from.
 
     Raises:
         ContentError: From `begin` and from iteration: it is refused.
         ScannerUnavailableError: The scanner cannot judge it, and it is to be refused then.
     """
 
-    def __init__(
-        self,
-        pieces: Pieces,
-        checks: Checks,
-        preview: UploadPreview,
-        *,
-        close: Callable[[], Awaitable[object]],
-    ) -> None:
+    def __init__(self, pieces: Pieces, checks: Checks, preview: UploadPreview) -> None:
         self._incoming = pieces
-        self._close = close
         self._judge = _Judge(checks, preview)
         self._checks = checks
         self._kept: deque[bytes] = deque()
@@ -152,10 +143,7 @@ class Gate:
         try:
             await self._passed.aclose()
         finally:
-            try:
-                await self._incoming.aclose()
-            finally:
-                await self._close()
+            await self._incoming.aclose()
 
     async def _judged(self) -> AsyncGenerator[bytes, None]:
         judge = self._judge

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, close_listing
-from granite_storage.backends.wrappers import WrappedBackend
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, closing_listing
+from granite_storage.backends.wrappers import ReopeningReader, WrappedBackend, WrappedReader
 from granite_storage.exceptions import BackendUnavailableError
 
 __all__ = ["FaultInjectingBackend", "Operation", "RecordedCall"]
@@ -185,24 +185,21 @@ class FaultInjectingBackend(WrappedBackend):
     async def _open(self, location: str, call: Callable[[], Awaitable[ObjectReader]]) -> ObjectReader:
         strike = self._begin("open", [location])
         reader = await strike.around(call, lambda opened: opened.aclose())
-        struck = _ReopeningReader if isinstance(reader, SupportsReopen) else _StruckReader
-        return struck(reader, strike, partial(self._call, "read", [location]), partial(self._open, location))
+        struck = _StruckReopeningReader if isinstance(reader, SupportsReopen) else _StruckReader
+        return struck(reader, location, self._call, strike, partial(self._open, location))
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with `prefix`, in the byte order of UTF-8."""
         strike = self._begin("iter_objects", [])
         await strike.before()
         passed = 0
-        objects = self.inner.iter_objects(prefix, start_after=start_after)
-        try:
+        async with closing_listing(self.inner.iter_objects(prefix, start_after=start_after)) as objects:
             async for info in objects:
                 if strike.cut is not None and passed >= strike.cut:
                     strike.break_off()
                     return
                 passed += 1
                 yield info
-        finally:
-            await close_listing(objects)
         strike.after()
 
     async def _call(self, operation: Any, locations: Iterable[str], call: Callable[[], Awaitable[T]]) -> T:
@@ -305,25 +302,24 @@ class _Strike:
         return fault.error or BackendUnavailableError(f"a fault was injected into {self._call.operation}", location=location)
 
 
-class _StruckReader:
+class _StruckReader(WrappedReader):
     def __init__(
         self,
         inner: ObjectReader,
+        location: str,
+        call: Callable[..., Awaitable[Any]],
         strike: _Strike,
-        call: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[bytes]],
         open_again: Callable[[Callable[[], Awaitable[ObjectReader]]], Awaitable[ObjectReader]],
     ) -> None:
-        self.info = inner.info
+        super().__init__(inner, location, call)
         self._open_again = open_again
-        self._inner = inner
         self._strike = strike
-        self._call = call
         self._position = 0
         self._broken = False
 
     async def read(self, size: int = -1, /) -> bytes:
         """Return up to `size` bytes, all remaining ones if negative."""
-        chunk = await self._call(lambda: self._inner.read(size))
+        chunk = await super().read(size)
         room = len(chunk) if self._strike.cut is None else max(0, self._strike.cut - self._position)
         self._broken = self._broken or room < len(chunk)
         passing = self._strike.flipped(chunk[:room], self._position)
@@ -332,17 +328,8 @@ class _StruckReader:
             self._strike.break_off()
         return passing
 
-    async def aclose(self) -> None:
-        """Release what the reader holds."""
-        await self._inner.aclose()
 
-
-class _ReopeningReader(_StruckReader):
-    @property
-    def max_attempts(self) -> int:
-        """What the inner reader says."""
-        return cast(SupportsReopen, self._inner).max_attempts
-
+class _StruckReopeningReader(_StruckReader, ReopeningReader):
     async def reopen(self, offset: int, length: int, /) -> ObjectReader:
         """Open a range of the object that the inner reader is of; faults of `open` strike it."""
         return await self._open_again(partial(cast(SupportsReopen, self._inner).reopen, offset, length))

@@ -293,10 +293,15 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
     except ObjectNotFoundError as error:
         raise UploadMissingError("no file has been uploaded yet") from error
     require_size(info.size, upload_token.max_size)
-    if info.size < upload_token.min_size:
-        raise UploadMismatchError(f"the file has {info.size} bytes, fewer than the announced {upload_token.min_size}")
+    require_least(info.size, upload_token.min_size)
     _require_headers(info, upload_token, is_public=manager.policy(storage_key).public is not None)
     return Staged(replace(place, size=info.size), f"{info.size} {info.modified.isoformat()} {info.etag}")
+
+
+def require_least(size: int | None, min_size: int) -> None:
+    """Raise `UploadMismatchError` where a file is known to be too short."""
+    if size is not None and size < min_size:
+        raise UploadMismatchError(f"the file has {size} bytes, fewer than the announced {min_size}")
 
 
 async def require_beginning(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> None:

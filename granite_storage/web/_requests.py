@@ -670,9 +670,7 @@ async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLi
                 await turn.end()
             return
         name, _, value = raw.partition(b"=")
-        if b"%" not in raw:
-            fields.append((name.decode(), value.decode()))
-        elif len(raw) <= _SLICE:
+        if len(raw) <= _SLICE:
             fields.append((_unquote(name).decode(), _unquote(value).decode()))
         else:
             fields.append(((await _unquote_in_slices(name, turn)).decode(), (await _unquote_in_slices(value, turn)).decode()))

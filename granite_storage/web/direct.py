@@ -50,6 +50,7 @@ from granite_storage.web._direct_state import (
     find_staged,
     inspect,
     require_beginning,
+    require_least,
 )
 from granite_storage.web._requests import RequestBody, UploadLimits, content_type_to_keep
 from granite_storage.web._upload_tokens import UploadToken, token_of
@@ -87,12 +88,7 @@ async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGene
     async for chunk in body:
         size += len(chunk)
         yield chunk
-    _require_least(size, min_size)
-
-
-def _require_least(size: int | None, min_size: int) -> None:
-    if size is not None and size < min_size:
-        raise UploadMismatchError(f"the file has {size} bytes, fewer than the announced {min_size}")
+    require_least(size, min_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +335,7 @@ class DirectUploads:
         if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
         body = RequestBody(request, limits)
-        _require_least(body.size, upload_token.min_size)
+        require_least(body.size, upload_token.min_size)
         time_left = asyncio.timeout(upload_token.ends - time.time())
         try:
             async with (

@@ -174,11 +174,6 @@ class Received:
     attachments: list[Attachment] = field(default_factory=list)
     refs: list[StoredObject] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, stored: object) -> Self:
-        """Return the record of what is stored already."""
-        return cls([stored] if isinstance(stored, Attachment) else [])
-
     def __bool__(self) -> bool:
         return bool(self.attachments or self.refs)
 
@@ -498,10 +493,8 @@ class _MultipartForm(_Form):
         while (chunk := await self._reader.next_chunk(head)) is not None:
             chunks.append(chunk)
             size += len(chunk)
-            if size > self._limits.max_field_size:
-                self._limits.require("max_field_size", size, "a field is too large")
-            if self._fields_size + size > self._limits.max_fields_size:
-                self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
+            self._limits.require("max_field_size", size, "a field is too large")
+            self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
         try:
             return b"".join(chunks).decode()
@@ -634,7 +627,8 @@ def upload_body(
     async def body(request: Request) -> AsyncIterator[Any]:
         name = None if filename is None else filename(request)
         stored: Any = await stream_body(request, target, filename=name, limits=limits)
-        async with UploadForm([], FormFiles([("", stored)]), Received.of(stored)):
+        received = Received([stored] if isinstance(stored, Attachment) else [])
+        async with UploadForm([], FormFiles([("", stored)]), received):
             yield stored
 
     return cast(UploadDependency[Any], _with_openapi(body, "application/octet-stream", _FILE))

@@ -141,7 +141,7 @@ MUTANTS = [
         name="inspection-location-of-another-type",
         rule="A location has no extension of a type that its policy does not accept.",
         path="granite_storage/_engine.py",
-        old="location_name = _gate().fit_location(filename, policy.accept)",
+        old="location_name = load_gate().fit_location(filename, policy.accept)",
         new="filename",
         tests=("tests/inspection/test_served.py",),
     ),

@@ -33,8 +33,7 @@ class AbortCases(Cases):
 
     async def test_upload_tells_its_id(self, backend: StorageBackend) -> None:
         """An upload in parts tells its id once, before its first part; one without parts tells none."""
-        self._aborter(backend)
-        self.needs("tells_upload_ids")
+        self.require_ability(backend, SupportsAbort, "tells_upload_ids")
         content, told = self.content("parts"), list[str]()
 
         async def tell(upload_id: str) -> None:
@@ -50,8 +49,7 @@ class AbortCases(Cases):
 
     async def test_upload_that_may_not_go_on(self, backend: StorageBackend) -> None:
         """Where what is called with the id raises, the write raises that error and leaves nothing."""
-        self._aborter(backend)
-        self.needs("tells_upload_ids")
+        self.require_ability(backend, SupportsAbort, "tells_upload_ids")
 
         async def refuse(upload_id: str) -> None:
             raise LookupError(upload_id)
@@ -68,7 +66,7 @@ class AbortCases(Cases):
 
         A write without an id may still end well, as one that nobody has aborted: nothing of it could be found.
         """
-        aborter, why = self._aborter(backend), f"after an upload was aborted {known}"
+        aborter, why = self.require_ability(backend, SupportsAbort), f"after an upload was aborted {known}"
         self._needs_ids(known)
         async with self._upload_under_way(backend) as upload:
             await aborter.abort_upload(LOCATION, upload.id if known == "by its id" else None)
@@ -90,7 +88,7 @@ class AbortCases(Cases):
     @pytest.mark.parametrize("other", ["parts", "parts/objec", "parts/object2", "parts/other"])
     async def test_abort_of_another_location(self, backend: StorageBackend, other: str) -> None:
         """An abort leaves the uploads of other locations alone, however alike their names are."""
-        aborter = self._aborter(backend)
+        aborter = self.require_ability(backend, SupportsAbort)
         async with self._upload_under_way(backend) as upload:
             await aborter.abort_upload(other, None)
             upload.go_on.set()
@@ -100,7 +98,7 @@ class AbortCases(Cases):
     @pytest.mark.parametrize("known", ["by its id", "by its location"])
     async def test_abort_of_what_is_finished(self, backend: StorageBackend, known: str) -> None:
         """An abort after the end, or of an upload that was aborted before, is no error and leaves the object as it is."""
-        aborter = self._aborter(backend)
+        aborter = self.require_ability(backend, SupportsAbort)
         self._needs_ids(known)
         async with self._upload_under_way(backend) as upload:
             upload.go_on.set()
@@ -137,8 +135,3 @@ class AbortCases(Cases):
     def _needs_ids(self, known: str) -> None:
         if known == "by its id":
             self.needs("tells_upload_ids")
-
-    def _aborter(self, backend: StorageBackend) -> SupportsAbort:
-        self.needs("supports_abort")
-        assert isinstance(backend, SupportsAbort), "supports_abort is declared, but there is no abort_upload()"
-        return backend

@@ -9,15 +9,31 @@ import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from typing import Any, ClassVar, NoReturn
 
 import pytest
 
-from granite_storage.backends.base import ObjectInfo, StorageBackend
+from granite_storage.backends.base import (
+    ObjectInfo,
+    StorageBackend,
+    SupportsAbort,
+    SupportsBatchDelete,
+    SupportsBatchPresign,
+    SupportsCleanup,
+    SupportsClock,
+    SupportsCopy,
+    SupportsExtraKeys,
+    SupportsIdentity,
+    SupportsMountCheck,
+    SupportsPlaces,
+    SupportsPresign,
+    SupportsPresignedUpload,
+)
 from granite_storage.exceptions import ObjectNotFoundError
 
 __all__ = [
+    "ABILITIES",
     "CHUNK",
     "Cases",
     "Caught",
@@ -34,6 +50,22 @@ __all__ = [
 
 CHUNK = 1 << 20
 """The longest chunk that a backend is ever handed, in bytes."""
+
+ABILITIES: dict[type, tuple[str, str]] = {
+    SupportsCopy: ("supports_copy", "copy"),
+    SupportsBatchDelete: ("supports_batch_delete", "delete_many"),
+    SupportsCleanup: ("supports_cleanup", "cleanup_incomplete"),
+    SupportsAbort: ("supports_abort", "abort_upload"),
+    SupportsPresign: ("supports_presign", "presign_get"),
+    SupportsBatchPresign: ("supports_batch_presign", "presign_many"),
+    SupportsPresignedUpload: ("supports_presigned_upload", "presign_upload"),
+    SupportsClock: ("supports_clock", "now"),
+    SupportsExtraKeys: ("supports_extra_keys", "extra_keys"),
+    SupportsMountCheck: ("supports_mount_check", "is_mounted"),
+    SupportsIdentity: ("supports_identity", "identities"),
+    SupportsPlaces: ("supports_places", "places"),
+}
+"""The declaration of each protocol, and its method."""
 
 
 class Cases:
@@ -124,6 +156,14 @@ class Cases:
         """Skip a case that is about an ability which is declared off, or, with `off`, on."""
         if bool(getattr(self, ability)) is off:
             pytest.skip(f"{type(self).__name__} declares {ability} = {off}")
+
+    def require_ability(self, backend: StorageBackend, protocol: type, *needs: str) -> Any:
+        """Return a backend that must have an ability; skip the case where that, or what else it needs, is declared off."""
+        ability, method = ABILITIES[protocol]
+        for need in (ability, *needs):
+            self.needs(need)
+        assert isinstance(backend, protocol), f"{ability} is declared, but there is no {method}()"
+        return backend
 
     def content(self, kind: str) -> bytes:
         """Return content that is `empty`, a `byte`, `small`, or of as many bytes as are written in `parts`."""
@@ -259,13 +299,10 @@ async def held(content: bytes, reached: asyncio.Event, go_on: asyncio.Event) -> 
 
 async def read_all(backend: StorageBackend, location: str, offset: int = 0, length: int | None = None, step: int = -1) -> bytes:
     """Read a range to its end, some bytes at a time, and close the reader."""
-    reader = await backend.open(location, offset=offset, length=length)
-    try:
-        chunks: list[bytes] = []
+    chunks: list[bytes] = []
+    async with aclosing(await backend.open(location, offset=offset, length=length)) as reader:
         while chunk := await reader.read(step):
             chunks.append(chunk)
-    finally:
-        await reader.aclose()
     return b"".join(chunks)
 
 

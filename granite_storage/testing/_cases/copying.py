@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,7 @@ class CopyCases(Cases):
         """A copy has the bytes and the content type of its source, and a time of its own."""
         content = self.content(kind)
         await backend.put_bytes("source", content, content_type="image/png")
-        await self._copier(backend).copy("source", "target/copy")
+        await self.require_ability(backend, SupportsCopy).copy("source", "target/copy")
         await self.require_whole(backend, "target/copy", content, "a copy")
         await self.require_whole(backend, "source", content, "the source of a copy")
         source, copy = await backend.stat("source"), await backend.stat("target/copy")
@@ -34,8 +33,8 @@ class CopyCases(Cases):
         """Deleting the source leaves the copy, and the other way round."""
         content = self.content("small")
         await backend.put_bytes("source", content)
-        await self._copier(backend).copy("source", "one")
-        await self._copier(backend).copy("source", "two")
+        await self.require_ability(backend, SupportsCopy).copy("source", "one")
+        await self.require_ability(backend, SupportsCopy).copy("source", "two")
         await backend.delete("one")
         await self.require_whole(backend, "source", content, "after its copy was deleted")
         await backend.delete("source")
@@ -44,14 +43,14 @@ class CopyCases(Cases):
     async def test_copy_of_nothing(self, backend: StorageBackend) -> None:
         """A missing source is not found, the error names it, and there is no target."""
         with must_raise(ObjectNotFoundError, "a copy of a missing object must fail") as caught:
-            await self._copier(backend).copy("missing", "target")
+            await self.require_ability(backend, SupportsCopy).copy("missing", "target")
         assert caught.error.location == "missing", f"the error says location={caught.error.location!r}, not 'missing'"
         await self.require_absent(backend, "target", "after a copy of nothing")
 
     @pytest.mark.parametrize("target", ["target", "source"])
     async def test_copy_never_overwrites(self, backend: StorageBackend, target: str) -> None:
         """A target that has an object, the source itself among them, is refused and stays as it was."""
-        copier = self._copier(backend)
+        copier = self.require_ability(backend, SupportsCopy)
         await backend.put_bytes("source", b"the source")
         await backend.put_bytes("target", b"the target")
         before = await backend.stat(target)
@@ -63,7 +62,7 @@ class CopyCases(Cases):
 
     async def test_race_of_copies(self, backend: StorageBackend) -> None:
         """Of several copies to one location exactly one, or where that is declared off at least one, is told that it was made."""
-        copier = self._copier(backend)
+        copier = self.require_ability(backend, SupportsCopy)
         await backend.put_bytes("source", self.content("small"))
         results = await asyncio.gather(*(copier.copy("source", "target") for _ in range(4)), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
@@ -77,15 +76,12 @@ class CopyCases(Cases):
     @pytest.mark.parametrize("moment", ["at once", "a little later"])
     async def test_cancelled_copy(self, backend: StorageBackend, moment: Moment) -> None:
         """A copy cancelled at any of its awaits raises the cancellation and leaves nothing; the source stays."""
-        content, copier = self.content("parts"), self._copier(backend)
+        content, copier = self.content("parts"), self.require_ability(backend, SupportsCopy)
         await backend.put_bytes("source", content)
-
-        def copy(step: int) -> Any:
-            return copier.copy("source", f"target/{step}")
 
         whole = ["source"]
         with self.no_task_left():
-            async for step, task, struck in cancel_at_every_await(copy, moment):
+            async for step, task, struck in cancel_at_every_await(lambda step: copier.copy("source", f"target/{step}"), moment):
                 why = f"a copy that was cancelled {moment} at its await {step}"
                 if self.was_cancelled(task, struck, why):
                     await self.require_absent(backend, f"target/{step}", why)
@@ -95,8 +91,3 @@ class CopyCases(Cases):
         assert await listed(backend) == sorted(whole), "cancelled copies are listed"
         await self.require_whole(backend, "source", content, "after cancelled copies")
         await self.require_nothing_unfinished(backend, "after cancelled copies")
-
-    def _copier(self, backend: StorageBackend) -> SupportsCopy:
-        self.needs("supports_copy")
-        assert isinstance(backend, SupportsCopy), "supports_copy is declared, but there is no copy()"
-        return backend

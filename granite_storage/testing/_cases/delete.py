@@ -96,48 +96,43 @@ class DeleteCases(Cases):
 
     async def test_batch(self, backend: StorageBackend) -> None:
         """A batch over the service's limit is deleted to the last; what is missing is no failure; the rest stays."""
-        self.needs("supports_batch_delete")
-        assert isinstance(backend, SupportsBatchDelete), "supports_batch_delete is declared, but there is no delete_many"
+        deleter = self.require_ability(backend, SupportsBatchDelete)
         names = [f"batch/{number:05}" for number in range(self.batch_size + 2)]
         there = [names[0], names[1], names[len(names) // 2], *names[-3:]]
         others = ["batch", "batches/1"] if self.nests_objects else ["batches/1"]
         await asyncio.gather(*(backend.put_bytes(location, b"...") for location in (*there, *others)))
-        failures = await backend.delete_many(names)
+        failures = await deleter.delete_many(names)
         assert dict(failures) == {}, f"a batch delete reports failures: {dict(failures)}"
         left = await listed(backend)
         assert left == others, f"after a batch delete {left} are there instead of {others}"
 
     async def test_batch_of_none(self, backend: StorageBackend) -> None:
         """An empty batch deletes nothing."""
-        self.needs("supports_batch_delete")
-        assert isinstance(backend, SupportsBatchDelete)
+        deleter = self.require_ability(backend, SupportsBatchDelete)
         await backend.put_bytes("kept", b"...")
-        assert dict(await backend.delete_many([])) == {}, "an empty batch reports failures"
+        assert dict(await deleter.delete_many([])) == {}, "an empty batch reports failures"
         assert await listed(backend) == ["kept"], "an empty batch deleted something"
 
     async def test_batch_of_odd_locations(self, backend: StorageBackend) -> None:
         """A batch takes every location that a write takes, and the same one twice."""
-        self.needs("supports_batch_delete")
-        assert isinstance(backend, SupportsBatchDelete)
+        deleter = self.require_ability(backend, SupportsBatchDelete)
         locations = ["odd/a b", "odd/<&>'\"", "odd/%41+", "odd/\u00e9", "odd/e\u0301", "odd/\U0001f600"]
         for location in locations:
             await backend.put_bytes(location, b"...")
-        assert dict(await backend.delete_many([*locations, *locations])) == {}, "a batch of odd locations reports failures"
+        assert dict(await deleter.delete_many([*locations, *locations])) == {}, "a batch of odd locations reports failures"
         assert await listed(backend) == [], "a batch of odd locations left some"
 
     async def test_batch_with_a_hostile_location(self, backend: StorageBackend) -> None:
         """A batch that has an unsafe location is refused before anything is deleted."""
-        self.needs("supports_batch_delete")
-        assert isinstance(backend, SupportsBatchDelete)
+        deleter = self.require_ability(backend, SupportsBatchDelete)
         await backend.put_bytes("kept", b"...")
         with must_raise(InvalidLocationError, "a batch with an unsafe location must be refused"):
-            await backend.delete_many(["kept", "../outside"])
+            await deleter.delete_many(["kept", "../outside"])
         await self.require_whole(backend, "kept", b"...", "after a refused batch")
 
     async def test_batch_failures_are_named(self, backend: StorageBackend) -> None:
         """Each location that a batch could not delete is reported with its error, and nothing refused is reported as done."""
-        self.needs("supports_batch_delete")
-        self.needs("can_refuse")
+        self.require_ability(backend, SupportsBatchDelete, "can_refuse")
         await backend.put_bytes("refused/1", b"...")
         await backend.put_bytes("refused/2", b"...")
         async with self.refusing(backend) as refusing:

@@ -133,15 +133,14 @@ class FaultCases(Cases):
 
     async def test_cleanup_leaves_what_is_under_way(self, backend: StorageBackend) -> None:
         """Clearing away what is old disturbs no write in progress and no object."""
-        self.needs("supports_cleanup")
-        assert isinstance(backend, SupportsCleanup), "supports_cleanup is declared, but there is no cleanup_incomplete()"
+        cleaner = self.require_ability(backend, SupportsCleanup)
         reached, go_on = asyncio.Event(), asyncio.Event()
         content = self.content("parts")
         await backend.put_bytes("old", b"...")
         writer = asyncio.ensure_future(backend.put_stream("under/way", held(content, reached, go_on)))
         try:
             await self.reach(reached, writer)
-            removed = await backend.cleanup_incomplete(older_than=timedelta(hours=1))
+            removed = await cleaner.cleanup_incomplete(older_than=timedelta(hours=1))
             assert removed == 0, f"cleanup_incomplete removed {removed} thing(s) that are not old"
         finally:
             go_on.set()
@@ -151,11 +150,10 @@ class FaultCases(Cases):
 
     async def test_cleanup_of_nothing(self, backend: StorageBackend) -> None:
         """Where nothing is unfinished a clean-up removes nothing, in an empty store too."""
-        self.needs("supports_cleanup")
-        assert isinstance(backend, SupportsCleanup)
-        assert await backend.cleanup_incomplete(older_than=timedelta(0)) == 0, "a clean-up of an empty store removed something"
+        cleaner = self.require_ability(backend, SupportsCleanup)
+        assert await cleaner.cleanup_incomplete(older_than=timedelta(0)) == 0, "a clean-up of an empty store removed something"
         await backend.put_bytes("kept", b"...")
-        assert await backend.cleanup_incomplete(older_than=timedelta(0)) == 0, "a clean-up removed something that was finished"
+        assert await cleaner.cleanup_incomplete(older_than=timedelta(0)) == 0, "a clean-up removed something that was finished"
         await self.require_whole(backend, "kept", b"...", "after a clean-up")
 
     async def test_errors_are_of_the_family(self, backend: StorageBackend) -> None:

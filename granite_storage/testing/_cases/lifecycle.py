@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from granite_storage.backends.base import (
-    StorageBackend,
-    SupportsAbort,
-    SupportsBatchDelete,
-    SupportsBatchPresign,
-    SupportsCleanup,
-    SupportsClock,
-    SupportsCopy,
-    SupportsExtraKeys,
-    SupportsIdentity,
-    SupportsMountCheck,
-    SupportsPlaces,
-    SupportsPresign,
-    SupportsPresignedUpload,
-)
+from granite_storage.backends.base import StorageBackend
 from granite_storage.exceptions import StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.policies import StoragePolicy
-from granite_storage.testing._cases.base import Cases, listed, must_raise, read_all, same_bytes
+from granite_storage.testing._cases.base import ABILITIES, Cases, listed, must_raise, read_all, same_bytes
 
 __all__ = ["LifecycleCases"]
 
@@ -35,21 +22,7 @@ class LifecycleCases(Cases):
     """Event loops, closing, declarations."""
 
     @pytest.mark.parametrize(
-        ("ability", "protocol", "method"),
-        [
-            ("supports_copy", SupportsCopy, "copy"),
-            ("supports_batch_delete", SupportsBatchDelete, "delete_many"),
-            ("supports_cleanup", SupportsCleanup, "cleanup_incomplete"),
-            ("supports_abort", SupportsAbort, "abort_upload"),
-            ("supports_presign", SupportsPresign, "presign_get"),
-            ("supports_batch_presign", SupportsBatchPresign, "presign_many"),
-            ("supports_presigned_upload", SupportsPresignedUpload, "presign_upload"),
-            ("supports_clock", SupportsClock, "now"),
-            ("supports_extra_keys", SupportsExtraKeys, "extra_keys"),
-            ("supports_mount_check", SupportsMountCheck, "is_mounted"),
-            ("supports_identity", SupportsIdentity, "identities"),
-            ("supports_places", SupportsPlaces, "places"),
-        ],
+        ("ability", "protocol", "method"), [(ability, protocol, method) for protocol, (ability, method) in ABILITIES.items()]
     )
     async def test_declared_ability(self, backend: StorageBackend, ability: str, protocol: type, method: str) -> None:
         """An ability that is declared is there, and one that is not declared is not there at all."""
@@ -140,9 +113,7 @@ class LifecycleCases(Cases):
 
 async def _use(backend: StorageBackend, location: str) -> None:
     """Use a backend on this loop, and close what this loop opened."""
-    try:
+    async with aclosing(backend):
         await backend.put_bytes(location, location.encode())
         same_bytes(await read_all(backend, location), location.encode(), "on another event loop")
         assert location in await listed(backend), "what another event loop stored is not listed"
-    finally:
-        await backend.aclose()

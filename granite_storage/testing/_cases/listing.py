@@ -165,11 +165,8 @@ class ListCases(Cases):
         """A listing can be cancelled at any await: the cancellation is raised and nothing is left running."""
         await fill(backend, SAMPLE)
 
-        def list_all(_: int) -> Any:
-            return listed(backend)
-
         with self.no_task_left():
-            async for step, task, struck in cancel_at_every_await(list_all, moment):
+            async for step, task, struck in cancel_at_every_await(lambda _: listed(backend), moment):
                 self.was_cancelled(task, struck, f"a listing that was cancelled {moment} at its await {step}")
         assert await listed(backend) == in_order(SAMPLE), "after cancelled listings"
 

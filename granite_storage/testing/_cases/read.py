@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -148,14 +149,10 @@ class ReadCases(Cases):
         """Two readers of one object do not move each other."""
         content = pattern(SIZE)
         await backend.put_bytes("twice", content)
-        one, other = await backend.open("twice"), await backend.open("twice", offset=500)
-        try:
+        async with aclosing(await backend.open("twice")) as one, aclosing(await backend.open("twice", offset=500)) as other:
             head = await one.read(10)
             await other.aclose()
             same_bytes(head + await one.read(-1), content, "a reader beside another one that was closed")
-        finally:
-            await one.aclose()
-            await other.aclose()
 
     async def test_abandoned_readers(self, backend: StorageBackend) -> None:
         """Readers that are closed after their first bytes hold nothing: any number can follow each other."""
@@ -181,8 +178,7 @@ class ReadCases(Cases):
         """A reader whose object is deleted gives all of it or raises; it never ends short."""
         content = self.content("parts")
         await backend.put_bytes("vanishing", content)
-        reader = await backend.open("vanishing")
-        try:
+        async with aclosing(await backend.open("vanishing")) as reader:
             head = await reader.read(10)
             await backend.delete("vanishing")
             try:
@@ -190,8 +186,6 @@ class ReadCases(Cases):
             except BackendError:
                 return
             same_bytes(head + rest, content, "a reader whose object was deleted ended short")
-        finally:
-            await reader.aclose()
 
     @pytest.mark.parametrize("moment", ["at once", "a little later", "twice"])
     async def test_cancelled_read(self, backend: StorageBackend, moment: Moment) -> None:
@@ -199,11 +193,8 @@ class ReadCases(Cases):
         content = self.content("parts")
         await backend.put_bytes("read", content)
 
-        def read(_: int) -> Any:
-            return read_all(backend, "read", step=100_000)
-
         with self.no_task_left():
-            async for step, task, struck in cancel_at_every_await(read, moment):
+            async for step, task, struck in cancel_at_every_await(lambda _: read_all(backend, "read", step=100_000), moment):
                 self.was_cancelled(task, struck, f"a read that was cancelled {moment} at its await {step}")
         same_bytes(await read_all(backend, "read"), content, "after cancelled reads")
 

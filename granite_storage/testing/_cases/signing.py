@@ -36,7 +36,7 @@ class SignCases(Cases):
         """A signed URL gives the object to anybody, whole or in ranges."""
         content = self.content("small")
         await backend.put_bytes(location, content)
-        url = await self._signer(backend).presign_get(location, expires_in=MINUTE)
+        url = await self.require_ability(backend, SupportsPresign).presign_get(location, expires_in=MINUTE)
         status, body, _ = await request(url)
         assert status == 200, f"a GET of a signed URL answered {status}"
         same_bytes(body, content, "the body behind a signed URL")
@@ -47,7 +47,7 @@ class SignCases(Cases):
     async def test_signed_headers(self, backend: StorageBackend) -> None:
         """The answer carries the content type and disposition that were asked for."""
         await backend.put_bytes("headed", b"...", content_type="text/html")
-        url = await self._signer(backend).presign_get(
+        url = await self.require_ability(backend, SupportsPresign).presign_get(
             "headed", expires_in=MINUTE, content_type="text/plain", disposition='attachment; filename="a.txt"'
         )
         _, _, headers = await request(url)
@@ -57,25 +57,24 @@ class SignCases(Cases):
 
     async def test_signed_many(self, backend: StorageBackend) -> None:
         """URLs of a batch are in the order of the requests, and the same request for the same time gives the same URL."""
-        self.needs("supports_batch_presign")
-        assert isinstance(backend, SupportsBatchPresign), "supports_batch_presign is declared, but there is no presign_many()"
+        signer = self.require_ability(backend, SupportsBatchPresign)
         names = ["many/a", "many/b", "many/a"]
         for name in set(names):
             await backend.put_bytes(name, name.encode())
         signed_at = int(time.time()) - 30
         requests = [PresignRequest(name, 2 * MINUTE, "text/plain", "inline", signed_at) for name in names]
-        urls = await backend.presign_many(requests)
+        urls = await signer.presign_many(requests)
         assert len(urls) == len(names), f"{len(names)} requests gave {len(urls)} URLs"
         for name, url in zip(names, urls, strict=True):
             _, body, headers = await request(url)
             same_bytes(body, name.encode(), "the body behind one of many signed URLs")
             assert headers["Content-Type"] == "text/plain", f"the answer has the content type {headers['Content-Type']!r}"
-        assert list(await backend.presign_many(requests)) == list(urls), "the same requests gave other URLs"
-        assert list(await backend.presign_many([])) == [], "no requests gave URLs"
+        assert list(await signer.presign_many(requests)) == list(urls), "the same requests gave other URLs"
+        assert list(await signer.presign_many([])) == [], "no requests gave URLs"
 
     async def test_signed_url_of_nothing(self, backend: StorageBackend) -> None:
         """A URL may be signed before the object is there; until then it answers 404."""
-        url = await self._signer(backend).presign_get("later", expires_in=MINUTE)
+        url = await self.require_ability(backend, SupportsPresign).presign_get("later", expires_in=MINUTE)
         status, _, _ = await request(url)
         assert status == 404, f"a signed URL of a missing object answered {status}"
         await backend.put_bytes("later", b"now")
@@ -85,8 +84,7 @@ class SignCases(Cases):
     @pytest.mark.parametrize("method", ["PUT", "POST", "DELETE"])
     async def test_signed_for_one_method(self, backend: StorageBackend, method: str) -> None:
         """A URL signed for reading neither writes nor deletes."""
-        signer = self._signer(backend)
-        self.needs("checks_signatures")
+        signer = self.require_ability(backend, SupportsPresign, "checks_signatures")
         await backend.put_bytes("readable", b"as it was")
         url = await signer.presign_get("readable", expires_in=MINUTE)
         status, _, _ = await request(url, method, b"changed" if method != "DELETE" else None)
@@ -96,8 +94,7 @@ class SignCases(Cases):
     @pytest.mark.parametrize("change", ["stripped", "another object", "another type", "longer life"])
     async def test_changed_url(self, backend: StorageBackend, change: str) -> None:
         """A signed URL that was changed is refused."""
-        signer = self._signer(backend)
-        self.needs("checks_signatures")
+        signer = self.require_ability(backend, SupportsPresign, "checks_signatures")
         await backend.put_bytes("signed", b"public")
         await backend.put_bytes("secret", b"private")
         url = await signer.presign_get("signed", expires_in=MINUTE, content_type="text/plain")
@@ -106,8 +103,7 @@ class SignCases(Cases):
 
     async def test_expired_url(self, backend: StorageBackend) -> None:
         """A signed URL ends when it should."""
-        signer = self._signer(backend)
-        self.needs("checks_signatures")
+        signer = self.require_ability(backend, SupportsPresign, "checks_signatures")
         await backend.put_bytes("short", b"...")
         url = await signer.presign_get("short", expires_in=timedelta(seconds=1))
         await asyncio.sleep(2.1)
@@ -117,7 +113,7 @@ class SignCases(Cases):
     @pytest.mark.parametrize("seconds", [0, -1, -3600])
     async def test_impossible_expiry(self, backend: StorageBackend, seconds: int) -> None:
         """A URL that would never work is refused when it is asked for."""
-        signer = self._signer(backend)
+        signer = self.require_ability(backend, SupportsPresign)
         with must_raise(ValueError, f"a URL that expires in {seconds} seconds must be refused"):
             await signer.presign_get("signed", expires_in=timedelta(seconds=seconds))
 
@@ -125,7 +121,7 @@ class SignCases(Cases):
     async def test_signed_upload(self, backend: StorageBackend, location: str) -> None:
         """A signed request stores an object at its location, for anybody."""
         content = self.content("small")
-        signed = await self._uploader(backend).presign_upload(
+        signed = await self.require_ability(backend, SupportsPresignedUpload).presign_upload(
             location, expires_in=MINUTE, content_type="text/x-any", min_size=1, max_size=len(content)
         )
         assert await send(signed, content) < 300, "a signed request was refused"
@@ -136,8 +132,7 @@ class SignCases(Cases):
     @pytest.mark.parametrize("size", [0, 9, 21])
     async def test_signed_upload_of_another_size(self, backend: StorageBackend, size: int) -> None:
         """A signed request brings no fewer and no more bytes than it was signed for."""
-        uploader = self._uploader(backend)
-        self.needs("checks_signatures")
+        uploader = self.require_ability(backend, SupportsPresignedUpload, "checks_signatures")
         signed = await uploader.presign_upload("sized", expires_in=MINUTE, content_type="text/plain", min_size=10, max_size=20)
         status = await send(signed, bytes(size))
         assert status >= 400, f"a request with {size} bytes, signed for 10 to 20, answered {status}"
@@ -146,8 +141,7 @@ class SignCases(Cases):
     @pytest.mark.parametrize("change", ["another location", "another type", "no signature", "the file's own name"])
     async def test_changed_upload(self, backend: StorageBackend, change: str) -> None:
         """A signed request that was changed stores nothing."""
-        uploader = self._uploader(backend)
-        self.needs("checks_signatures")
+        uploader = self.require_ability(backend, SupportsPresignedUpload, "checks_signatures")
         signed = await uploader.presign_upload("sent", expires_in=MINUTE, content_type="text/plain", min_size=1, max_size=20)
         status = await send(_changed_upload(signed, change), b"content")
         assert status >= 400, f"a signed request that was changed ({change}) answered {status}"
@@ -155,8 +149,7 @@ class SignCases(Cases):
 
     async def test_expired_upload(self, backend: StorageBackend) -> None:
         """A signed request ends when it should."""
-        uploader = self._uploader(backend)
-        self.needs("checks_signatures")
+        uploader = self.require_ability(backend, SupportsPresignedUpload, "checks_signatures")
         signed = await uploader.presign_upload(
             "late", expires_in=timedelta(seconds=1), content_type="text/plain", min_size=1, max_size=20
         )
@@ -167,23 +160,11 @@ class SignCases(Cases):
     @pytest.mark.parametrize("seconds", [0, -1, -3600])
     async def test_impossible_expiry_of_an_upload(self, backend: StorageBackend, seconds: int) -> None:
         """A request that would never work is refused when it is asked for."""
-        uploader = self._uploader(backend)
+        uploader = self.require_ability(backend, SupportsPresignedUpload)
         with must_raise(ValueError, f"a request that expires in {seconds} seconds must be refused"):
             await uploader.presign_upload(
                 "sent", expires_in=timedelta(seconds=seconds), content_type="text/plain", min_size=1, max_size=20
             )
-
-    def _uploader(self, backend: StorageBackend) -> SupportsPresignedUpload:
-        self.needs("supports_presigned_upload")
-        assert isinstance(backend, SupportsPresignedUpload), (
-            "supports_presigned_upload is declared, but there is no presign_upload()"
-        )
-        return backend
-
-    def _signer(self, backend: StorageBackend) -> SupportsPresign:
-        self.needs("supports_presign")
-        assert isinstance(backend, SupportsPresign), "supports_presign is declared, but there is no presign_get()"
-        return backend
 
 
 async def request(

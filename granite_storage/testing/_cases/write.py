@@ -7,6 +7,7 @@ import hashlib
 import json
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -181,23 +182,16 @@ class WriteCases(Cases):
         first = self.content("small")
         await backend.put_bytes("kept", first)
 
-        def write(_: int) -> Any:
-            return put(backend, verb, "kept", self.content("parts"))
-
-        async for step, task, _ in cancel_at_every_await(write, "at once"):
+        async for step, task, _ in cancel_at_every_await(lambda _: put(backend, verb, "kept", self.content("parts")), "at once"):
             assert task.cancelled() or isinstance(task.exception(), ObjectExistsError), "a second write was not refused"
             await self.require_whole(backend, "kept", first, f"after a second {verb} was cancelled at its await {step}")
 
     async def test_timeout(self, backend: StorageBackend) -> None:
         """`asyncio.timeout` around a write from a source that never ends stops it, and nothing is left."""
-
-        async def endless() -> AsyncIterator[bytes]:
-            yield b"some"
-            await asyncio.Event().wait()
-
+        endless = held(b"some", asyncio.Event(), asyncio.Event())
         with self.no_task_left(), must_raise(TimeoutError, "asyncio.timeout must end a write"):
             async with asyncio.timeout(0.05):
-                await backend.put_stream("slow", endless())
+                await backend.put_stream("slow", endless)
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0, "a cancellation was swallowed on its way to asyncio.timeout"
@@ -208,18 +202,13 @@ class WriteCases(Cases):
         """A write in a task group ends when another task of the group fails, and nothing is left."""
         started = asyncio.Event()
 
-        async def endless() -> AsyncIterator[bytes]:
-            yield self.content("small")
-            started.set()
-            await asyncio.Event().wait()
-
         async def fail() -> None:
             await started.wait()
             raise RuntimeError("the sibling failed")
 
         with self.no_task_left(), must_raise(ExceptionGroup, "the task group must end"):
             async with asyncio.timeout(self.patience), asyncio.TaskGroup() as group:
-                group.create_task(backend.put_stream("sibling", endless()))
+                group.create_task(backend.put_stream("sibling", held(self.content("small"), started, asyncio.Event())))
                 group.create_task(fail())
         await self.require_absent(backend, "sibling", "after a task of the same group failed")
 
@@ -280,12 +269,9 @@ class WriteCases(Cases):
             await backend.put_stream("large", large())
 
         async def receive() -> None:
-            reader = await backend.open("large")
-            try:
+            async with aclosing(await backend.open("large")) as reader:
                 while chunk := await reader.read(CHUNK):
                     received.update(chunk)
-            finally:
-                await reader.aclose()
 
         await backend.put_bytes("warm", b"...")  # what a first call opens is not what a stream takes
         await read_all(backend, "warm")

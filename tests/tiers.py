@@ -51,6 +51,8 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),
+    "tests/orm/journal/test_table_faults.py": ("",),
+    "tests/orm/journal/test_table_faults_of_triggers.py": ("",),
     "tests/orm/journal/test_effects.py": (
         "TestMoves::test_while_it_is_put",
         "TestFailures::test_a_change",

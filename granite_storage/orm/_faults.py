@@ -55,8 +55,8 @@ def explain_missing(error: BaseException | None, *, sidecar: str | None = None) 
     if sidecar is not None:
         return ConfigurationError(
             f"{named} from the sidecar {sidecar}, which the library alone writes: stop the processes that use it, restore the"
-            " file, or remove it, so that the library creates another one; then run the garbage collector, which finds the objects"
-            " of uploads that were in progress",
+            " file, or remove it, so that the library creates another one; then run the garbage collector, which finds the"
+            " objects of uploads that were in progress",
             see=Page.JOURNAL_ON_SQLITE,
         )
     return ConfigurationError(

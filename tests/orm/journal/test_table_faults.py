@@ -241,9 +241,11 @@ def denied(engine: Any, *verbs: str, table: str = "intent") -> Iterator[None]:
     """Expect an error that names one of the verbs, the table, and the role."""
     with explained(f"granite_storage_{table}", "GRANT SELECT, INSERT, UPDATE, DELETE ON ", engine.url.username) as raised:
         yield
-    said = re.search(r"refuses ([A-Z, ]+) on the journal's table", str(raised.value))
+    said = re.search(r"refuses ([A-Z, ]+) on the journal's table (\S+) .* execute GRANT .* ON (\S+) TO", str(raised.value))
     assert said is not None
     assert said[1] in verbs
+    assert said[2] == said[3]
+    assert said[2].endswith(f"granite_storage_{table}")
 
 
 def execute(path: str, statement: str) -> None:

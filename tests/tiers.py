@@ -53,6 +53,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/journal/test_database_faults.py": ("",),
     "tests/orm/journal/test_table_faults.py": ("",),
     "tests/orm/journal/test_table_faults_of_triggers.py": ("",),
+    "tests/orm/journal/test_triggers_of_each_database.py": ("",),
     "tests/orm/journal/test_effects.py": (
         "TestMoves::test_while_it_is_put",
         "TestFailures::test_a_change",

@@ -51,6 +51,9 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),
+    "tests/orm/journal/test_table_faults.py": ("",),
+    "tests/orm/journal/test_table_faults_of_triggers.py": ("",),
+    "tests/orm/journal/test_triggers_of_each_database.py": ("",),
     "tests/orm/journal/test_effects.py": (
         "TestMoves::test_while_it_is_put",
         "TestFailures::test_a_change",
@@ -670,6 +673,7 @@ _DATABASES = {
 
 _DECIDED_BY_THE_DRIVER = (
     "tests/orm/journal/test_database_faults.py::",
+    "tests/orm/journal/test_table_faults.py::TestRights::test_session[",
     "tests/orm/test_concurrency.py::",
     "tests/orm/test_disconnects_and_signals.py::",
     "tests/orm/test_scenarios.py::TestFailedUploads",
@@ -695,6 +699,8 @@ _DECIDED_BY_THE_SIDECAR = (
     "tests/orm/journal/test_scenarios.py::TestFailedUploads",
     "tests/orm/journal/test_scenarios.py::TestRollback",
     "tests/orm/journal/test_scenarios.py::TestSavepoints",
+    "tests/orm/journal/test_table_faults",
+    "tests/orm/journal/test_triggers_of_each_database.py",
     "tests/orm/synchronous/",
 )
 """What the journal does otherwise on SQLite, where uploads have their intents in another file; beside `test_sqlite.py`."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from anyio.to_thread import run_sync
 from markupsafe import Markup
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette_admin.base import BaseAdmin
 from starlette_admin.contrib.sqla import ModelView
 from starlette_admin.contrib.sqla.converters import register_converter
-from starlette_admin.exceptions import FormValidationError
+from starlette_admin.exceptions import ActionFailed, FormValidationError
 from starlette_admin.fields import FileField
 from starlette_admin.plugins import BasePlugin
 from starlette_admin.storage import FileInfo
@@ -171,6 +172,42 @@ async def _handle_exception(view: ModelView, handle: Callable[..., Any], request
         raise FormValidationError({blamed: str(refusal)}) from refusal
 
 
+async def _edit(view: ModelView, edit: Callable[..., Any], request: Request, *values: Any) -> Any:
+    row = await edit(request, *values)
+    if hasattr(request.state, "inline_edit_field"):  # a form may be complete only with the rows within it
+        await _check_constraints(view, request)
+    return row
+
+
+async def _save_inlines(save: Callable[..., Any], request: Request, view: ModelView, *values: Any) -> None:
+    await save(request, view, *values)
+    if "handle_exception" in vars(view):
+        await _check_constraints(view, request)
+
+
+async def _check_constraints(view: ModelView, request: Request) -> None:
+    """Let the form say what the database would refuse at the commit, which comes after the panel has made its response."""
+    try:
+        await _panels.check_constraints(request.state.session, view.model)
+    except DBAPIError as error:
+        await view.handle_exception(request, error)
+
+
+async def _delete(view: ModelView, delete: Callable[..., Any], request: Request, keys: list[Any]) -> Any:
+    """Delete rows, and let the list or the form say what the database refuses."""
+    is_alone = request.state.action in (RequestAction.ACTION, RequestAction.ROW_ACTION)
+    try:
+        with _panels.readable():
+            count = await delete(request, keys)
+            if is_alone:
+                await _panels.check_constraints(request.state.session, view.model)
+            return count
+    except _panels.RefusedError as refusal:
+        if is_alone:
+            raise ActionFailed(str(refusal)) from refusal
+        raise FormValidationError({view.get_fields_list(request)[0].name: str(refusal)}) from refusal
+
+
 class AttachmentPlugin(BasePlugin):
     """The plugin that lets starlette-admin edit and show attachments: `Admin(engine, plugins=[AttachmentPlugin()])`.
 
@@ -188,12 +225,15 @@ class AttachmentPlugin(BasePlugin):
 
     def on_mount(self, admin: BaseAdmin) -> None:
         """Let the forms of views with attachments say what the storage or the database refuses, and no key be an error."""
+        vars(admin)["_save_inlines"] = partial(_save_inlines, admin._save_inlines)
         for view in admin._model_views:
             for one in (view, *view._inline_instances):
                 if isinstance(one, ModelView) and any(isinstance(field, AttachmentField) for field in one._all_fields):
                     # On the instance, which the application's class may have hooks of its own for.
                     vars(one)["find_by_pk"] = partial(_find, one.find_by_pk)
                     vars(one)["handle_exception"] = partial(_handle_exception, one, one.handle_exception)
+                    vars(one)["edit"] = partial(_edit, one, one.edit)
+                    vars(one)["delete"] = partial(_delete, one, one.delete)
 
     def middlewares(self) -> Sequence[Middleware]:
         """Return what deletes the files of forms that were refused."""

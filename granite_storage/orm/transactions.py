@@ -33,6 +33,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
+from granite_storage.orm._faults import explain_fault
 from granite_storage.orm._interfaces import (
     CLAIMING_KEY,
     FORGET_CLAIMS,
@@ -782,13 +783,17 @@ def _on_invalidate(_: Any, record: Any, __: Any) -> None:
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:
-    """Say that a trigger of the library has refused a ref, and see a COMMIT that the server has refused.
+    """Say that a trigger of the library has refused a ref, or what the journal's tables lack; see a COMMIT that was refused.
 
     Returns:
         The error to raise instead; None for the database's own.
     """
     _see_refused_commit(context)
-    return refused_ref(context.sqlalchemy_exception) if context.connection in _of_sessions else None
+    error, connection = context.sqlalchemy_exception, context.connection
+    refused = refused_ref(error) if connection in _of_sessions else None
+    if refused is None and connection is not None and (connection in _of_sessions or connection in _watches):
+        return explain_fault(error, connection.engine.url.username)
+    return refused
 
 
 def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:

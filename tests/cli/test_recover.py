@@ -87,3 +87,16 @@ class TestRefusals:
         answer = journaled_shop.run("derive", VARIANTS="loud", RECIPE="1", REFUSE="1")
         assert answer.code == 0, answer.err
         assert "refused: shop_document 1 file loud: it is no text" in answer.out
+
+
+class TestMissingTables:
+    @pytest.mark.parametrize("arguments", [["--dry-run"], ["--yes"], ["--yes", "--retry-dead-letters"]], ids="".join)
+    @pytest.mark.parametrize("table", ["intent", "reclaim", "job", "meta"])
+    def test_recover(self, journaled_shop: Shop, table: str, arguments: list[str]) -> None:
+        """It names the one that was renamed after the journal was first used."""
+        journaled_shop.fill(1)
+        execute(journaled_shop, f"ALTER TABLE granite_storage_{table} RENAME TO moved_away")
+        answer = journaled_shop.run("recover", *arguments)
+        assert answer.code == 3
+        assert f"the journal's table granite_storage_{table} is missing" in answer.err
+        assert "Traceback" not in answer.err

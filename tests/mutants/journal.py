@@ -319,4 +319,28 @@ MUTANTS = [
         new="for table in (tables.intent, tables.reclaim)]",
         tests=("tests/orm/journal/test_scans.py::TestElsewhere::test_a_job_is_no_reference[asyncpg]",),
     ),
+    Mutant(
+        name="journal-table-missing-from-under-a-worker",
+        rule="What the database says of a table of the journal that is missing is said by the library, with the remedy.",
+        path="granite_storage/orm/journal/database.py",
+        old="            if (fault := self._explain_fault(error)) is None:\n                raise\n",
+        new="            if (fault := self._explain_fault(error)) is not None:\n                raise\n",
+        tests=("tests/orm/journal/test_table_faults.py::TestMissingTables::test_recovery",),
+    ),
+    Mutant(
+        name="session-without-rights-on-the-journal",
+        rule="A session whose role lacks rights on the journal's tables says which, and how to grant them.",
+        path="granite_storage/orm/transactions.py",
+        old="        return explain_fault(error, connection.engine.url.username)\n",
+        new="        return None\n",
+        tests=("tests/orm/journal/test_table_faults.py::TestRights::test_session",),
+    ),
+    Mutant(
+        name="rights-of-the-first-table-of-a-statement",
+        rule="The table that the database names is the one that the role lacks rights on, not the first one of the statement.",
+        path="granite_storage/orm/_faults.py",
+        old="named[2] == written[2]:",
+        new="written[2]:",
+        tests=("tests/orm/journal/test_table_faults.py::TestRights::test_worker",),
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
+from tests.mutants.triggers import EACH
 
 _SQL = "granite_storage/orm/journal/_mariadb_triggers.py"
 _INTENTS = "granite_storage/orm/journal/intents.py"
@@ -16,7 +17,7 @@ MUTANTS = [
         path=_SQL,
         old="CONCAT(LEFT(g_digest, 12), '5', ",
         new="CONCAT(LEFT(g_digest, 12), '4', ",
-        tests=(f"{_TESTS}::TestSessions::test_one_intent_for_one_object",),
+        tests=(f"{EACH}::TestSessions::test_one_intent_for_one_object[mariadb]",),
     ),
     Mutant(
         name="mariadb-trigger-locks-no-intent",
@@ -96,7 +97,7 @@ MUTANTS = [
         path=_SQL,
         old="IF(NOT i.source <=> {source}, -1, i",
         new="IF(NOT 1 <=> 1, -1, i",
-        tests=(f"{_TESTS}::TestVariants::test_that_are_not_those_of_the_original",),
+        tests=(f"{EACH}::TestVariants::test_that_are_not_those_of_the_original[mariadb]",),
     ),
     Mutant(
         name="mariadb-trigger-cascades-by-the-snapshot",
@@ -160,7 +161,7 @@ MUTANTS = [
         path=_INTENTS,
         old="            # One by one, and only those that are there: a list, or what is not there, may lock other rows.\n",
         new="            return\n",
-        tests=(f"{_TESTS}::TestSessions::test_what_it_moves_leaves_nothing_behind",),
+        tests=(f"{EACH}::TestSessions::test_what_it_moves_leaves_nothing_behind[mariadb]",),
     ),
     Mutant(
         name="mariadb-worker-waits-for-undos",

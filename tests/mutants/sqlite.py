@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
+from tests.mutants.triggers import EACH
 
 __all__ = ["MUTANTS"]
 
@@ -138,7 +139,7 @@ MUTANTS = [
         path=_TRIGGERS,
         old="OR EXISTS ({intents} AND i.source IS NOT {source})",
         new="OR 0 = 1",
-        tests=(f"{_OF_TRIGGERS}::TestVariants::test_that_are_not_those_of_the_original",),
+        tests=(f"{EACH}::TestVariants::test_that_are_not_those_of_the_original[sqlite-journal]",),
     ),
     Mutant(
         name="sqlite-trigger-nominates-twice",
@@ -194,7 +195,7 @@ MUTANTS = [
         path="granite_storage/orm/journal/deletes.py",
         old='    if connection.dialect.name == "sqlite" and are_triggers_declared(intent.metadata):\n',
         new="    if False:\n",
-        tests=(f"{_OF_TRIGGERS}::TestSessions::test_one_intent_for_one_object",),
+        tests=(f"{EACH}::TestSessions::test_one_intent_for_one_object[sqlite-journal]",),
     ),
     Mutant(
         name="sqlite-uploads-not-claimed",

@@ -6,6 +6,8 @@ from tests.mutants.mutant import Mutant
 
 _SQL = "granite_storage/orm/journal/_postgresql_triggers.py"
 _TESTS = "tests/orm/journal/test_storage_triggers.py"
+EACH = "tests/orm/journal/test_triggers_of_each_database.py"
+"""The tests that are the same on every database."""
 
 MUTANTS = [
     Mutant(
@@ -30,7 +32,7 @@ MUTANTS = [
         path=_SQL,
         old="""SELECT DISTINCT ON (1) {_id_of("h.digest")} AS id""",
         new="SELECT DISTINCT ON (1) gen_random_uuid() AS id",
-        tests=(f"{_TESTS}::TestVariants::test_they_go_with_their_original[asyncpg]",),
+        tests=(f"{EACH}::TestVariants::test_they_go_with_their_original[asyncpg]",),
     ),
     Mutant(
         name="trigger-locks-no-intent",
@@ -149,7 +151,7 @@ MUTANTS = [
         path=_SQL,
         old="bool_and(s.source IS NOT DISTINCT FROM original)",
         new="bool_and(true)",
-        tests=(f"{_TESTS}::TestVariants::test_that_are_not_those_of_the_original[asyncpg]",),
+        tests=(f"{EACH}::TestVariants::test_that_are_not_those_of_the_original[asyncpg]",),
     ),
     Mutant(
         name="trigger-with-the-rights-of-the-writer",
@@ -179,6 +181,6 @@ MUTANTS = [
         new="""                if chosen:
                     await connection.run_sync(intents.consume, stored)
                 displaced""",
-        tests=(f"{_TESTS}::TestSessions::test_variants_that_a_worker_makes[asyncpg]",),
+        tests=(f"{EACH}::TestSessions::test_variants_that_a_worker_makes[asyncpg]",),
     ),
 ]

@@ -25,6 +25,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 from granite_storage._documentation import Page
 from granite_storage._portal import portal
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.orm._faults import explain_denied, explain_fault
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, wait
@@ -215,7 +216,11 @@ class JournalPool:
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Bound a transaction: in time, where that is wanted, and in number, where the pool itself keeps no count."""
+        """Bound a transaction: in time, where that is wanted, and in number, where the pool itself keeps no count.
+
+        Raises:
+            ConfigurationError: A table of the journal is missing by now, or the role may not use it.
+        """
         try:
             async with asyncio.timeout(self._timeout), AsyncExitStack() as stack:
                 if isinstance(self._engine.sync_engine.pool, NullPool):
@@ -224,6 +229,19 @@ class JournalPool:
                 yield
         except (TimeoutError, PoolTimeoutError) as error:
             raise BackendUnavailableError(self._describe_timeout()) from error
+        except DBAPIError as error:
+            if (fault := self._explain_fault(error)) is None:
+                raise
+            raise fault from error.orig
+
+    def _explain_fault(self, error: DBAPIError) -> ConfigurationError | None:
+        """Return what to raise for an error of the database about the journal's tables."""
+        return explain_fault(error, self.role)
+
+    @property
+    def role(self) -> str | None:
+        """The name that the connections are made with."""
+        return self._outer.url.username
 
     async def require_fit(self, tables: JournalTables, others: Sequence[Table]) -> None:
         """Refuse storage engines and settings of the database; see `check_database`."""
@@ -658,29 +676,31 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
 async def _is_of_version_1(pool: JournalPool, tables: JournalTables) -> bool:
     try:
         return await _read_version(pool, tables) == _WITHOUT_JOBS
-    except DBAPIError:
+    except (ConfigurationError, DBAPIError):
         return False
 
 
 async def _check_table(pool: JournalPool, table: Table) -> None:
     """See that a table is there with its columns, and may be written to."""
     nothing = table.delete().where(text("1 = 0"))
-    try:
-        async with pool.reading() as connection:
+    async with pool.reading() as connection:
+        try:
             await connection.execute(select(table).limit(0))
             if pool.dialect == "sqlite":  # a write would wait for the lock, which the caller's own session may have
                 return
             await connection.execute(nothing)
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
-    except DBAPIError as error:
-        name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
-        raise _refuse(
-            f"the journal's table {name} is missing, is of another version or may not be written to: {error.orig}."
-            " Create it with the models' own (Base.metadata.create_all or a migration) after journal_tables(Base.metadata),"
-            " and let the application's database user read and write it. Sessions with a schema_translate_map of their own share"
-            " one set of the journal's tables: it is where the engine that was passed to StorageJournal finds it, with that"
-            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)"
-        ) from error
+        except DBAPIError as error:
+            if (denied := explain_denied(error, pool.role)) is not None:
+                raise denied from error.orig
+            name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
+            raise _refuse(
+                f"the journal's table {name} is missing or is of another version: {error.orig}. Create it with the models' own"
+                " (Base.metadata.create_all or a migration) after journal_tables(Base.metadata). Sessions with a"
+                " schema_translate_map of their own share one set of the journal's tables: it is where the engine that was passed"
+                " to StorageJournal finds it, with that engine's map if it has one, or in"
+                " journal_tables(Base.metadata, schema=...)"
+            ) from error
 
 
 async def _check_version(pool: JournalPool, tables: JournalTables, *, has_jobs: bool) -> None:

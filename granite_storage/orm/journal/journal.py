@@ -526,7 +526,7 @@ class StorageJournal:
             for recovery in self._recoveries(self._hurried):
                 await recovery.settle(ids)
         except (BackendUnavailableError, ConfigurationError, DBAPIError):
-            with suppress(BackendUnavailableError, DBAPIError):  # the lease ends by itself then
+            with suppress(BackendUnavailableError, ConfigurationError, DBAPIError):  # the lease ends by itself then
                 await self.intents.expire(ids)
                 self._alarm.ring()
             raise

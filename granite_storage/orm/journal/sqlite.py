@@ -44,6 +44,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
+from granite_storage.orm._faults import explain_missing
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import batches, file_of, wait
 from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
@@ -508,11 +509,15 @@ class SidecarPool(_LockingPool):
     async def fencing(self) -> AsyncIterator[AsyncConnection]:
         """Give a connection that fences uploads; no session is between its look at them and its COMMIT meanwhile."""
         await self.open()
-        async with self._main.writing() as main, self.writing() as connection:
+        async with self._main.writing() as main:
             # What a flush has recorded for the triggers, and has committed because an error kept it from deleting that.
             if (await main.execute(select(_TABLES.decision.c.outcome).limit(1))).first() is not None:
                 await main.execute(_TABLES.decision.delete())
-            yield connection
+            async with self.writing() as connection:
+                yield connection
+
+    def _explain_fault(self, error: DBAPIError) -> ConfigurationError | None:
+        return explain_missing(error, sidecar=str(self._file.path))
 
     async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
         while True:

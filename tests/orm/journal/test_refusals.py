@@ -76,7 +76,7 @@ class TestTables:
             "ALTER TABLE granite_storage_intent RENAME COLUMN upload_id TO other_id",
             "ALTER TABLE granite_storage_intent RENAME COLUMN other_id TO upload_id",
         ):
-            await require_refused(env, "granite_storage_intent is missing, is of another version")
+            await require_refused(env, "granite_storage_intent is missing or is of another version")
 
     async def test_another_version(self, env: OrmEnvironment) -> None:
         await journal_of(env).check()
@@ -136,7 +136,7 @@ class TestTables:
         journal = StorageJournal(engine)
         binding = bind_storage(Base, env.manager, journal=journal)
         try:
-            with pytest.raises(ConfigurationError, match="may not be written to"):
+            with pytest.raises(ConfigurationError, match=r"GRANT .* ON granite_storage_intent TO visitor"):
                 await journal.check()
         finally:
             binding.unbind()

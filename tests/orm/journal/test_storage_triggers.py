@@ -241,13 +241,6 @@ class TestGuard:
         assert (await journal_of(env).recover()).deleted == 1
         assert len(await env.objects()) == 1
 
-    async def test_what_a_plain_column_holds(self, env: OrmEnvironment) -> None:
-        ref = await put(env)
-        assert not await refused(env, "INSERT INTO link VALUES (1, {ref})", ref=ref)
-        assert not await refused(env, "INSERT INTO doc (id, file) SELECT id, ref FROM link")
-        await run(env, "DELETE FROM link")
-        assert await nominated(env) == set()
-
     async def test_swaps(self, env: OrmEnvironment) -> None:
         one, two = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
         await run(env, "UPDATE doc SET file = (SELECT d.file FROM doc d WHERE d.id = 3 - doc.id)")
@@ -263,17 +256,6 @@ class TestGuard:
             await run(connection, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
             assert (await journal_of(env).recover()).claimed == 0, "the guard has locked the intent"
         assert (await journal_of(env).recover()).kept == 1
-
-    @pytest.mark.parametrize("step", ["_check", "_remove", "_conclude"])
-    async def test_an_undo_while_the_object_is_deleted(
-        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, step: str
-    ) -> None:
-        [ref] = await stored(env, Doc(id=1, file=file("a")))
-        await run(env, "DELETE FROM doc")
-        with steps_are_watched(monkeypatch):
-            async with worker(env, step):
-                assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
-        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
 
     async def test_a_newer_intent_of_what_is_being_deleted(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two rows share the object; the second one is deleted after the fence, and its intent is no evidence."""
@@ -401,86 +383,12 @@ async def copy_in(env: OrmEnvironment, number: int, ref: StoredObjectRef) -> Non
                 await copying.write_row(row)
 
 
-class TestVariants:
-    @pytest.fixture
-    async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
-        """Let a row have a file with a variant."""
-        [ref] = await stored(env, Doc(id=1, file=file("a")))
-        [variant] = await stored(env, Parent(id=1, file=file("v")))
-        whole = ref.with_variants({"thumb": variant})
-        await run(
-            env, "SET LOCAL session_replication_role = replica", "DELETE FROM parent", "UPDATE doc SET file = {ref}", ref=whole
-        )
-        return whole
-
-    async def test_they_go_with_their_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
-        await run(env, "INSERT INTO parent SELECT id, file FROM doc")
-        await run(env, "UPDATE doc SET file = NULL")
-        assert await nominated(env) == locations(ref)
-        assert (await journal_of(env).recover()).kept == 2
-        await run(env, "UPDATE parent SET file = file - 'variants'")
-        assert (await journal_of(env).recover()).deleted == 1
-        await run(env, "DELETE FROM parent")
-        assert (await journal_of(env).recover()).deleted == 1
-
-    async def test_undone(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
-        await run(env, "UPDATE doc SET file = file - 'variants'")
-        await run(env, "UPDATE doc SET file = {ref}", ref=ref)
-        await run(env, "DELETE FROM doc")
-        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
-        assert (await journal_of(env).recover()).kept == 2
-
-    async def test_that_are_not_those_of_the_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
-        """A worker looks for a variant in the rows that hold its original; so it must be in none else."""
-        [other] = await stored(env, Parent(id=1, file=file("b")))
-        variant = (ref.variants or {})["thumb"]
-        moved = other.with_variants({"thumb": variant})
-        for is_pending in (False, True):
-            if is_pending:
-                await run(env, "INSERT INTO child (id, parent_id, file) SELECT 1, 1, file FROM doc", "DELETE FROM child")
-                assert await nominated(env) == locations(ref)
-            for statement in ("INSERT INTO doc (id, file) VALUES (2, {moved})", "UPDATE parent SET file = {moved}"):
-                assert await refused(env, statement, moved=moved), (statement, is_pending)
-            assert await refused(env, "UPDATE doc SET file = {moved}", moved=moved)
-            assert await refused(env, "INSERT INTO doc (id, file) VALUES (2, {variant})", variant=variant)
-            assert await refused(env, "UPDATE doc SET other = {variant}", variant=variant)
-
-
 class TestSessions:
-    async def test_one_intent_for_one_object(self, env: OrmEnvironment) -> None:
-        refs = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")), Doc(id=3, file=file("c")))
-        async with env.sessions.begin() as session:
-            await session.delete(await session.get_one(Doc, 1))
-            (await session.get_one(Doc, 2)).file = file("d")
-            (await session.get_one(Doc, 3)).file = None
-        assert await nominated(env) == locations(*refs)
-        assert (await journal_of(env).recover()).deleted == 3
-
-    async def test_what_it_moves_leaves_nothing_behind(self, env: OrmEnvironment) -> None:
-        await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
-        async with env.sessions.begin() as session:
-            one, two = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
-            one.file, two.file = two.file, one.file
-        async with env.sessions.begin() as session:
-            one = await session.get_one(Doc, 1)
-            one.file, one.other = None, one.file
-            await session.flush()
-            one.file, one.other = one.other, None
-        assert await nominated(env) == set()
-
     async def test_an_undo(self, env: OrmEnvironment) -> None:
         [ref] = await stored(env, Doc(id=1, file=file("a")))
         await run(env, "DELETE FROM doc")
         await env.add(Doc(id=2, file=Attachment.restore(ref)))
         assert await nominated(env) == set()
-
-    async def test_a_refusal(self, env: OrmEnvironment) -> None:
-        [ref] = await stored(env, Doc(id=1, file=file("a")))
-        unknown = StoredObjectRef.from_dict({**ref.to_dict(), "location": f"{ref.location}-unknown"})
-        async with env.sessions() as session:
-            with pytest.raises(StaleAttachmentError, match="gone or going") as caught:
-                await run(await session.connection(), "UPDATE doc SET file = {ref}", ref=unknown)
-        assert "gone or going" in str(caught.value.__cause__), "the driver's error"
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
     async def test_an_older_snapshot(self, env: OrmEnvironment, level: str) -> None:
@@ -511,15 +419,6 @@ class TestSessions:
         await run(env, "DELETE FROM doc")
         assert (await journal_of(env).recover()).deleted == 1
         assert [len(await rows(env, name)) for name in ("intent", "decision")] == [0, 0]
-
-    async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
-        await env.add(Picture(id=1, file=file("a")))
-        assert (await journal_of(env).recover()).derived == 1
-        [ref] = (await env.references()).values()
-        assert locations(ref) == await env.objects()
-        async with env.sessions.begin() as session:
-            (await session.get_one(Picture, 1)).file = file("b")
-        assert await nominated(env) == locations(ref)
 
     async def test_a_variant_that_is_reclaimed_before_a_worker_sets_it(
         self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
@@ -665,18 +564,6 @@ class TestRetention:
 
 
 class TestAdoption:
-    async def test_rows_from_elsewhere(self, env: OrmEnvironment) -> None:
-        """What is loaded stays, and what is not loaded goes when the lease is over."""
-        loaded, left = await put(env, "a"), await put(env, "b")
-        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=loaded)
-        await journal_of(env).adopt([loaded.with_variants({"thumb": left})])
-        assert (await journal_of(env).recover()).claimed == 0
-        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=loaded)
-        await expire(env)
-        report = await journal_of(env).recover()
-        assert (report.kept, report.deleted) == (1, 1)
-        assert await env.objects() == {loaded.location}
-
     async def test_what_is_not_there(self, env: OrmEnvironment) -> None:
         ref = await put(env)
         await env.manager.delete(ref)

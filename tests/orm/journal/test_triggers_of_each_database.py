@@ -1,0 +1,172 @@
+"""What triggers do on every database alike; the file of each database has what only its SQL can do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from granite_storage import StoredObjectRef
+from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm.journal.deletes import delete_id
+from tests.orm.conftest import new_database
+from tests.orm.databases import WITH_JOURNAL, Database
+from tests.orm.environment import OrmEnvironment, file
+from tests.orm.journal.guarded import Doc, Parent, Picture, environment, locations, put, refused, run, stored
+from tests.orm.journal.sharing import steps_are_watched, worker
+from tests.orm.journal.test_recovery import expire, journal_of, rows
+
+
+@pytest.fixture(scope="session", params=WITH_JOURNAL)
+async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """A database of these tests' own: its tables have triggers."""
+    async with new_database(request, request.param) as found:
+        yield found
+
+
+@pytest.fixture
+async def env(database: Database) -> AsyncIterator[OrmEnvironment]:
+    """Empty tables with triggers, an empty storage and a journal; afterwards recovery leaves what rows refer to, and no more."""
+    async with environment(database) as env:
+        yield env
+        await env.recover()
+        assert await env.objects() == locations(*(await env.references()).values())
+
+
+async def nominated(env: OrmEnvironment) -> set[str]:
+    """Return what waits to be deleted; each object has one intent, with its own id where the triggers can make one."""
+    found = [row for row in await rows(env, "intent") if not env.database.is_sqlite or row.kind == "delete"]
+    assert len({row.location for row in found}) == len(found)
+    if not env.database.is_sqlite:
+        assert all(row.kind == "delete" and row.id == delete_id(row.backend, row.location) for row in found)
+    return {row.location for row in found}
+
+
+def drop_variants(env: OrmEnvironment, table: str) -> str:
+    """Return the SQL that lets the files of a table have no variants."""
+    on_postgresql, elsewhere = "UPDATE %s SET file = file - 'variants'", "UPDATE %s SET file = JSON_REMOVE(file, '$.variants')"
+    return (on_postgresql if env.database.is_postgres else elsewhere) % table
+
+
+class TestGuard:
+    async def test_what_a_plain_column_holds(self, env: OrmEnvironment) -> None:
+        ref = await put(env)
+        assert not await refused(env, "INSERT INTO link VALUES (1, {ref})", ref=ref)
+        assert not await refused(env, "INSERT INTO doc (id, file) SELECT id, ref FROM link")
+        await run(env, "DELETE FROM link")
+        assert await nominated(env) == set()
+
+    @pytest.mark.parametrize("step", ["_check", "_remove", "_conclude"])
+    async def test_an_undo_while_the_object_is_deleted(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc")
+        with steps_are_watched(monkeypatch):
+            async with worker(env, step):
+                assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+
+class TestVariants:
+    @pytest.fixture
+    async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
+        """Let a row have a file with a variant."""
+        original, variant = await put(env, "a"), await put(env, "v")
+        whole = original.with_variants({"thumb": variant})
+        await journal_of(env).adopt([whole])
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", "DELETE FROM granite_storage_intent", ref=whole)
+        return whole
+
+    async def test_they_go_with_their_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
+        await run(env, "INSERT INTO parent SELECT id, file FROM doc")
+        await run(env, "UPDATE doc SET file = NULL")
+        assert await nominated(env) == locations(ref)
+        assert (await journal_of(env).recover()).kept == 2
+        await run(env, drop_variants(env, "parent"))
+        assert (await journal_of(env).recover()).deleted == 1
+        await run(env, "DELETE FROM parent")
+        assert (await journal_of(env).recover()).deleted == 1
+
+    async def test_undone(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
+        await run(env, drop_variants(env, "doc"))
+        await run(env, "UPDATE doc SET file = {ref}", ref=ref)
+        await run(env, "DELETE FROM doc")
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+        assert (await journal_of(env).recover()).kept == 2
+
+    async def test_that_are_not_those_of_the_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
+        """A worker looks for a variant in the rows that hold its original; so it must be in none else."""
+        [other] = await stored(env, Parent(id=1, file=file("b")))
+        variant = (ref.variants or {})["thumb"]
+        moved = other.with_variants({"thumb": variant})
+        for is_pending in (False, True):
+            if is_pending:
+                await run(env, "INSERT INTO child (id, parent_id, file) SELECT 1, 1, file FROM doc", "DELETE FROM child")
+                assert await nominated(env) == locations(ref)
+            for statement in ("INSERT INTO doc (id, file) VALUES (2, {moved})", "UPDATE parent SET file = {moved}"):
+                assert await refused(env, statement, moved=moved), (statement, is_pending)
+            assert await refused(env, "UPDATE doc SET file = {moved}", moved=moved)
+            assert await refused(env, "INSERT INTO doc (id, file) VALUES (2, {variant})", variant=variant)
+            assert await refused(env, "UPDATE doc SET other = {variant}", variant=variant)
+
+
+class TestSessions:
+    async def test_one_intent_for_one_object(self, env: OrmEnvironment) -> None:
+        refs = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")), Doc(id=3, file=file("c")))
+        async with env.sessions.begin() as session:
+            await session.delete(await session.get_one(Doc, 1))
+            (await session.get_one(Doc, 2)).file = file("d")
+            (await session.get_one(Doc, 3)).file = None
+        assert await nominated(env) == locations(*refs)
+        found = [row for row in await rows(env, "intent") if row.kind == "delete"]
+        assert all(row.id == delete_id(row.backend, row.location) for row in found), "the library's ids, of which undos know"
+        assert (await journal_of(env).recover()).deleted == 3
+
+    async def test_what_it_moves_leaves_nothing_behind(self, env: OrmEnvironment) -> None:
+        await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with env.sessions.begin() as session:
+            one, two = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
+            one.file, two.file = two.file, one.file
+        async with env.sessions.begin() as session:
+            one = await session.get_one(Doc, 1)
+            one.file, one.other = None, one.file
+            await session.flush()
+            one.file, one.other = one.other, None
+        assert await nominated(env) == set()
+
+    async def test_a_refusal(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        unknown = StoredObjectRef.from_dict({**ref.to_dict(), "location": f"{ref.location}-unknown"})
+        said = r"of doc\.file is gone or going" if env.database.is_sqlite else "gone or going"
+        async with env.sessions() as session:
+            with pytest.raises(StaleAttachmentError, match=said) as caught:
+                await run(await session.connection(), "UPDATE doc SET file = {ref}", ref=unknown)
+        assert "gone or going" in str(caught.value.__cause__), "the driver's error"
+        with pytest.raises(IntegrityError, match="gone or going"):
+            await run(env, "UPDATE doc SET file = {ref}", ref=unknown)
+
+    async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
+        await env.add(Picture(id=1, file=file("a")))
+        assert (await journal_of(env).recover()).derived == 1
+        [ref] = (await env.references()).values()
+        assert locations(ref) == await env.objects()
+        assert not env.database.is_sqlite or await rows(env, "decision") == []
+        async with env.sessions.begin() as session:
+            (await session.get_one(Picture, 1)).file = file("b")
+        assert await nominated(env) == locations(ref)
+
+
+class TestAdoption:
+    async def test_rows_from_elsewhere(self, env: OrmEnvironment) -> None:
+        """What is loaded stays, and what is not loaded goes when the lease is over."""
+        loaded, left = await put(env, "a"), await put(env, "b")
+        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=loaded)
+        await journal_of(env).adopt([loaded.with_variants({"thumb": left})])
+        assert (await journal_of(env).recover()).claimed == 0
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=loaded)
+        await expire(env)
+        report = await journal_of(env).recover()
+        assert (report.kept, report.deleted) == (1, 1)
+        assert await env.objects() == {loaded.location}

@@ -18,6 +18,9 @@ Why it is safe. A worker looks for rows in one snapshot after it has fenced an o
   are locked as well. That none is fenced already is seen afterwards, by a locking read. The intent of an upload alone is no
   evidence: with another row that holds the object, and is deleted meanwhile, an intent would be left that no transaction locks.
 
+What a trigger costs is the number of its statements and of its local variables, which MariaDB makes for each row whether they
+are used or not. So there are none, and most rows are one condition and one INSERT.
+
 Deletes that cascade fire no triggers. So each table from which a cascade leads to files has a trigger that reads the rows below,
 before the row is deleted.
 """
@@ -25,10 +28,9 @@ before the row is deleted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from typing import TypeAlias
 
@@ -64,23 +66,12 @@ Place: TypeAlias = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class _Typed:
-    """A column, its type, and the character set and collation of its texts."""
+class _Collated:
+    """A column, and the character set and collation of its texts."""
 
     name: str
-    column_type: str
     charset: str | None
     collation: str | None
-
-    @property
-    def type(self) -> str:
-        """The type of a variable with its values."""
-        return self.column_type if self.charset is None else f"{self.column_type} {self.as_text}"
-
-    @property
-    def as_text(self) -> str:
-        """The character set and collation in SQL."""
-        return f"CHARACTER SET {self.charset} COLLATE {self.collation}"
 
     def like(self, expression: str) -> str:
         """Return an expression that compares with the column by the column's own index."""
@@ -106,16 +97,14 @@ class _Facts:
     """What the triggers of a table depend on in the catalogue.
 
     Attributes:
-        id: The column of the intents' ids.
-        name: That of the names in `granite_storage_meta`.
+        name: The column of the names in `granite_storage_meta`.
         keys: The primary keys of the tables that hold refs.
         paths: The ways by which deletes cascade to the table, each from an ancestor down to it.
         own: The foreign keys by which a table on such a way deletes its own rows.
     """
 
-    id: _Typed
-    name: _Typed
-    keys: Mapping[Place, Sequence[_Typed]]
+    name: _Collated
+    keys: Mapping[Place, Sequence[_Collated]]
     paths: Sequence[Path]
     own: Mapping[Place, Sequence[_Cascade]]
 
@@ -164,7 +153,6 @@ class MariaDBTriggers:
         place = (table.schema, table.name)
         paths, own = _find_cascades(connection, place)
         facts = _Facts(
-            id=_type_of(connection, (schema, journal.intent.name), journal.intent.c.id.name),
             name=_type_of(connection, (schema, journal.meta.name), journal.meta.c.name.name),
             keys={found: _primary_key(connection, found) for found in {place, *((item.schema, item.table) for item in holders)}},
             paths=paths,
@@ -282,8 +270,12 @@ class MariaDBSource:
         return f"{VERSION}:{sha256(parts.encode()).hexdigest()[:32]}"
 
     def _with_digest(self, body: str, digest: str) -> str:
-        """Return a body with what it is known by; not in a comment, which clients leave out when they restore a dump."""
-        return f"BEGIN\n  DECLARE g_made_of TEXT DEFAULT {literal(f'{digest} {_label(self._place)}')};\n{body}\nEND"
+        """Return a body with what it is known by; not in a comment, which clients leave out when they restore a dump.
+
+        It stands behind the end of the body, where it is never reached and costs nothing.
+        """
+        known_by = f"SET @{_PREFIX}made_of = {literal(f'{digest} {_label(self._place)}')}"
+        return f"g_body: BEGIN\n{body}\n  LEAVE g_body;\n  {known_by};\nEND"
 
     @property
     def _ancestors(self) -> list[Place]:
@@ -303,231 +295,230 @@ class MariaDBSource:
             by_ancestor.setdefault(path[0].parent, []).append(path)
         for ancestor, paths in by_ancestor.items():
             named = fitting_name(f"{_PREFIX}cascade_", f"{ancestor[1]}_{name}")
-            body = "\n".join([_VARIABLES, *(self._nominate_below(path) for path in paths)])
+            body = "\n".join(self._nominate_below(path) for path in paths)
             wanted.append(_Wanted(named, ancestor, ("BEFORE", "DELETE"), body, is_first=False))
         return wanted
 
     # Nominating.
 
     def _on_delete(self) -> str:
-        return f"""{_VARIABLES}
-{_each(self._values_of("OLD"), (), self._nominate)}"""
+        return "\n".join(self._nominate(f"OLD.{name}") for name in self._columns)
 
     def _on_update(self) -> str:
-        unchanged = " AND ".join(f"OLD.{_quoted(name)} <=> NEW.{_quoted(name)}" for name in self.table.columns)
-        old, new = self._values_of("OLD"), self._values_of("NEW")
+        unchanged = " AND ".join(f"OLD.{name} <=> NEW.{name}" for name in self._columns)
+        nominated = [self._nominate(f"OLD.{name}", f"NEW.{name}") for name in self._columns]
+        return "\n".join([f"  IF NOT ({unchanged}) THEN", *nominated, self._guard(is_update=True), "  END IF;"])
 
-        def nominate(is_variant: bool) -> str:
-            return self._nominate(is_variant, f"NOT {_holds('g_other', is_variant)}")
+    @property
+    def _columns(self) -> list[str]:
+        return [_quoted(name) for name in self.table.columns]
 
-        return f"""  IF NOT ({unchanged}) THEN
-  BEGIN
-{_VARIABLES}
-{self._key_variables()}
-{_each(old, new, nominate)}
-{_each(new, old, partial(self._guard, is_update=True))}
-  END;
+    def _nominate(self, old: str, new: str | None = None) -> str:
+        """Return what records that the objects of a ref are to be deleted, except those that another has as well.
+
+        The first condition is that of nearly all rows: that there are no variants, and that an earlier row has found out when
+        objects of the policy are due. Each further statement would cost them more than any expression does.
+        """
+        backend, location = _value_of(old, "backend"), _value_of(old, "location")
+        is_changed, is_gone = "", ""
+        if new is not None:
+            is_changed, is_gone = f"NOT {old} <=> {new} AND ", f" AND NOT {location} <=> {_value_of(new, 'location')}"
+        asked = f"CONCAT_WS(' ', UTC_TIMESTAMP(6), {_value_of(old, 'storage_key')})"
+        is_known = f"BINARY {_ASKED} <=> {asked}"
+        record = self._insert(f"VALUES ({self._recorded(_BACKEND, _LOCATION, 'NULL')})")
+        return f"""  IF {is_changed}({_BACKEND} := {backend}) IS NOT NULL AND ({_LOCATION} := {location}) IS NOT NULL{is_gone}
+      AND {is_known} AND NOT JSON_EXISTS({old}, '$.variants') THEN
+    {record}
+  ELSEIF {is_changed}{old} IS NOT NULL THEN
+    IF NOT {is_known} THEN
+      {self._find_due(old)}
+      SET {_ASKED} = {asked};
+    END IF;
+    SET {_BACKEND} = {backend}, {_LOCATION} = {location};
+    IF {_BACKEND} IS NOT NULL AND {_LOCATION} IS NOT NULL{is_gone} THEN
+      {record}
+    END IF;
+    IF JSON_EXISTS({old}, '$.variants') THEN
+      {self._nominate_variants(old, new)}
+    END IF;
   END IF;"""
 
-    def _values_of(self, row: str) -> list[str]:
-        return [f"{row}.{_quoted(name)}" for name in self.table.columns]
+    def _nominate_variants(self, old: str, new: str | None) -> str:
+        is_gone = "" if new is None else f" AND NOT {_has_variant(new, _value_of(old, 'location'), 'v.g_location')}"
+        return self._insert(
+            f"SELECT {self._recorded('v.g_backend', 'v.g_location', _value_of(old, 'location'))} FROM {_variants_of(old)} v"
+            f" WHERE v.g_backend IS NOT NULL AND v.g_location IS NOT NULL{is_gone}"
+        )
 
-    def _nominate(self, is_variant: bool, condition: str = "1 = 1") -> str:
-        """Return what records that an object is to be deleted.
+    def _find_due(self, value: str) -> str:
+        """Return what finds when the objects of a ref are due, without a lock.
 
-        How long it waits is read without a lock, and once for many rows: variables of the connection have the answer for the
-        moment when the statement began.
+        It is looked up once for many rows: variables of the connection have the answer for the policy, and for the moment when
+        the statement began.
         """
         longest = f"SELECT MAX(CAST(a.value AS DOUBLE)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
-        name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, g_policy), {LONGEST_META_NAME})"
+        name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, {_value_of(value, 'storage_key')}), {LONGEST_META_NAME})"
         own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {self._facts.name.like(name)}"
-        variant = "SUBSTR('89ab', (CONV(SUBSTR(g_digest, 17, 1), 16, 10) & 3) + 1, 1)"  # see `derived_id`
-        derived = f"CONCAT(LEFT(g_digest, 12), '5', SUBSTR(g_digest, 14, 3), {variant}, SUBSTR(g_digest, 18, 15))"
-        return f"""IF g_backend IS NOT NULL AND g_location IS NOT NULL AND {condition} THEN
-          SET g_asked = CONCAT_WS(' ', UTC_TIMESTAMP(6), g_policy);
-          IF NOT BINARY @granite_storage_asked <=> BINARY g_asked THEN
-            SELECT COALESCE(({own}), ({longest}), 0) INTO g_seconds;
-            SET @granite_storage_seconds = g_seconds, @granite_storage_asked = g_asked;
-          END IF;
-          SET g_digest = SHA2(CONCAT(g_backend, CHAR(10 USING utf8mb4), g_location), 256);
-          INSERT INTO {self._intent} (id, kind, backend, location, source, due)
-            VALUES ({derived}, {literal(DELETE)}, g_backend, g_location, {"g_original" if is_variant else "NULL"},
-              TIMESTAMPADD(MICROSECOND, 1000000 * @granite_storage_seconds, UTC_TIMESTAMP(6)))
-            ON DUPLICATE KEY UPDATE due = GREATEST(due, VALUES(due));
-        END IF;"""
+        seconds = f"COALESCE(({own}), ({longest}), 0)"
+        return f"SELECT TIMESTAMPADD(MICROSECOND, 1000000 * {seconds}, UTC_TIMESTAMP(6)) INTO {_DUE};"
+
+    def _recorded(self, backend: str, location: str, source: str) -> str:
+        digest = f"SHA2(CONCAT({backend}, {literal(chr(10))}, {location}), 256)"
+        variant = f"SUBSTR('89ab', (CONV(SUBSTR({digest}, 17, 1), 16, 10) & 3) + 1, 1)"  # see `derived_id`
+        derived = f"INSERT(INSERT(LEFT({digest}, 32), 13, 1, '5'), 17, 1, {variant})"
+        return f"{derived}, {literal(DELETE)}, {backend}, {location}, {source}, {_DUE}"
+
+    def _insert(self, rows: str) -> str:
+        return f"""INSERT INTO {self._intent} (id, kind, backend, location, source, due)
+        {rows}
+        ON DUPLICATE KEY UPDATE due = GREATEST(due, VALUES(due));"""
 
     def _nominate_below(self, path: Path) -> str:
         """Return what nominates the files of the rows that a delete reaches by one way of cascades."""
-        below = _Below(self._facts, path)
-        values = [f"g_value_{number}" for number in range(len(self.table.columns))]
-        declared = "\n".join(f"    DECLARE {value} LONGTEXT {_TEXT};" for value in values)
-        return f"""  BEGIN
-{declared}
-    DECLARE g_rows CURSOR FOR {below.select([f"t.{_quoted(name)}" for name in self.table.columns])};
-    DECLARE CONTINUE HANDLER FOR NOT FOUND SET g_end = 1;
-    SET g_end = 0;
-    OPEN g_rows;
-    g_below: LOOP
-      FETCH g_rows INTO {", ".join(values)};
-      IF g_end THEN
-        LEAVE g_below;
-      END IF;
-{_each(values, (), self._nominate)}
-    END LOOP;
-    CLOSE g_rows;
-  END;"""
+        columns = [f"t.{name} AS g_value_{number}" for number, name in enumerate(self._columns)]
+        nominated = "\n".join(self._nominate(f"g_row.g_value_{number}") for number in range(len(columns)))
+        return f"""  FOR g_row IN ({_Below(self._facts, path).select(columns)}) DO
+{nominated}
+  END FOR;"""
 
     # Guarding.
 
     def _on_insert(self) -> str:
-        return f"""{_VARIABLES}
-{self._key_variables()}
-{_each(self._values_of("NEW"), (), partial(self._guard, is_update=False))}"""
+        return self._guard(is_update=False)
 
-    def _key_variables(self) -> str:
-        """Declare the variables with the primary keys of the rows that are looked at, and with the id of an intent."""
-        declared = [f"  DECLARE g_intent {self._facts.id.type};"]
-        for number, holder in enumerate(self.holders):
-            declared += [
-                f"  DECLARE g_key_{number}_{position} {key.type};"
-                for position, key in enumerate(self._facts.keys[holder.schema, holder.table])
-            ]
-        return "\n".join(declared)
+    def _guard(self, *, is_update: bool) -> str:
+        """Return what locks the evidence for each location that has come into the row, those of variants last, or refuses it.
 
-    def _guard(self, is_variant: bool, *, is_update: bool) -> str:
-        """Return what locks the evidence for a location that has come into the row, or refuses it.
-
-        A row is no evidence for what it has brought in itself; an update may give a column what another one had before.
+        A row is no evidence for what it has brought in itself; an update may give a column what any had before.
         """
-        is_known = "COALESCE(LOCATE(CONCAT(CHAR(10), g_location, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4)"
-        is_known += " COLLATE utf8mb4_bin), 0) > 0"
-        is_new = "1 = 1"
+        new, old = self._chosen("NEW"), self._chosen("OLD")
+        original = _value_of(new, "location")
+
+        def is_new(value: str, before: str) -> str:
+            return f"{value} IS NOT NULL" + (f" AND NOT {value} <=> {before}" if is_update else "")
+
+        any_is_new = " OR ".join(is_new(f"NEW.{name}", f"OLD.{name}") for name in self._columns)
+        return f"""  IF {any_is_new} THEN
+  SET {_COLUMN} = 0;
+  WHILE {_COLUMN} < {len(self._columns)} DO
+    IF {is_new(new, old)} THEN
+      SET {_ORIGINAL} = NULL, {_LOCATION} = {original}, {_NUMBER} = 0;
+      SET {_COUNT} = COALESCE(JSON_LENGTH({new}, '$.variants'), 0);
+      WHILE {_NUMBER} <= {_COUNT} DO
+        IF {_NUMBER} = 0 THEN
+{self._look(is_update=is_update, is_variant=False)}
+        ELSE
+{self._look(is_update=is_update, is_variant=True)}
+        END IF;
+        IF NOT {_KNOWN} THEN
+{self._lock_intents()}
+        END IF;
+        IF NOT {_KNOWN} THEN
+          SET {_LOCATION} = CONCAT({literal(REFUSAL[0])}, QUOTE(LEFT({_LOCATION}, {_SHOWN})), {literal(REFUSAL[1])});
+          SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 1452, MESSAGE_TEXT = {_LOCATION};
+        END IF;
+        IF {_NUMBER} < {_COUNT} THEN
+          SET {_ORIGINAL} = {original};
+          SET {_LOCATION} = JSON_VALUE(JSON_EXTRACT({new}, '$.variants.*'), CONCAT('$[', {_NUMBER}, '].location'));
+        END IF;
+        SET {_NUMBER} = {_NUMBER} + 1;
+      END WHILE;
+    END IF;
+    SET {_COLUMN} = {_COLUMN} + 1;
+  END WHILE;
+  END IF;"""
+
+    def _chosen(self, row: str) -> str:
+        """Return the value of the column whose turn it is."""
+        cases = " ".join(f"WHEN {number} THEN {row}.{name}" for number, name in enumerate(self._columns))
+        return f"CASE {_COLUMN} {cases} END" if len(self._columns) > 1 else f"{row}.{self._columns[0]}"
+
+    def _look(self, *, is_update: bool, is_variant: bool) -> str:
+        """Return what looks whether the location needs no evidence, or locks another row that holds it."""
+        known = [
+            f"{_LOCATION} IS NULL",
+            f"COALESCE(LOCATE(CONCAT(CHAR(10), {_LOCATION}, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4)"
+            " COLLATE utf8mb4_bin), 0) > 0",
+        ]
         if is_update:
-            is_new = f"NOT {_holds('g_other', is_variant)}"
-            for holder in self.holders:
-                if (holder.schema, holder.table) == self._place:
-                    is_known += f" OR {_holds(f'OLD.{_quoted(holder.column)}', is_variant)}"
+            own = [_quoted(holder.column) for holder in self.holders if (holder.schema, holder.table) == self._place]
+            known += [_holds(f"OLD.{name}", is_variant) for name in dict.fromkeys([*self._columns, *own])]
         looks = "".join(self._look_at(number, holder, is_variant) for number, holder in enumerate(self.holders))
-        return f"""IF g_location IS NOT NULL AND {is_new} THEN
-          SET g_known = {is_known};
-          IF NOT g_known THEN
-            BEGIN
-              DECLARE CONTINUE HANDLER FOR NOT FOUND BEGIN END;{looks}
-            END;
-          END IF;
-          IF NOT g_known THEN
-{self._lock_intents("g_original" if is_variant else "NULL")}
-          END IF;
-          IF NOT g_known THEN
-            SET g_location = CONCAT({literal(REFUSAL[0])}, QUOTE(LEFT(g_location, {_SHOWN})), {literal(REFUSAL[1])});
-            SIGNAL SQLSTATE '23000' SET MYSQL_ERRNO = 1452, MESSAGE_TEXT = g_location;
-          END IF;
-        END IF;"""
+        return f"""          SET {_KNOWN} = {" OR ".join(known)};
+          BEGIN
+            DECLARE CONTINUE HANDLER FOR NOT FOUND BEGIN END;{looks}
+          END;"""
 
     def _look_at(self, number: int, holder: Holder, is_variant: bool) -> str:
         """Return what finds a row of a column that holds the location, or as a variant of the same original, and locks it."""
         place = (holder.schema, holder.table)
         names = [key.name for key in self._facts.keys[place]]
-        variables = [f"g_key_{number}_{position}" for position in range(len(names))]
+        variables = [f"@{_PREFIX}key_{number}_{position}" for position in range(len(names))]
         keys = ", ".join(f"t.{_quoted(name)}" for name in names)
         is_found = " AND ".join(f"t.{_quoted(name)} = {variable}" for name, variable in zip(names, variables, strict=True))
         is_own = " AND ".join(f"t.{_quoted(name)} = NEW.{_quoted(name)}" for name in names)
         another = f" AND NOT ({is_own})" if place == self._place else ""
         holds = _holds(f"t.{_quoted(holder.column)}", is_variant)
-        indexed = f"t.{_quoted(location_column_name(holder.column))} = {'g_original' if is_variant else 'g_location'}"
+        indexed = f"t.{_quoted(location_column_name(holder.column))} = {_ORIGINAL if is_variant else _LOCATION}"
         return f"""
-              IF NOT g_known THEN
-                SET g_pending = 0;
-                SELECT 1, {keys} INTO g_pending, {", ".join(variables)} FROM {_qualified(place)} t
-                  WHERE {indexed} AND {holds}{another} LIMIT 1;
-                IF g_pending THEN
-                  SELECT COUNT(*) INTO g_known FROM {_qualified(place)} t WHERE {is_found} AND {holds} LOCK IN SHARE MODE;
-                END IF;
-              END IF;"""
+            IF NOT {_KNOWN} THEN
+              SET {_PENDING} = 0;
+              SELECT 1, {keys} INTO {_PENDING}, {", ".join(variables)} FROM {_qualified(place)} t
+                WHERE {indexed} AND {holds}{another} LIMIT 1;
+              IF {_PENDING} THEN
+                SELECT COUNT(*) INTO {_KNOWN} FROM {_qualified(place)} t WHERE {is_found} AND {holds} LOCK IN SHARE MODE;
+              END IF;
+            END IF;"""
 
-    def _lock_intents(self, source: str) -> str:
-        """Return what locks every pending intent of a location, and sees afterwards that it is not fenced.
+    def _lock_intents(self) -> str:
+        """Return what locks every pending intent of the location, and sees afterwards that it is not fenced.
 
         An intent of it as a variant of another original, or as no variant, is no evidence: its worker would not look for the
         object where it is now.
         """
-        return f"""            BEGIN
-              DECLARE g_waiting CURSOR FOR
-                SELECT i.id FROM {self._intent} i WHERE i.location = g_location AND i.kind <> {literal(STAGING)} ORDER BY i.id;
-              DECLARE CONTINUE HANDLER FOR NOT FOUND SET g_end = 1;
-              SET g_end = 0;
-              OPEN g_waiting;
-              g_each: LOOP
-                FETCH g_waiting INTO g_intent;
-                IF g_end THEN
-                  LEAVE g_each;
-                END IF;
-                SET g_pending = 0;
-                SELECT COALESCE(SUM(IF(NOT i.source <=> {source}, -1, i.kind = {literal(DELETE)})), 0) INTO g_pending
-                  FROM {self._intent} i WHERE i.id = g_intent FOR UPDATE;
-                SET g_known = IF(g_pending < 0 OR g_known < 0, -1, g_known + g_pending);
-              END LOOP;
-              CLOSE g_waiting;
-              SET g_known = g_known > 0;
-              IF g_known THEN
-                SELECT COUNT(*) = 0 INTO g_known FROM {self._reclaim} r WHERE r.location = g_location LOCK IN SHARE MODE;
-              END IF;
-            END;"""
+        pending = f"SELECT i.id FROM {self._intent} i WHERE i.location = {_LOCATION} AND i.kind <> {literal(STAGING)}"
+        return f"""          FOR g_row IN ({pending} ORDER BY i.id) DO
+            SELECT COALESCE(SUM(IF(NOT i.source <=> {_ORIGINAL}, -1, i.kind = {literal(DELETE)})), 0) INTO {_PENDING}
+              FROM {self._intent} i WHERE i.id = g_row.id FOR UPDATE;
+            SET {_KNOWN} = IF({_PENDING} < 0 OR {_KNOWN} < 0, -1, {_KNOWN} + {_PENDING});
+          END FOR;
+          SET {_KNOWN} = {_KNOWN} > 0;
+          IF {_KNOWN} THEN
+            SELECT COUNT(*) = 0 INTO {_KNOWN} FROM {self._reclaim} r WHERE r.location = {_LOCATION} LOCK IN SHARE MODE;
+          END IF;"""
 
 
 _TEXT = "CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-_VARIABLES = f"""  DECLARE g_value, g_other, g_variants, g_backend, g_location, g_original, g_policy LONGTEXT {_TEXT};
-  DECLARE g_digest CHAR(64);
-  DECLARE g_asked VARCHAR(512) {_TEXT};
-  DECLARE g_seconds DOUBLE;
-  DECLARE g_column, g_count, g_number, g_known, g_pending, g_end INT DEFAULT 0;"""
+# A trigger makes all local variables of its body for each row, however soon it ends, which costs more than a comparison of refs.
+# So there are none: these are variables of the connection, which nothing else changes while the trigger works on a row.
+_BACKEND, _LOCATION, _ORIGINAL = f"@{_PREFIX}backend", f"@{_PREFIX}location", f"@{_PREFIX}original"
+_DUE, _ASKED = f"@{_PREFIX}due", f"@{_PREFIX}due_for"
+_KNOWN, _PENDING = f"@{_PREFIX}known", f"@{_PREFIX}pending"
+_COLUMN, _NUMBER, _COUNT = f"@{_PREFIX}column", f"@{_PREFIX}number", f"@{_PREFIX}count"
 
 
-def _each(values: Sequence[str], others: Sequence[str], action: Callable[[bool], str]) -> str:
-    """Return a loop over the objects of a row, with their variants.
+def _value_of(ref: str, key: str) -> str:
+    return f"JSON_VALUE({ref}, '$.{key}')"
 
-    Args:
-        values: The refs in SQL.
-        others: What else each is compared with, which is then in `g_other`: an equal value is left out.
-        action: What to do with an object or, if its argument is true, with a variant of `g_original`: `g_backend`, `g_location`,
-            `g_policy`.
+
+def _variants_of(ref: str) -> str:
+    """Return the variants of a ref as a table; MariaDB makes one for each row, so it is for refs that have some.
+
+    A text that is too long is cut off to one that is still too long for an intent, which is then refused.
     """
-
-    def chosen(among: Sequence[str]) -> str:
-        cases = " ".join(f"WHEN {number} THEN {value}" for number, value in enumerate(among))
-        return f"CASE g_column {cases} END" if len(among) > 1 else among[0]
-
-    other = f", g_other = {chosen(others)}" if others else ""
-    is_new = " AND NOT g_value <=> g_other" if others else ""
-    return f"""  SET g_column = 0;
-  WHILE g_column < {len(values)} DO
-    SET g_value = {chosen(values)}{other};
-    SET g_column = g_column + 1;
-    IF g_value IS NOT NULL{is_new} THEN
-      SET g_policy = JSON_VALUE(g_value, '$.storage_key');
-      SET g_backend = JSON_VALUE(g_value, '$.backend'), g_location = JSON_VALUE(g_value, '$.location');
-        {action(False)}
-      SET g_count = COALESCE(JSON_LENGTH(g_value, '$.variants'), 0), g_number = 0;
-      IF g_count > 0 THEN
-        SET g_original = JSON_VALUE(g_value, '$.location'), g_variants = JSON_EXTRACT(g_value, '$.variants.*');
-      END IF;
-      WHILE g_number < g_count DO
-        SET g_backend = JSON_VALUE(g_variants, CONCAT('$[', g_number, '].backend'));
-        SET g_location = JSON_VALUE(g_variants, CONCAT('$[', g_number, '].location'));
-        SET g_number = g_number + 1;
-        {action(True)}
-      END WHILE;
-    END IF;
-  END WHILE;"""
+    columns = ", ".join(f"g_{key} VARCHAR({LONGEST_LOCATION + 1}) {_TEXT} PATH '$.{key}'" for key in ("backend", "location"))
+    return f"JSON_TABLE({ref}, '$.variants.*' COLUMNS ({columns}))"
 
 
-def _holds(value: str, is_variant: bool) -> str:
-    """Return whether a ref in SQL leads to `g_location`, or has it as a variant of `g_original`; never NULL."""
-    if not is_variant:
-        return f"JSON_VALUE({value}, '$.location') <=> g_location"
-    listed = f"'$.variants.*' COLUMNS (g_path VARCHAR({LONGEST_LOCATION}) {_TEXT} PATH '$.location')"
-    variant = f"SELECT 1 FROM JSON_TABLE({value}, {listed}) v WHERE v.g_path = g_location"
-    return f"(JSON_VALUE({value}, '$.location') <=> g_original AND EXISTS ({variant}))"
+def _has_variant(ref: str, original: str, location: str) -> str:
+    """Return whether a ref in SQL has a location as a variant of an original; never NULL."""
+    variant = f"SELECT 1 FROM {_variants_of(ref)} w WHERE w.g_location = {location}"
+    return f"({_value_of(ref, 'location')} <=> {original} AND EXISTS ({variant}))"
+
+
+def _holds(ref: str, is_variant: bool) -> str:
+    """Return whether a ref in SQL leads to the location, or has it as a variant of the original; never NULL."""
+    return _has_variant(ref, _ORIGINAL, _LOCATION) if is_variant else f"{_value_of(ref, 'location')} <=> {_LOCATION}"
 
 
 class _Below:
@@ -597,7 +588,7 @@ def _referred(cascades: Iterable[_Cascade]) -> list[str]:
 
 
 _COLUMNS = text("""
-    SELECT column_name, column_type, character_set_name, collation_name, column_key FROM information_schema.columns
+    SELECT column_name, character_set_name, collation_name, column_key FROM information_schema.columns
     WHERE table_schema = :schema AND table_name = :table ORDER BY ordinal_position
 """)
 _CASCADES = text("""
@@ -632,7 +623,8 @@ _MADE = text("""
 _MADE_HERE = "for granite_storage triggers"
 """The comment of the generated columns that triggers have brought along."""
 
-_MADE_OF = re.compile(r"DECLARE g_made_of TEXT DEFAULT '(\d+:[0-9a-f]+) ((?:[^']|'')*)'")
+_MADE_OF = re.compile(r"(?:DECLARE g_made_of TEXT DEFAULT|SET @granite_storage_made_of =) '(\d+:[0-9a-f]+) ((?:[^']|'')*)'")
+"""What triggers are known by; in the first form, those of earlier versions."""
 
 
 def _require_mariadb(connection: Connection) -> None:
@@ -644,18 +636,18 @@ def _require_mariadb(connection: Connection) -> None:
         )
 
 
-def _columns(connection: Connection, place: Place) -> dict[str, tuple[_Typed, bool]]:
+def _columns(connection: Connection, place: Place) -> dict[str, tuple[_Collated, bool]]:
     """Return the columns of a table by name, each with whether it is of the primary key."""
     values = {"schema": place[0], "table": place[1]}
     rows = connection.execute(_COLUMNS, values, execution_options=UNTRANSLATED)
-    return {name: (_Typed(name, kind, charset, collation), key == "PRI") for name, kind, charset, collation, key in rows}
+    return {name: (_Collated(name, charset, collation), key == "PRI") for name, charset, collation, key in rows}
 
 
-def _type_of(connection: Connection, place: Place, column: str) -> _Typed:
+def _type_of(connection: Connection, place: Place, column: str) -> _Collated:
     return _columns(connection, place)[column][0]
 
 
-def _primary_key(connection: Connection, place: Place) -> list[_Typed]:
+def _primary_key(connection: Connection, place: Place) -> list[_Collated]:
     keys = [column for column, is_key in _columns(connection, place).values() if is_key]
     if not keys:
         raise ConfigurationError(

@@ -8,7 +8,22 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, create_engine, event, select, text
+from sqlalchemy import (
+    BINARY,
+    Column,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Numeric,
+    String,
+    Table,
+    Uuid,
+    create_engine,
+    event,
+    select,
+    text,
+)
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.orm import Session
@@ -106,6 +121,16 @@ async def test_a_cascade_reaches_rows_that_the_snapshot_does_not_show(env: OrmEn
         await run(connection, "DELETE FROM parent")
         await connection.commit()
     assert len(await nominated(env)) == 2
+
+
+KEYS: dict[str, tuple[list[Any], list[Any]]] = {
+    "text": ([String(20, collation="latin1_swedish_ci")], [lambda number: f"'key {number}'"]),
+    "moment": ([mysql.DATETIME(fsp=6)], [lambda number: f"'2026-01-01 00\\:00\\:00.00000{number}'"]),
+    "bytes": ([BINARY(4)], [lambda number: f"X'FFFE00{number:02x}'"]),
+    "numbers": ([Numeric(30, 10), mysql.FLOAT()], [lambda number: f"{number}.0000000001", lambda number: f"0.{number}"]),
+    "others": ([mysql.ENUM("a", "b"), Uuid()], [lambda number: "'b'", lambda number: f"'00000000-0000-4000-8000-{number:012}'"]),
+}
+"""Primary keys by what they are of, each with its types and how their values are made."""
 
 
 class TestGuard:
@@ -270,6 +295,38 @@ class TestGuard:
             await run(connection, "UPDATE doc SET file = NULL WHERE id = 1", "DELETE FROM parent")
             await asyncio.wait_for(env.add(Doc(id=-1, file=file("c"))), 10)  # its location comes before that of the first
             assert (await asyncio.wait_for(journal_of(env).recover(), 10)).deleted == 1
+
+    @pytest.mark.parametrize("keys", KEYS)
+    async def test_the_row_that_vouches_is_locked_alone(self, env: OrmEnvironment, keys: str) -> None:
+        """It is found by its primary key, of whatever type: at this level a look through the table would lock all rows."""
+        metadata = MetaData()
+        types, values = KEYS[keys]
+        names = [f"k{number}" for number in range(len(types))]
+        columns = [Column(name, kind, primary_key=True, autoincrement=False) for name, kind in zip(names, types, strict=True)]
+        Table("keyed", metadata, *columns, Column("file", AttachmentType("docs")))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        async with env.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        copy = "INSERT INTO keyed SELECT {}, file FROM doc WHERE id = {}"
+        free = "SELECT COUNT(*) FROM keyed WHERE JSON_VALUE(file, '$.location') = :location FOR UPDATE SKIP LOCKED"
+        try:
+            refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in range(1, 6)))
+            claimed = {"claimed": "".join(f"\n{ref.location}\n" for ref in refs)}
+            async with env.engine.begin() as connection:
+                await connection.execute(text("SET @granite_storage_claimed = :claimed"), claimed)
+                for number in range(1, 6):
+                    await run(connection, copy.format(", ".join(value(number) for value in values), number))
+                await run(connection, "SET @granite_storage_claimed = NULL")
+            async with transaction(env, "REPEATABLE READ") as connection:
+                await run(connection, copy.format(", ".join(value(9) for value in values), 3))
+                async with env.engine.connect() as other:
+                    await other.execution_options(isolation_level="READ COMMITTED")
+                    found = [await other.scalar(text(free), {"location": ref.location}) for ref in refs]
+                assert found == [1, 1, 0, 1, 1]
+        finally:
+            async with env.engine.begin() as connection:
+                await connection.run_sync(metadata.tables["keyed"].drop)
 
     async def test_an_undo_holds_up_workers_and_they_go_on_later(self, env: OrmEnvironment) -> None:
         first, _ = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
@@ -564,6 +621,25 @@ class TestChecks:
         assert await self.problems(env) == []
         assert await self.told_by_doctor(env) == [CheckResult.GOOD]
         await env.sql("DROP TRIGGER mine")
+
+    async def test_those_of_an_earlier_version(self, env: OrmEnvironment) -> None:
+        """They are known by a variable that they declare; a digest that is not this version's is told of, and replaced."""
+        async with env.engine.connect() as connection:
+            [url] = (await connection.execute(text("SELECT DATABASE()"))).scalars()
+            body = f"BEGIN DECLARE g_made_of TEXT DEFAULT '1:0123 {url}.doc'; END"
+            await connection.execute(text("DROP TRIGGER granite_storage_delete_doc"))
+            earlier = body.replace("\\", "").replace(":", "\\:")
+            for name in ("granite_storage_delete_doc", "granite_storage_earlier_doc"):
+                await connection.execute(text(f"CREATE TRIGGER {name} AFTER DELETE ON doc FOR EACH ROW {earlier}"))
+        [problem] = await self.problems(env)
+        assert "granite_storage_delete_doc of" in problem
+        assert "is of another version" in problem
+        await self.create(env)
+        assert await self.problems(env) == []
+        left = "SELECT COUNT(*) FROM information_schema.triggers WHERE trigger_schema = DATABASE() AND trigger_name"
+        left += " = 'granite_storage_earlier_doc'"
+        async with env.engine.connect() as connection:
+            assert await connection.scalar(text(left)) == 0
 
     async def test_a_renamed_column(self, env: OrmEnvironment) -> None:
         """The bodies of triggers follow no rename."""

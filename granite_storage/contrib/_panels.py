@@ -10,12 +10,8 @@ from enum import Enum
 from typing import Any, Self, TypeVar, cast
 from urllib.parse import urlencode
 
-from anyio.to_thread import run_sync
 from markupsafe import Markup
-from sqlalchemy import Constraint, ForeignKeyConstraint
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -36,7 +32,6 @@ __all__ = [
     "FormFile",
     "FormFiles",
     "RefusedError",
-    "check_constraints",
     "discarded_unless_assigned",
     "existing",
     "form_of",
@@ -255,41 +250,6 @@ def _reason_of(error: Exception) -> str | None:
         return str(error.orig if isinstance(error, StatementError) else error)
     is_value = isinstance(error, DataError | IntegrityError) or str(getattr(error.orig, "sqlstate", ""))[:2] in ("22", "23")
     return str((error.orig and error.orig.__cause__) or error.orig) if is_value else None
-
-
-async def check_constraints(session: AsyncSession | Session, model: Any) -> None:
-    """Let the database refuse now what it would refuse at the COMMIT of a session that has flushed.
-
-    Raises:
-        IntegrityError: A deferred constraint is violated; the transaction goes on.
-    """
-    if isinstance(session, AsyncSession):
-        await session.run_sync(_check_constraints, model)
-    else:
-        await run_sync(_check_constraints, session, model)
-
-
-def _check_constraints(session: Session, model: Any) -> None:
-    connection = session.connection(bind_arguments={"mapper": model})
-    if connection.dialect.name == "postgresql":
-        # What ROLLBACK TO SAVEPOINT reverts: later statements find the constraints deferred, and the COMMIT checks them again.
-        with connection.begin_nested() as savepoint:
-            connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
-            savepoint.rollback()
-    elif connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
-        quote = connection.dialect.identifier_preparer.quote
-        tables = [quote(table.name) for table in model.metadata.sorted_tables if any(map(_is_deferred, table.constraints))]
-        if any(connection.exec_driver_sql(f"PRAGMA foreign_key_check({name})").first() for name in tables):
-            # Rows that were wrong before are found as well, and the COMMIT alone tells them apart. One that SQLite refuses leaves
-            # the transaction open.
-            try:
-                connection.dialect.do_commit(connection.connection)
-            except connection.dialect.loaded_dbapi.IntegrityError as error:
-                raise IntegrityError("COMMIT", None, error) from error
-
-
-def _is_deferred(constraint: Constraint) -> bool:
-    return isinstance(constraint, ForeignKeyConstraint) and (constraint.initially or "").upper() == "DEFERRED"
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from anyio.to_thread import run_sync
 from markupsafe import Markup
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -167,45 +166,24 @@ async def _handle_exception(view: ModelView, handle: Callable[..., Any], request
         with _panels.readable():
             await handle(request, error)
     except _panels.RefusedError as refusal:
-        names = [field.name for field in view.get_fields_list(request)]
-        blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
-        raise FormValidationError({blamed: str(refusal)}) from refusal
+        raise _at_field(view, request, refusal) from refusal
 
 
-async def _edit(view: ModelView, edit: Callable[..., Any], request: Request, *values: Any) -> Any:
-    row = await edit(request, *values)
-    if hasattr(request.state, "inline_edit_field"):  # a form may be complete only with the rows within it
-        await _check_constraints(view, request)
-    return row
-
-
-async def _save_inlines(save: Callable[..., Any], request: Request, view: ModelView, *values: Any) -> None:
-    await save(request, view, *values)
-    if "handle_exception" in vars(view):
-        await _check_constraints(view, request)
-
-
-async def _check_constraints(view: ModelView, request: Request) -> None:
-    """Let the form say what the database would refuse at the commit, which comes after the panel has made its response."""
-    try:
-        await _panels.check_constraints(request.state.session, view.model)
-    except DBAPIError as error:
-        await view.handle_exception(request, error)
+def _at_field(view: ModelView, request: Request, refusal: Exception) -> FormValidationError:
+    """Return the error of the field that a refusal names, or else of the first one."""
+    names = [field.name for field in view.get_fields_list(request)]
+    blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
+    return FormValidationError({blamed: str(refusal)})
 
 
 async def _delete(view: ModelView, delete: Callable[..., Any], request: Request, keys: list[Any]) -> Any:
-    """Delete rows, and let the list or the form say what the database refuses."""
-    is_alone = request.state.action in (RequestAction.ACTION, RequestAction.ROW_ACTION)
+    """Delete rows, and let the list, or the form that they are within, say what the database refuses."""
     try:
         with _panels.readable():
-            count = await delete(request, keys)
-            if is_alone:
-                await _panels.check_constraints(request.state.session, view.model)
-            return count
+            return await delete(request, keys)
     except _panels.RefusedError as refusal:
-        if is_alone:
-            raise ActionFailed(str(refusal)) from refusal
-        raise FormValidationError({view.get_fields_list(request)[0].name: str(refusal)}) from refusal
+        is_alone = request.state.action in (RequestAction.ACTION, RequestAction.ROW_ACTION)
+        raise ActionFailed(str(refusal)) if is_alone else _at_field(view, request, refusal) from refusal
 
 
 class AttachmentPlugin(BasePlugin):
@@ -225,14 +203,12 @@ class AttachmentPlugin(BasePlugin):
 
     def on_mount(self, admin: BaseAdmin) -> None:
         """Let the forms of views with attachments say what the storage or the database refuses, and no key be an error."""
-        vars(admin)["_save_inlines"] = partial(_save_inlines, admin._save_inlines)
         for view in admin._model_views:
             for one in (view, *view._inline_instances):
                 if isinstance(one, ModelView) and any(isinstance(field, AttachmentField) for field in one._all_fields):
                     # On the instance, which the application's class may have hooks of its own for.
                     vars(one)["find_by_pk"] = partial(_find, one.find_by_pk)
                     vars(one)["handle_exception"] = partial(_handle_exception, one, one.handle_exception)
-                    vars(one)["edit"] = partial(_edit, one, one.edit)
                     vars(one)["delete"] = partial(_delete, one, one.delete)
 
     def middlewares(self) -> Sequence[Middleware]:

@@ -20,17 +20,7 @@ import pytest
 import sqladmin
 from PIL import Image
 from sqladmin.authentication import AuthenticationBackend
-from sqlalchemy import (
-    CheckConstraint,
-    ForeignKey,
-    ForeignKeyConstraint,
-    String,
-    UniqueConstraint,
-    create_engine,
-    make_url,
-    select,
-    text,
-)
+from sqlalchemy import CheckConstraint, ForeignKey, String, create_engine, make_url, select, text
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload, sessionmaker
@@ -82,22 +72,6 @@ class Contract(Base):
     title: Mapped[str] = mapped_column(String(50))
     owner_id: Mapped[int | None] = mapped_column(ForeignKey("panel_user.id", ondelete="SET NULL"))
     scan: Mapped[Attachment] = attachment("documents")
-
-
-class Booking(Base):
-    """Its constraints are checked at the COMMIT: the foreign key where a database can do so, the other one on PostgreSQL."""
-
-    __tablename__ = "panel_booking"
-    __table_args__ = (
-        ForeignKeyConstraint(["user_id"], ["panel_user.id"], deferrable=True, initially="DEFERRED").ddl_if(
-            callable_=lambda ddl, target, bind, dialect=None, **_: dialect.name in ("postgresql", "sqlite")
-        ),
-        UniqueConstraint("seat", name="one_each", deferrable=True, initially="DEFERRED").ddl_if(dialect="postgresql"),
-    )
-    id: Mapped[int] = mapped_column(primary_key=True)
-    seat: Mapped[int]
-    user_id: Mapped[int | None]
-    ticket: Mapped[Attachment | None] = attachment("documents")
 
 
 def picture(colour: str = "teal") -> bytes:
@@ -220,7 +194,7 @@ class Panel:
         """Return the users, after comparing the objects in the storage with what all rows refer to."""
         users = await self.rows()
         files = [file for user in users for file in (user.avatar, user.cv, *(one.file for one in user.photos))]
-        files += [one.scan for one in await self.rows(Contract)] + [one.ticket for one in await self.rows(Booking)]
+        files += [one.scan for one in await self.rows(Contract)]
         refs = [file.ref for file in files if file is not None]
         refs += [variant for ref in refs for variant in (ref.variants or {}).values()]
         assert await locations(self.manager) == {ref.location for ref in refs}
@@ -300,10 +274,6 @@ class ContractAdmin(AttachmentAdmin, model=Contract):
         self.instances.append(self)
 
 
-class BookingAdmin(AttachmentAdmin, model=Booking):
-    form_columns = (Booking.seat, Booking.ticket)
-
-
 class _TokenBackend(AuthenticationBackend):
     async def authenticate(self, request: Request) -> bool:
         return request.headers.get("authorization") == "Bearer admin"
@@ -323,7 +293,6 @@ class SQLAdmin(Panel):
         admin = sqladmin.Admin(app, engine, authentication_backend=_TokenBackend("secret"))
         admin.add_view(UserAdmin)
         admin.add_view(ContractAdmin)
-        admin.add_view(BookingAdmin)
         return app
 
     def path(self, action: str, pk: object = 1, model: str = "user") -> str:
@@ -363,11 +332,6 @@ class ContractView(ModelView):
     exclude_fields_from_list = ("scan",)
 
 
-class BookingView(ModelView):
-    fields = ("id", "seat", "user_id", "ticket")
-    inline_editable_fields = ("user_id",)
-
-
 class _TokenProvider(BaseAuthProvider):
     async def authenticate(self, request: Request) -> AdminUser | None:
         return AdminUser("admin") if request.headers.get("authorization") == "Bearer admin" else None
@@ -397,7 +361,6 @@ class StarletteAdmin(Panel):
         admin = sqla.Admin(sessions, auth_provider=_TokenProvider(), secret_key="secret", plugins=[AttachmentPlugin()])
         admin.add_view(UserView(User))
         admin.add_view(ContractView(Contract))
-        admin.add_view(BookingView(Booking))
         admin.mount_to(app)
         return app, sessions
 

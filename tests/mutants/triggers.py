@@ -19,6 +19,14 @@ MUTANTS = [
         tests=(f"{_TESTS}::test_what_a_truncate_sees_may_be_gone[asyncpg-SERIALIZABLE-False]",),
     ),
     Mutant(
+        name="trigger-looks-past-a-truncate",
+        rule="Tables that several statements look into are locked against TRUNCATE before their snapshot is made.",
+        path="granite_storage/orm/journal/references.py",
+        old="            tables = sorted(known[name] for name in names & known.keys())",
+        new="            tables = sorted(known[name] for name in names - names)",
+        tests=(f"{_TESTS}::test_a_truncate_between_two_statements_of_a_look[asyncpg]",),
+    ),
+    Mutant(
         name="trigger-savepoints-are-others",
         rule="A row that a savepoint of the transaction has just written does not vouch for itself.",
         path=_SQL,

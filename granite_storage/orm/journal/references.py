@@ -28,6 +28,12 @@ OF_FENCES = ("id", "attempts", "takeovers", "due")
 _TRIES = 3
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
+_LOCKABLE = text("""
+    SELECT n.nspname AS schema, c.relname AS name, format('%I.%I', n.nspname, c.relname) AS quoted
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p')
+""")
+"""The tables that LOCK TABLE takes: no foreign ones and no materialized views, which no TRUNCATE of this server empties."""
+
 _Begin: TypeAlias = "Callable[[], AbstractAsyncContextManager[AsyncConnection]]"
 
 
@@ -100,12 +106,13 @@ class References:
     async def _ask(
         self, first: list[Select[*tuple[Any, ...]]], begin: _Begin, locations: Sequence[str], sources: Sequence[str]
     ) -> list[Row[Any]]:
-        selects = [*first, *(await self._selects(locations, sources) if locations else [])]
+        places = await self._find_places() if locations else []
+        selects = [*first, *self._selects(places, locations, sources)]
         statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(locations), 1))))
         rows: list[Row[Any]] = []
         async with begin() as connection:
             if len(statements) > 1 and self._pool.dialect != "sqlite":
-                await connection.execute(_ONE_SNAPSHOT)
+                await self._begin_snapshot(connection, places)
             for parts in statements:
                 found = await connection.execute(union_all(*parts), execution_options={TRANSLATE_MAP: None})
                 rows += found
@@ -113,9 +120,30 @@ class References:
                 await self._pool.make_durable(connection)
         return rows
 
-    async def _selects(self, locations: Sequence[str], sources: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:
+    async def _begin_snapshot(self, connection: AsyncConnection, places: Iterable[Place]) -> None:
+        """Let several statements see the rows of one moment.
+
+        TRUNCATE follows no snapshot on PostgreSQL: a table that another transaction has truncated since the first statement is
+        empty for the next one, which does not see either where that transaction has put the refs. So the tables are locked
+        against it before the snapshot is made. A single statement locks its tables first by itself.
+        """
+        tables: list[str] = []
+        if self._pool.is_postgresql:
+            names = {(place.schema, place.table) for place in places}
+            async with self._pool.reading() as other:
+                known = {(row.schema, row.name): row.quoted for row in await other.execute(_LOCKABLE)}
+            tables = sorted(known[name] for name in names & known.keys())
+        await connection.execute(_ONE_SNAPSHOT)
+        if tables:
+            await connection.exec_driver_sql(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE")
+
+    async def _find_places(self) -> list[Place]:
         async with self._pool.reading() as connection:
-            places = await self._places(connection)
+            return await self._places(connection)
+
+    def _selects(
+        self, places: Iterable[Place], locations: Sequence[str], sources: Sequence[str]
+    ) -> list[Select[*tuple[Any, ...]]]:
         selects: list[Select[*tuple[Any, ...]]] = []
         for place in places:
             column = place.column

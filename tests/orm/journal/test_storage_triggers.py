@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -18,6 +19,7 @@ from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
+from granite_storage.orm.journal import references
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
 from granite_storage.orm.journal.variant_jobs import VariantJobs
@@ -135,6 +137,21 @@ async def test_what_a_truncate_sees_may_be_gone(env: OrmEnvironment, level: str,
         assert await refused(connection, "INSERT INTO doc (id, file) VALUES (2, {gone})", gone=gone)
         await connection.rollback()
     await env.recover()
+
+
+async def test_a_truncate_between_two_statements_of_a_look(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one would find its table empty, and the first one did not see where the refs have gone."""
+    monkeypatch.setattr(references, "_MOST_PARAMETERS", 1)
+    await fill(env)
+    [ref] = await stored(env, Part(id=2, kind=1, file=file("moved")))
+    async with env.engine.connect() as connection:
+        await run(connection, "INSERT INTO child (id, parent_id, file) SELECT 2, 1, file FROM part WHERE id = 2", "TRUNCATE part")
+        journal = journal_of(env)
+        looking = asyncio.create_task(journal._references_by(journal._pool).find([ref.location]))
+        done, _ = await asyncio.wait([looking], timeout=0.5)
+        assert not done  # it waits for the end of the transaction
+        await connection.commit()
+    assert await looking == {ref.location}
 
 
 async def test_an_application_trigger_changes_a_file(env: OrmEnvironment) -> None:

@@ -537,7 +537,9 @@ class DatabaseReferences:
         names, held = await self._look_in_sidecars(locations)
         chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
         if len(chunks) == 1 and self._dialect != "sqlite":
-            async with self._connection() as connection:
+            # A snapshot that is older than the locks of the statement would show nothing of a table that was truncated since.
+            options: dict[str, Any] = {"isolation_level": "READ COMMITTED"} if self._dialect == "postgresql" else {}
+            async with self._connection(**options) as connection:
                 held = await find_references(connection, self._columns, locations, journals=self._journals, extra=True)
             return references_among(locations, (location for _, location in held))
         async with self._snapshot() as connection:

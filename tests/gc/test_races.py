@@ -244,6 +244,40 @@ async def test_stronger_levels(database: Database, level: str, monkeypatch: pyte
         assert other.location not in locations
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+async def test_a_table_that_is_truncated_and_filled_again(
+    database: Database, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRUNCATE follows no snapshot: one from before its end shows neither the old rows nor the new ones."""
+    if database.url.get_backend_name() != "postgresql":
+        pytest.skip("elsewhere TRUNCATE waits for no transaction, or is none")
+    async with gc_environment(database) as env, env.engine.connect() as connection:
+        await env.add(Crate(id=1, file=file("a")))
+        orphan = await env.orphan()
+        env.age()
+        env.sessions.configure(bind=env.engine.execution_options(isolation_level=level))
+        committing: list[asyncio.Task[None]] = []
+
+        async def fill_again() -> None:
+            await raw_insert(env, 2, orphan)
+            for statement in (
+                "CREATE TEMPORARY TABLE filled ON COMMIT DROP AS SELECT * FROM gc_crate",
+                "TRUNCATE gc_crate CASCADE",
+                "INSERT INTO gc_crate SELECT * FROM filled",
+            ):
+                await connection.execute(text(statement))
+            committing.append(asyncio.create_task(commit()))
+
+        async def commit() -> None:
+            await asyncio.sleep(0.3)
+            await connection.commit()
+
+        with before(monkeypatch, DatabaseReferences, "find_references", fill_again):
+            assert (await env.collect()).deleted == 0
+        await asyncio.gather(*committing)
+        assert orphan.location in await env.locations()
+
+
 @pytest.mark.case("GCX-11", "DBF-19")
 @pytest.mark.parametrize("with_barrier", [True, False])
 def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,4 +270,12 @@ MUTANTS = [
         new="    if real is None and not _has_column(",
         tests=("tests/gc/test_schemas_of_tenants.py::test_a_column_that_is_nowhere",),
     ),
+    Mutant(
+        name="gc-looks-past-a-truncate",
+        rule="The re-check makes its snapshot after it has locked the tables, whatever the sessions' level.",
+        path="granite_storage/gc/database.py",
+        old='{"isolation_level": "READ COMMITTED"} if self._dialect',
+        new="{} if self._dialect",
+        tests=("tests/gc/test_races.py::test_a_table_that_is_truncated_and_filled_again[asyncpg-REPEATABLE READ]",),
+    ),
 ]

@@ -178,6 +178,11 @@ class _ThreadedResult:
         while page := await self._worker.run(lambda: next(pages, ())):
             yield page
 
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        async for page in self.partitions():
+            for row in page:
+                yield row
+
     async def close(self) -> None:
         await self._worker.run(self._result.close)
 

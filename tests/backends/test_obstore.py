@@ -372,7 +372,7 @@ class TestListing:
         backend = await self.backend(None)
         for location in self.ORDERED:
             await backend.put_bytes(location, b"...")
-        monkeypatch.setattr(type(backend._listing), "_children", None)  # nothing is walked
+        monkeypatch.setattr(type(backend._listing), "children", None)  # nothing is walked
         assert await locations(backend) == list(self.ORDERED)
         assert await locations(backend, start_after="c") == ["d", "e", "f"]
 

@@ -51,8 +51,6 @@ _NAMES = "PostgreSQL, MariaDB and SQLite"
 def storage_triggers(metadata: MetaData) -> None:
     """Declare triggers on the tables with attachments, for writers past the sessions: SQL, other programs, COPY. Idempotent.
 
-    It is experimental: in tests with killed programs beside SQL that copies and undoes files, an object was lost on PostgreSQL.
-
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
     locations that they need; `drop_all` drops them, and Alembic's autogenerate renders them. They are for PostgreSQL,

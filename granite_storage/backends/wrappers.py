@@ -270,7 +270,7 @@ class WrappedReader:
     """A reader of the inner backend, under our name for its location."""
 
     def __init__(self, inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> None:
-        self.info = replace(inner.info, location=location)
+        self.info: ObjectInfo = replace(inner.info, location=location)
         self._inner = inner
         self._location = location
         self._call = call

@@ -329,6 +329,19 @@ class TestGuard:
         finally:
             await env.sql("DROP TRIGGER copy_up")
 
+    @pytest.mark.parametrize("moment", ["BEFORE", "AFTER"])
+    async def test_a_trigger_of_the_application_that_keeps_what_is_deleted(self, env: OrmEnvironment, moment: str) -> None:
+        """The row vouches for its object until it is deleted; afterwards its intent does, which may not be there yet."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        copy = "INSERT INTO parent VALUES (OLD.id, OLD.file)"
+        await env.sql(f"CREATE TRIGGER keep {moment} DELETE ON doc BEGIN {copy}; END")
+        try:
+            assert await refused(env, "DELETE FROM doc") == (moment == "AFTER")
+        finally:
+            await env.sql("DROP TRIGGER keep")
+        assert (await journal_of(env).recover()).kept == (moment == "BEFORE")
+        assert await env.objects() == {ref.location}
+
     async def test_a_copy_of_what_a_row_holds(self, env: OrmEnvironment) -> None:
         await stored(env, Doc(id=1, file=file("a")), Word(id="a", file=file("b")))
         await run(env, "INSERT INTO doc (id, file, other) SELECT 2, file, file FROM doc")

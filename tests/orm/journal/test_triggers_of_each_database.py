@@ -84,7 +84,7 @@ class TestGuard:
         assert (await journal_of(env).recover()).deleted == 1
 
     async def test_a_key_that_is_spelled_with_escapes(self, env: OrmEnvironment) -> None:
-        """Whoever reads the ref does not see how it was spelled; SQL may."""
+        """A reader of the ref does not see how it was spelled; SQL may."""
         ref = await put(env)
         await journal_of(env).adopt([ref])
         await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)

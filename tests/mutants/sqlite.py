@@ -11,6 +11,7 @@ _SQLITE = "granite_storage/orm/journal/sqlite.py"
 _TESTS = "tests/orm/journal/test_sqlite.py"
 _TRIGGERS = "granite_storage/orm/journal/_sqlite_triggers.py"
 _OF_TRIGGERS = "tests/orm/journal/test_sqlite_triggers.py"
+_TAKEN_OUT = f"{_OF_TRIGGERS}::test_what_a_statement_takes_out_of_rows"
 
 MUTANTS = [
     Mutant(
@@ -185,8 +186,8 @@ MUTANTS = [
         name="sqlite-trigger-misses-collations",
         rule="A unique index compares as its collation does.",
         path=_TRIGGERS,
-        old='{new}.{name} COLLATE {collation}"',
-        new='{new}.{name} COLLATE BINARY"',
+        old='{value(name, default)} COLLATE {collation}"',
+        new='{value(name, default)} COLLATE BINARY"',
         tests=(f"{_OF_TRIGGERS}::test_what_a_statement_takes_out_of_rows[REPLACE INTO word VALUES ('WORD', NULL)-False]",),  # noqa: S608
     ),
     Mutant(
@@ -228,5 +229,29 @@ MUTANTS = [
         old="        *find_triggers_in_the_way(connection, changed),\n",
         new="",
         tests=("tests/alembic/test_triggers.py::test_on_sqlite",),
+    ),
+    Mutant(
+        name="sqlite-trigger-takes-escaped-keys",
+        rule="A ref in which a key is not found is refused.",
+        path=_TRIGGERS,
+        old="  WHERE k.key IN ({keys}) AND instr",
+        new="  WHERE k.key IN ({keys}) AND 0 AND instr",
+        tests=(f"{EACH}::TestGuard::test_a_key_that_is_spelled_with_escapes[sqlite-journal]",),
+    ),
+    Mutant(
+        name="sqlite-trigger-of-written-columns-only",
+        rule="A generated key changes with other columns than its own.",
+        path=_TRIGGERS,
+        old='of_columns = "" if any(key.is_generated for key in self._keys) else ',
+        new="of_columns = ",
+        tests=(f"{_TAKEN_OUT}[UPDATE OR REPLACE slot SET number = 1 WHERE id = 2-False]",),  # noqa: S608
+    ),
+    Mutant(
+        name="sqlite-trigger-without-defaults",
+        rule="Where REPLACE finds NULL it takes the default, which may push a row out.",
+        path=_TRIGGERS,
+        old="coalesce({new}.{name}, {default})",
+        new="{new}.{name}",
+        tests=(f"{_TAKEN_OUT}[REPLACE INTO slot (code) VALUES (NULL)-False]",),  # noqa: S608
     ),
 ]

@@ -323,7 +323,7 @@ class MariaDBSource:
         is_changed, is_gone = "", ""
         if new is not None:
             is_changed, is_gone = f"NOT {old} <=> {new} AND ", f" AND NOT {location} <=> {_value_of(new, 'location')}"
-        asked = f"CONCAT_WS(' ', UTC_TIMESTAMP(6), {_value_of(old, 'storage_key')})"
+        asked = f"CONCAT_WS(' ', {literal(self._meta)}, UTC_TIMESTAMP(6), {_value_of(old, 'storage_key')})"
         is_known = f"BINARY {_ASKED} <=> {asked}"
         record = self._insert(f"VALUES ({self._recorded(_BACKEND, _LOCATION, 'NULL')})")
         return f"""  IF {is_changed}({_BACKEND} := {backend}) IS NOT NULL AND ({_LOCATION} := {location}) IS NOT NULL{is_gone}
@@ -353,8 +353,8 @@ class MariaDBSource:
     def _find_due(self, value: str) -> str:
         """Return what finds when the objects of a ref are due, without a lock.
 
-        It is looked up once for many rows: variables of the connection have the answer for the policy, and for the moment when
-        the statement began.
+        It is looked up once for many rows: variables of the connection have the answer for the policy of one journal, and for
+        the moment when the statement began.
         """
         longest = f"SELECT MAX(CAST(a.value AS DOUBLE)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
         name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, {_value_of(value, 'storage_key')}), {LONGEST_META_NAME})"
@@ -419,7 +419,7 @@ class MariaDBSource:
         END IF;
         IF {_NUMBER} < {_COUNT} THEN
           SET {_ORIGINAL} = {original};
-          SET {_LOCATION} = JSON_VALUE(JSON_EXTRACT({new}, '$.variants.*'), CONCAT('$[', {_NUMBER}, '].location'));
+          SET {_LOCATION} = JSON_VALUE({_all_variants_of(new)}, CONCAT('$[', {_NUMBER}, '].location'));
         END IF;
         SET {_NUMBER} = {_NUMBER} + 1;
       END WHILE;
@@ -476,10 +476,11 @@ class MariaDBSource:
         An intent of it as a variant of another original, or as no variant, is no evidence: its worker would not look for the
         object where it is now.
         """
-        pending = f"SELECT i.id FROM {self._intent} i WHERE i.location = {_LOCATION} AND i.kind <> {literal(STAGING)}"
+        is_of_it = f"i.location = {_LOCATION} AND {_exactly('i.location')} = {_LOCATION}"
+        pending = f"SELECT i.id FROM {self._intent} i WHERE {is_of_it} AND i.kind <> {literal(STAGING)}"
         return f"""          FOR g_row IN ({pending} ORDER BY i.id) DO
-            SELECT COALESCE(SUM(IF(NOT i.source <=> {_ORIGINAL}, -1, i.kind = {literal(DELETE)})), 0) INTO {_PENDING}
-              FROM {self._intent} i WHERE i.id = g_row.id FOR UPDATE;
+            SELECT COALESCE(SUM(IF(NOT {_exactly("i.source")} <=> {_ORIGINAL}, -1, i.kind = {literal(DELETE)})), 0)
+              INTO {_PENDING} FROM {self._intent} i WHERE i.id = g_row.id FOR UPDATE;
             SET {_KNOWN} = IF({_PENDING} < 0 OR {_KNOWN} < 0, -1, {_KNOWN} + {_PENDING});
           END FOR;
           SET {_KNOWN} = {_KNOWN} > 0;
@@ -501,24 +502,34 @@ def _value_of(ref: str, key: str) -> str:
     return f"JSON_VALUE({ref}, '$.{key}')"
 
 
+def _exactly(text: str) -> str:
+    """Return a text as one that differs from another with more blanks at the end, which the columns' collation ignores."""
+    return f"CONVERT({text} USING utf8mb4) COLLATE utf8mb4_nopad_bin"
+
+
+def _all_variants_of(ref: str) -> str:
+    """Return the variants of a ref as an array. JSON_EXTRACT finds no key that is spelled with escapes, JSON_QUERY does."""
+    return f"JSON_EXTRACT(JSON_QUERY({ref}, '$.variants'), '$.*')"
+
+
 def _variants_of(ref: str) -> str:
     """Return the variants of a ref as a table; MariaDB makes one for each row, so it is for refs that have some.
 
     A text that is too long is cut off to one that is still too long for an intent, which is then refused.
     """
     columns = ", ".join(f"g_{key} VARCHAR({LONGEST_LOCATION + 1}) {_TEXT} PATH '$.{key}'" for key in ("backend", "location"))
-    return f"JSON_TABLE({ref}, '$.variants.*' COLUMNS ({columns}))"
+    return f"JSON_TABLE(JSON_QUERY({ref}, '$.variants'), '$.*' COLUMNS ({columns}))"
 
 
 def _has_variant(ref: str, original: str, location: str) -> str:
     """Return whether a ref in SQL has a location as a variant of an original; never NULL."""
-    variant = f"SELECT 1 FROM {_variants_of(ref)} w WHERE w.g_location = {location}"
-    return f"({_value_of(ref, 'location')} <=> {original} AND EXISTS ({variant}))"
+    variant = f"SELECT 1 FROM {_variants_of(ref)} w WHERE {_exactly('w.g_location')} = {location}"
+    return f"({_exactly(_value_of(ref, 'location'))} <=> {original} AND EXISTS ({variant}))"
 
 
 def _holds(ref: str, is_variant: bool) -> str:
     """Return whether a ref in SQL leads to the location, or has it as a variant of the original; never NULL."""
-    return _has_variant(ref, _ORIGINAL, _LOCATION) if is_variant else f"{_value_of(ref, 'location')} <=> {_LOCATION}"
+    return _has_variant(ref, _ORIGINAL, _LOCATION) if is_variant else f"{_exactly(_value_of(ref, 'location'))} <=> {_LOCATION}"
 
 
 class _Below:

@@ -46,21 +46,37 @@ _Part: TypeAlias = tuple[str, str, str]
 _ROWIDS = ("rowid", "_rowid_", "oid")
 """What a row's number is called, where no column has that name."""
 
+_GENERATED = (2, 3)
+"""What `PRAGMA table_xinfo` says of generated columns, virtual and stored ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """The columns of a primary key or a unique index, quoted, each with its collation."""
+    """A primary key or a unique index.
 
-    columns: tuple[tuple[str, str], ...]
+    Attributes:
+        columns: Its columns, quoted, each with its collation, and what REPLACE puts in the place of NULL; None for those that
+            may be NULL or have no default.
+        is_generated: Whether an UPDATE of other columns changes it.
+    """
+
+    columns: tuple[tuple[str, str, str | None], ...]
+    is_generated: bool = False
 
     def matches(self, row: str, new: str) -> str:
         """Return the criterion that a row has the values of a new one."""
-        return " AND ".join(f"{row}.{name} = {new}.{name} COLLATE {collation}" for name, collation in self.columns)
+
+        def value(name: str, default: str | None) -> str:
+            return f"{new}.{name}" if default is None else f"coalesce({new}.{name}, {default})"
+
+        return " AND ".join(
+            f"{row}.{name} = {value(name, default)} COLLATE {collation}" for name, collation, default in self.columns
+        )
 
     @property
     def has_changed(self) -> str:
         """The criterion that an UPDATE changes it."""
-        return "(" + " OR ".join(f"OLD.{name} IS NOT NEW.{name}" for name, _ in self.columns) + ")"
+        return "(" + " OR ".join(f"OLD.{name} IS NOT NEW.{name}" for name, *_ in self.columns) + ")"
 
 
 class SQLiteSource:
@@ -140,10 +156,11 @@ class SQLiteSource:
                 "BEFORE INSERT", " OR ".join(f"({key.matches('t', 'NEW')})" for key in self._keys)
             )
             changed = dict.fromkeys(
-                (*_ROWIDS, *map(quoted, self._table.keys), *(name for key in self._keys for name, _ in key.columns))
+                (*_ROWIDS, *map(quoted, self._table.keys), *(name for key in self._keys for name, *_ in key.columns))
             )
+            of_columns = "" if any(key.is_generated for key in self._keys) else f" OF {', '.join(changed)}"
             moved_onto = " OR ".join(f"({key.has_changed} AND {key.matches('t', 'NEW')})" for key in self._keys)
-            parts["rekey"] = self._on_replace(f"BEFORE UPDATE OF {', '.join(changed)}", moved_onto)
+            parts["rekey"] = self._on_replace(f"BEFORE UPDATE{of_columns}", moved_onto)
         return {
             f"{_PREFIX}{what}_{self._table.name}": (
                 f"{quoted(f'{_PREFIX}{what}_{self._table.name}')} {moment} ON {quoted(self._table.name)} FOR EACH ROW"
@@ -163,6 +180,7 @@ class SQLiteSource:
         is_gained = f"({is_other} OR NOT {_has_variant(old, 'w.location')})"
         message = literal(f"{REFUSAL[0]}of {self._table.name}.{column}{REFUSAL[1]}")
         guard, guard_variants = self._guard(new, message), self._guard_variants(new, message, "true")
+        escaped, has_escapes = self._refuse_escaped_keys(column, new), f"{new} GLOB '*\\u00[5-7]*'"
         return {
             "delete": ("AFTER DELETE", names_object, self._nominate(old)),
             "update": (f"AFTER UPDATE {of_column}", f"{is_changed} AND {is_other} AND {names_object}", self._nominate(old)),
@@ -173,6 +191,8 @@ class SQLiteSource:
             ),
             "guardinsert": ("BEFORE INSERT", f"{new} IS NOT NULL", guard),
             "guardinsertvariants": ("BEFORE INSERT", _has_variants(new), guard_variants),
+            "guardinsertkeys": ("BEFORE INSERT", has_escapes, escaped),
+            "guardupdatekeys": (f"BEFORE UPDATE {of_column}", f"{has_escapes} AND {is_changed}", escaped),
             "guardupdate": (f"BEFORE UPDATE {of_column}", f"{new} IS NOT NULL AND {is_changed} AND {is_other}", guard),
             "guardupdatevariants": (
                 f"BEFORE UPDATE {of_column}",
@@ -261,6 +281,15 @@ class SQLiteSource:
         ]
         return f"""  SELECT RAISE(ABORT, {message}) FROM ({_variants(new)}) w
   WHERE w.location IS NOT NULL AND {is_gained} AND ({self._is_refused(source, holders)})"""
+
+    def _refuse_escaped_keys(self, column: str, new: str) -> str:
+        """Return the SELECT that fails if a ref spells a key with escapes, where SQLite before 3.45 does not find it."""
+        message = literal(
+            f"granite_storage: a key of a ref in {self._table.name}.{column} is spelled with escapes, write it plainly"
+        )
+        keys = ", ".join(map(literal, ("backend", "location", "storage_key", "variants")))
+        return f"""  SELECT RAISE(ABORT, {message}) FROM json_tree({new}) k
+  WHERE k.key IN ({keys}) AND instr(substr(k.fullkey, length(k.path) + 1), '\\')"""
 
     def _is_refused(self, source: str, holders: Sequence[str]) -> str:
         intents = f"SELECT 1 FROM {self._intent} i WHERE i.location = w.location AND i.kind = {literal(DELETE)}"
@@ -413,6 +442,8 @@ def _read_keys(connection: Connection, table: GuardedTable) -> tuple[list[_Key],
     keys: list[_Key] = []
     info = pragma("table_xinfo", table.name)
     columns, key = {str(row[1]).lower() for row in info}, [str(row[1]) for row in info if row[5]]
+    defaults = {str(row[1]): str(row[4]) for row in info if row[3] and row[4] is not None}
+    generated = {str(row[1]) for row in info if row[6] in _GENERATED}
     indexes = sorted(pragma("index_list", table.name), key=lambda row: str(row[1]))
     rowid = next((name for name in _ROWIDS if name not in columns), None)
     if rowid is not None:
@@ -424,11 +455,12 @@ def _read_keys(connection: Connection, table: GuardedTable) -> tuple[list[_Key],
     if len(key) == 1 and not any(row[3] == "pk" for row in indexes):
         rowid = quoted(key[0])
     if rowid is not None:
-        keys.append(_Key(((rowid, "BINARY"),)))
+        keys.append(_Key(((rowid, "BINARY", None),)))
     for _, name, is_unique, *_ in indexes:
         parts = [row for row in pragma("index_xinfo", str(name)) if row[5]] if is_unique else []
         if parts and all(row[2] is not None for row in parts):
-            keys.append(_Key(tuple((quoted(str(row[2])), quoted(str(row[4]))) for row in parts)))
+            of_index = tuple((quoted(str(row[2])), quoted(str(row[4])), defaults.get(str(row[2]))) for row in parts)
+            keys.append(_Key(of_index, any(str(row[2]) in generated for row in parts)))
     return list(dict.fromkeys(keys)), rowid
 
 

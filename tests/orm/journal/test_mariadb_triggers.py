@@ -502,6 +502,37 @@ class TestRetention:
             found = await connection.execute(text("SELECT value FROM granite_storage_meta WHERE name = 'retention\\:docs'"))
         assert [float(value) for value in found.scalars()] == [0.0]
 
+    async def test_of_its_own_journal(self, env: OrmEnvironment) -> None:
+        """One statement may delete rows of two databases, each with a journal and with policies of the same names."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await journal_of(env).check()
+        name = env.engine.url.database
+        other = f"{name}_other"
+        await self.run_as_admin("CREATE DATABASE " + other)
+        engine = create_async_engine(mariadb_admin().set(database=other))
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(Base.metadata.create_all)
+                await run(
+                    connection,
+                    "INSERT INTO granite_storage_meta (name, value, changed) VALUES ('retention\\:docs', '604800', NOW())",
+                    "SET @granite_storage_claimed = '\nx\n'",
+                    f"INSERT INTO doc (id, file) VALUES (1, {value('x')})",  # noqa: S608
+                    f"DELETE a, b FROM {name}.doc a JOIN doc b ON a.id = b.id",
+                )
+                waits = "SELECT location, due > UTC_TIMESTAMP + INTERVAL 6 DAY FROM {}.granite_storage_intent"
+                found = [(await connection.execute(text(waits.format(one)))).one() for one in (name, other)]
+                assert [tuple(one) for one in found] == [(ref.location, 0), ("x", 1)]
+        finally:
+            await engine.dispose()
+            await self.run_as_admin("DROP DATABASE " + other)
+
+    async def run_as_admin(self, statement: str) -> None:
+        engine = create_async_engine(mariadb_admin(), isolation_level="AUTOCOMMIT")
+        async with engine.connect() as connection:
+            await connection.execute(text(statement))
+        await engine.dispose()
+
 
 class Models:
     """Cascades of every kind: through a table without files, in a table that refers to itself, and to another schema's."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import (
     Column,
+    Computed,
     ForeignKey,
     Index,
     Integer,
@@ -113,6 +114,17 @@ class Odd(Base):
     file: Mapped[Attachment | None] = mapped_column("the 'odd' \"file\"", AttachmentType("docs"))
 
 
+class Slot(Base):
+    """Has unique values that are not those of the statement: one with a default, and one that is generated."""
+
+    __tablename__ = "slot"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    code: Mapped[str] = mapped_column(String(10), unique=True, server_default="x")
+    number: Mapped[int | None]
+    doubled: Mapped[int | None] = mapped_column(Computed("number * 2", persisted=True), unique=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+
+
 class Picture(Base):
     """Has a variant that the journal's worker makes."""
 
@@ -164,6 +176,8 @@ async def fill(env: OrmEnvironment) -> dict[str, StoredObjectRef]:
         "node": Node(id=1, file=file("n")),
         "word": Word(id="Word", file=file("w")),
         "odd": Odd(id=1, file=file("o")),
+        "slot": Slot(id=1, code="x", number=1, file=file("s")),
+        "next": Slot(id=2, code="y", number=2, file=file("t")),
     }
     later = {"child": Child(id=1, parent_id=1, file=file("c")), "leaf": Node(id=2, parent_id=1, file=file("l"))}
     last = {"grandchild": Grandchild(id=1, child_id=1, file=file("g")), "twig": Node(id=3, parent_id=2, file=file("t"))}
@@ -202,6 +216,12 @@ TAKEN_OUT = {
     "REPLACE INTO word VALUES ('WORD', NULL)": {"word"},
     'REPLACE INTO "the \'odd\' ""table""" ("Rowid") VALUES (1)': {"odd"},
     "REPLACE INTO parent VALUES (1, NULL)": {"parent", "child", "grandchild"},
+    "REPLACE INTO slot (code) VALUES (NULL)": {"slot"},
+    "REPLACE INTO slot (id) VALUES (9)": {"slot"},
+    "UPDATE OR REPLACE slot SET code = NULL WHERE id = 2": {"slot"},
+    "REPLACE INTO slot (code, number) VALUES ('z', 2)": {"next"},
+    "UPDATE OR REPLACE slot SET number = 1 WHERE id = 2": {"slot"},
+    "UPDATE slot SET number = 9, code = 'z' WHERE id = 2": set(),
 }
 
 
@@ -308,6 +328,19 @@ class TestGuard:
             assert not await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=known)
         finally:
             await env.sql("DROP TRIGGER copy_up")
+
+    @pytest.mark.parametrize("moment", ["BEFORE", "AFTER"])
+    async def test_a_trigger_of_the_application_that_keeps_what_is_deleted(self, env: OrmEnvironment, moment: str) -> None:
+        """The row vouches for its object until it is deleted; afterwards its intent does, which may not be there yet."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        copy = "INSERT INTO parent VALUES (OLD.id, OLD.file)"
+        await env.sql(f"CREATE TRIGGER keep {moment} DELETE ON doc BEGIN {copy}; END")
+        try:
+            assert await refused(env, "DELETE FROM doc") == (moment == "AFTER")
+        finally:
+            await env.sql("DROP TRIGGER keep")
+        assert (await journal_of(env).recover()).kept == (moment == "BEFORE")
+        assert await env.objects() == {ref.location}
 
     async def test_a_copy_of_what_a_row_holds(self, env: OrmEnvironment) -> None:
         await stored(env, Doc(id=1, file=file("a")), Word(id="a", file=file("b")))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from granite_storage import StoredObjectRef
@@ -67,6 +69,37 @@ class TestGuard:
             async with worker(env, step):
                 assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_a_location_that_has_a_blank_more(self, env: OrmEnvironment) -> None:
+        """Collations of MariaDB ignore blanks at the end; another object is meant all the same."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        other = StoredObjectRef.from_dict({**ref.to_dict(), "location": f"{ref.location} "})
+        statements = ("INSERT INTO doc (id, file) VALUES (2, {other})", "UPDATE doc SET other = {other}")
+        for statement in statements:
+            assert await refused(env, statement, other=other), statement
+        await stored(env, Doc(id=3))
+        await run(env, "DELETE FROM doc WHERE id = 1")
+        for statement in statements:
+            assert await refused(env, statement, other=other), f"{statement}, with an intent"
+        assert (await journal_of(env).recover()).deleted == 1
+
+    async def test_a_key_that_is_spelled_with_escapes(self, env: OrmEnvironment) -> None:
+        """A reader of the ref does not see how it was spelled; SQL may."""
+        ref = await put(env)
+        await journal_of(env).adopt([ref])
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+        gone = {**ref.to_dict(), "location": f"{ref.location}-gone"}
+        for key, changed in (("location", gone), ("variants", {**ref.to_dict(), "variants": {"thumb": gone}})):
+            value = json.dumps(changed)
+            spelled = value.replace(f'"{key}"', f'"\\u{ord(key[0]):04x}{key[1:]}"')
+            assert json.loads(spelled) == changed
+            assert spelled != value
+            for statement in ("INSERT INTO doc (id, file) VALUES (2, :value)", "UPDATE doc SET other = :value"):
+                if env.database.is_postgres:
+                    statement = statement.replace(":value", "CAST(:value AS jsonb)")
+                with pytest.raises(IntegrityError, match=r"gone or going|is spelled with escapes"):
+                    async with env.engine.begin() as connection:
+                        await connection.execute(text(statement), {"value": spelled})
 
 
 class TestVariants:

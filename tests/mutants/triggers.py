@@ -36,6 +36,14 @@ MUTANTS = [
         tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg-savepoint]",),
     ),
     Mutant(
+        name="trigger-takes-columns-for-variables",
+        rule="Columns of the application may be named like variables of the functions.",
+        path=_SQL,
+        old='_NAMES = "#variable_conflict use_variable"',
+        new='_NAMES = "#variable_conflict error"',
+        tests=(f"{_TESTS}::TestGuard::test_columns_that_are_named_like_variables[asyncpg]",),
+    ),
+    Mutant(
         name="trigger-doubts-nothing",
         rule="What a row loses before its guard has seen it is no evidence for it.",
         path=_SQL,

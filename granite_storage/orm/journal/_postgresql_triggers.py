@@ -50,6 +50,9 @@ _DOUBTED = "granite_storage.doubted"
 """The setting of a transaction with the locations, each between line feeds, that rows have lost while a statement inserts, and
 that had no intent before."""
 
+_NAMES = "#variable_conflict use_variable"
+"""Columns of the application may be named like variables of the functions, which name all columns by their tables."""
+
 _MOST_SAVEPOINTS = (1 << 24) - 1
 """How many savepoints of one transaction are told from other transactions."""
 
@@ -143,6 +146,7 @@ class PostgreSQLSource:
         guard = f"""
 CREATE OR REPLACE FUNCTION {self._function("guard")}(wanted text, original text, before bigint) RETURNS void
 LANGUAGE plpgsql AS $granite$
+{_NAMES}
 {self._guard()}
 $granite$"""
         # Trigger functions run with the rights of their owner, and find nothing that another role has made. No other role may
@@ -153,6 +157,7 @@ $granite$"""
                 f"""
 CREATE OR REPLACE FUNCTION {self._function(what)}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{"" if what == "update" else " SET jit = off"} AS $granite$
+{_NAMES}
 {body}
 $granite$"""
                 for what, body in bodies.items()

@@ -319,6 +319,36 @@ class TestGuard:
         async with _on_insert(env, changes):
             assert await refused(env, "INSERT INTO doc (id, file) VALUES (3, {ref}), (2, {ref})", ref=ref)
 
+    async def test_columns_that_are_named_like_variables(self, env: OrmEnvironment) -> None:
+        metadata = MetaData(schema="apart")
+        names = ["wanted", "original", "before", "own", "known", "digest", "policy", "missing", "gone", "t", "n"]
+        columns = [Column(name, Integer, server_default="1", primary_key=True) for name in names]
+        Table("thing", metadata, *columns, *(Column(name, AttachmentType("docs")) for name in ("location", "source")))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await env.sql("CREATE SCHEMA apart")
+        try:
+            async with env.engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)
+            insert = "INSERT INTO apart.thing (own, location) VALUES (1, {ref})"
+            assert await refused(env, insert, ref=ref)
+            await run(
+                env,
+                "INSERT INTO apart.granite_storage_intent (id, kind, backend, location, due)"
+                " SELECT gen_random_uuid(), 'upload', r->>'backend', r->>'location', now() FROM CAST({ref} AS json) r",
+                insert,
+                "DELETE FROM apart.granite_storage_intent",
+                ref=ref,
+            )
+            await run(env, "INSERT INTO apart.thing (own, location) SELECT 2, location FROM apart.thing")
+            await run(env, "UPDATE apart.thing SET source = location, location = NULL", "DELETE FROM apart.thing WHERE own = 2")
+            async with env.engine.connect() as connection:
+                found = await connection.scalars(text("SELECT location FROM apart.granite_storage_intent"))
+                assert list(found) == [ref.location]
+        finally:
+            await env.sql("DROP SCHEMA apart CASCADE")
+
     async def test_a_copy_of_what_a_row_holds(self, env: OrmEnvironment) -> None:
         await stored(env, Doc(id=1, file=file("a")), Part(id=1, kind=1, file=file("b")))
         await run(env, "INSERT INTO doc (id, file, other) SELECT 2, file, file FROM doc")

@@ -6,6 +6,7 @@ from tests.mutants.mutant import Mutant
 
 _SQL = "granite_storage/orm/journal/_postgresql_triggers.py"
 _TESTS = "tests/orm/journal/test_storage_triggers.py"
+_LOST = "test_rows_that_lose_their_ref_before_their_guard_has_seen_them"
 EACH = "tests/orm/journal/test_triggers_of_each_database.py"
 """The tests that are the same on every database."""
 
@@ -33,6 +34,54 @@ MUTANTS = [
         old="_MOST_SAVEPOINTS = (1 << 24) - 1",
         new="_MOST_SAVEPOINTS = 0",
         tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg-savepoint]",),
+    ),
+    Mutant(
+        name="trigger-takes-columns-for-variables",
+        rule="Columns of the application may be named like variables of the functions.",
+        path=_SQL,
+        old='_NAMES = "#variable_conflict use_variable"',
+        new='_NAMES = "#variable_conflict error"',
+        tests=(f"{_TESTS}::TestGuard::test_columns_that_are_named_like_variables[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-doubts-nothing",
+        rule="What a row loses before its guard has seen it is no evidence for it.",
+        path=_SQL,
+        old="""  IF current_setting('{_DOUBTED}', true) <> '' THEN""",
+        new="  IF false THEN",
+        tests=(f"{_TESTS}::TestGuard::{_LOST}[asyncpg-row]",),
+    ),
+    Mutant(
+        name="trigger-doubts-no-update",
+        rule="What an UPDATE takes out of a row before its guard has seen it is no evidence for it.",
+        path=_SQL,
+        old="""    IF ({_is_own("OLD")}) THEN""",
+        new="    IF false THEN",
+        tests=(f"{_TESTS}::TestGuard::{_LOST}[asyncpg-column]",),
+    ),
+    Mutant(
+        name="trigger-trusts-rows-written-again",
+        rule="A row that holds its ref again was written again, and is not as it was inserted.",
+        path=_SQL,
+        old="AND (w.written < ({nominated})) IS NOT TRUE;",
+        new="AND w.written IS NULL;",
+        tests=(f"{_TESTS}::TestGuard::{_LOST}[asyncpg-same-row]",),
+    ),
+    Mutant(
+        name="trigger-doubts-rows-that-are-there",
+        rule="What other rows have lost is evidence for a row that is there as it was inserted.",
+        path=_SQL,
+        old="AND (w.written < ({nominated})) IS NOT TRUE;",
+        new="AND true;",
+        tests=(f"{_TESTS}::TestGuard::test_rows_that_a_trigger_of_the_application_replaces[asyncpg-delete]",),
+    ),
+    Mutant(
+        name="trigger-misses-rows-with-other-keys",
+        rule="A guard that does not find all rows of its statement takes none that the transaction has written for evidence.",
+        path=_SQL,
+        old="CASE WHEN count(*) = (SELECT count(*) FROM changed) THEN",
+        new="CASE WHEN true THEN",
+        tests=(f"{_TESTS}::TestGuard::test_rows_whose_key_is_changed_before_their_guard_has_seen_them[asyncpg]",),
     ),
     Mutant(
         name="trigger-ids-at-random",
@@ -141,8 +190,8 @@ MUTANTS = [
         name="trigger-rows-vouch-for-themselves",
         rule="A row that no guard has seen yet is no evidence, neither for itself nor for others of its statement.",
         path=_SQL,
-        old="    before := coalesce((SELECT min(",
-        new="    before := NULL; PERFORM coalesce((SELECT min(",
+        old="    before := (\n",
+        new="    before := NULL; PERFORM (\n",
         tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg-plain]",),
     ),
     Mutant(

@@ -9,6 +9,10 @@ rows that no guard has seen yet must not be evidence, neither for themselves nor
 statements that insert are counted while they run. Meanwhile what this transaction has written itself is no evidence. The last
 guard of the statement accepts rows that were written by earlier statements of the transaction: those with a lower command id.
 
+Triggers and functions of the application may change or delete such a row before its guard has seen it. Then what it held is
+nominated, and the intent would be evidence for it. So the locations that rows lose while a statement inserts are doubted where no
+intent vouched for them before, and the guard asks for other evidence unless the row is there as it was inserted.
+
 An UPDATE has a trigger for each row, because one with transition tables would cost every UPDATE of the table. It runs before the
 row is written, after all others of its kind, nominates first and guards then: so rows may swap their files.
 """
@@ -41,6 +45,13 @@ _TRUNCATED = "granite_storage.truncated"
 _INSERTING = "granite_storage.inserting"
 _RETENTION = "granite_storage.retention"
 """The settings of a transaction with the number of statements that insert, and with the last retention that was looked up."""
+
+_DOUBTED = "granite_storage.doubted"
+"""The setting of a transaction with the locations, each between line feeds, that rows have lost while a statement inserts, and
+that had no intent before."""
+
+_NAMES = "#variable_conflict use_variable"
+"""Columns of the application may be named like variables of the functions, which name all columns by their tables."""
 
 _MOST_SAVEPOINTS = (1 << 24) - 1
 """How many savepoints of one transaction are told from other transactions."""
@@ -135,6 +146,7 @@ class PostgreSQLSource:
         guard = f"""
 CREATE OR REPLACE FUNCTION {self._function("guard")}(wanted text, original text, before bigint) RETURNS void
 LANGUAGE plpgsql AS $granite$
+{_NAMES}
 {self._guard()}
 $granite$"""
         # Trigger functions run with the rights of their owner, and find nothing that another role has made. No other role may
@@ -145,6 +157,7 @@ $granite$"""
                 f"""
 CREATE OR REPLACE FUNCTION {self._function(what)}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{"" if what == "update" else " SET jit = off"} AS $granite$
+{_NAMES}
 {body}
 $granite$"""
                 for what, body in bodies.items()
@@ -224,7 +237,27 @@ $granite$"""
         return f"coalesce(CAST({own} AS float8), ({longest}), 0)"
 
     def _on_delete(self) -> str:
-        return f"BEGIN\n  {self._nominated('changed')};\n  RETURN NULL;\nEND"
+        return f"""DECLARE
+  own xid;
+  known text[];
+BEGIN
+  IF {_counted("0")} > 0 THEN
+    own := CAST(pg_current_xact_id() AS xid);
+    {self._doubt(self._brought("changed"))};
+  END IF;
+  {self._nominated("changed")};
+  RETURN NULL;
+END"""
+
+    def _doubt(self, lost: str) -> str:
+        """Return the statements that lock the intents of locations, and note those that have none."""
+        found = "string_agg(DISTINCT E'\\n' || d.location || E'\\n', '')"
+        return f"""SELECT array_agg(s.location) INTO known FROM (
+    {self._lock_intents(lost)}
+    ) s;
+    PERFORM set_config('{_DOUBTED}', concat(current_setting('{_DOUBTED}', true), {found}), true) FROM (
+    {lost}
+    ) d WHERE (d.location = ANY (known)) IS NOT TRUE HAVING count(d.location) > 0"""
 
     def _on_truncate(self) -> str:
         # The partition that the statement is about, which is not always the whole table.
@@ -242,8 +275,13 @@ END"""
         own_retention = self._retention(f"(SELECT m.value FROM {self._meta} m WHERE m.name = {_meta_name('policy')})")
         nominate: list[str] = []
         guard: list[str] = []
+        lost: list[str] = []
         for name in map(quoted, self.table.columns):
             old, new = f"CAST(OLD.{name} AS jsonb)", f"CAST(NEW.{name} AS jsonb)"
+            lost.append(
+                f"SELECT {old} ->> 'location' AS location UNION ALL"
+                f" SELECT v.value ->> 'location' FROM jsonb_path_query({old}, '$.variants.*') AS v(value)"
+            )
             single = f"""policy := coalesce({old} ->> 'storage_key', '');
       seconds := CAST(CAST(nullif(current_setting('{_RETENTION}', true), '') AS jsonb) ->> policy AS float8);
       IF seconds IS NULL THEN
@@ -281,27 +319,45 @@ END"""
   digest bytea;
   policy text;
   seconds float8;
+  own xid;
+  known text[];
   before bigint := CASE WHEN {_counted("0")} > 0 THEN 0 END;
-BEGIN{"".join(nominate)}{"".join(guard)}
+BEGIN
+  IF before IS NOT NULL THEN
+    own := CAST(pg_current_xact_id() AS xid);
+    IF ({_is_own("OLD")}) THEN
+    {self._doubt(" UNION ALL ".join(lost))};
+    END IF;
+  END IF;{"".join(nominate)}{"".join(guard)}
   RETURN NEW;
 END"""
 
     # Guarding.
 
-    def _on_insert(self) -> str:
+    def _brought(self, relation: str, more: str = "") -> str:
+        """Return the SELECT of the locations in the rows of a relation, each with that of its original, and more of its row."""
         selects: list[str] = []
         for name in map(quoted, self.table.columns):
             selects.append(
-                f"SELECT n.{name} ->> 'location' AS location, CAST(NULL AS text) AS source FROM changed n"
+                f"SELECT n.{name} ->> 'location' AS location, CAST(NULL AS text) AS source{more} FROM {relation} n"
                 f" WHERE n.{name} IS NOT NULL"
             )
             selects.append(
-                f"SELECT v.value ->> 'location', n.{name} ->> 'location' FROM changed n,"
+                f"SELECT v.value ->> 'location', n.{name} ->> 'location'{more} FROM {relation} n,"
                 f" jsonb_path_query(CAST(n.{name} AS jsonb), '$.variants.*') AS v(value)"
                 f" WHERE CAST(n.{name} AS jsonb) ? 'variants'"
             )
-        brought = "\n    UNION ALL ".join(selects)
+        return "\n    UNION ALL ".join(selects)
+
+    def _on_insert(self) -> str:
+        brought = self._brought("changed")
         same_row = " AND ".join(f"t.{quoted(key)} = n.{quoted(key)}" for key in self.table.keys)
+        same_refs = " AND ".join(
+            f"CAST(t.{name} AS jsonb) IS NOT DISTINCT FROM CAST(n.{name} AS jsonb)" for name in map(quoted, self.table.columns)
+        )
+        # The command that has written the row, if that still holds what was inserted.
+        written = f"SELECT {_COMMAND} FROM {self._qualified} t WHERE {same_row} AND {same_refs}"
+        nominated = f"SELECT min({_command_of('i')}) FROM {self._intent} i WHERE i.location = w.location AND {_is_own('i')}"
         return f"""DECLARE
   own xid := CAST(pg_current_xact_id() AS xid);
   locations text[];
@@ -316,14 +372,13 @@ BEGIN
   END IF;
   PERFORM set_config('{_INSERTING}', CAST({_counted("1")} - 1 AS text), true);
   SELECT array_agg(s.location), array_agg(coalesce(s.source, '')) INTO locations, sources FROM (
-    SELECT i.location, i.source FROM {self._intent} i WHERE {_is_evidence("i")} AND i.location IN (
-      SELECT w.location FROM (
-    {brought}
-      ) w
-    ) ORDER BY i.id FOR UPDATE
+    {self._lock_intents(brought)}
   ) s;
   IF {_counted("0")} = 0 THEN
-    before := coalesce((SELECT min({_COMMAND}) FROM {self._qualified} t JOIN changed n ON {same_row}), 0);
+    before := (
+      SELECT CASE WHEN count(*) = (SELECT count(*) FROM changed) THEN coalesce(min({_COMMAND}), 0) ELSE 0 END
+      FROM {self._qualified} t JOIN changed n ON {same_row}
+    );
   END IF;
   FOR missing IN SELECT DISTINCT w.location, w.source FROM (
     {brought}
@@ -335,6 +390,15 @@ BEGIN
   LOOP
     PERFORM {self._function("guard")}(missing.location, missing.source, before);
   END LOOP;
+  IF current_setting('{_DOUBTED}', true) <> '' THEN
+    PERFORM {self._function("guard")}(w.location, w.source, -1) FROM (
+    {self._brought("changed", f", ({written}) AS written")}
+    ) w WHERE strpos(current_setting('{_DOUBTED}', true), E'\\n' || w.location || E'\\n') > 0
+      AND (w.written < ({nominated})) IS NOT TRUE;
+    IF {_counted("0")} = 0 THEN
+      PERFORM set_config('{_DOUBTED}', '', true);
+    END IF;
+  END IF;
   SELECT w.location INTO gone FROM (
     {brought}
     ) w JOIN {self._reclaim} r ON r.location = w.location LIMIT 1;
@@ -344,12 +408,21 @@ BEGIN
   RETURN NULL;
 END"""
 
+    def _lock_intents(self, locations: str) -> str:
+        """Return the SELECT of the intents of locations, which locks them."""
+        return f"""SELECT i.location, i.source FROM {self._intent} i WHERE {_is_evidence("i")} AND i.location IN (
+      SELECT w.location FROM (
+    {locations}
+      ) w
+    ) ORDER BY i.id FOR UPDATE"""
+
     def _guard(self) -> str:
         """Return the body of the function that locks the evidence for one location, or refuses it.
 
         Its arguments are the location, that of its original if it is a variant, and the command id from which on the rows that
-        this transaction has written are no evidence; NULL where all of them are. An intent of the location as a variant of
-        another original, or as no variant, is no evidence: its worker would not look for the object where it is now.
+        this transaction has written are no evidence; NULL where all of them are. Below zero its intents are none either. An
+        intent of the location as a variant of another original, or as no variant, is no evidence: its worker would not look for
+        the object where it is now.
         """
         by_location = [self._lock_holder(item, _at(item, "wanted")) for item in self.holders]
         by_original = [
@@ -369,7 +442,8 @@ BEGIN
     RETURN;
   END IF;
   SELECT count(*) > 0, coalesce(bool_and(s.source IS NOT DISTINCT FROM original), true) INTO is_known, is_same FROM (
-    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND {_is_evidence("i")} ORDER BY i.id FOR UPDATE
+    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND {_is_evidence("i")}
+      AND (before < 0 AND {_is_own("i")}) IS NOT TRUE ORDER BY i.id FOR UPDATE
   ) s;
   IF original IS NULL THEN{"".join(by_location)}
   ELSE{"".join(by_original)}
@@ -413,8 +487,12 @@ def _at(holder: Holder, location: str) -> str:
     return f"(t.{quoted(holder.column)} ->> 'location') = {location}"
 
 
-_COMMAND = "CAST(CAST(t.cmin AS text) AS bigint)"
-"""The command that has written a row."""
+def _command_of(alias: str) -> str:
+    """Return in SQL the command that has written a row."""
+    return f"CAST(CAST({alias}.cmin AS text) AS bigint)"
+
+
+_COMMAND = _command_of("t")
 
 
 def _is_own(alias: str) -> str:

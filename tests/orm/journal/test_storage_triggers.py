@@ -184,6 +184,27 @@ async def _refused_in_a_block(connection: AsyncConnection, statement: str, **ref
     return await refused(connection, block, **refs)
 
 
+MOVES = {
+    "row": "DELETE FROM doc WHERE id = NEW.id; INSERT INTO parent VALUES (NEW.id, NEW.file);",
+    "ref": "UPDATE doc SET file = NULL WHERE id = NEW.id; INSERT INTO parent VALUES (NEW.id, NEW.file);",
+    "column": "UPDATE doc SET file = NULL, other = file WHERE id = NEW.id;",
+    "other-row": "DELETE FROM doc WHERE id = 3;",
+    "same-row": "UPDATE doc SET file = NULL WHERE id = NEW.id; UPDATE doc SET file = NEW.file WHERE id = NEW.id;",
+}
+"""What a trigger of the application does with what was just inserted."""
+
+
+@contextlib.asynccontextmanager
+async def _on_insert(env: OrmEnvironment, does: str) -> AsyncIterator[None]:
+    """Give a trigger of the application, which runs after the INSERT of each row."""
+    await env.sql(f"CREATE FUNCTION on_insert() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {does} RETURN NEW; END $$")
+    try:
+        await env.sql("CREATE TRIGGER on_insert AFTER INSERT ON doc FOR EACH ROW EXECUTE FUNCTION on_insert()")
+        yield
+    finally:
+        await env.sql("DROP FUNCTION on_insert() CASCADE")
+
+
 class TestGuard:
     @pytest.mark.parametrize(
         "is_refused",
@@ -249,6 +270,84 @@ class TestGuard:
             assert await refused(env, upsert, ref=ref)
         finally:
             await env.sql("DROP FUNCTION touch() CASCADE")
+
+    @pytest.mark.parametrize("does", MOVES)
+    async def test_rows_that_lose_their_ref_before_their_guard_has_seen_them(self, env: OrmEnvironment, does: str) -> None:
+        """What they held is nominated then, and this intent is no evidence that the object was there."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
+        await env.backend.delete(ref.location)
+        [known] = await stored(env, Doc(id=1, file=file("b")))
+        await run(env, "UPDATE doc SET file = NULL")
+        plain = "INSERT INTO doc (id, file) VALUES (3, {ref}), (2, {ref})"
+        variant = (
+            "INSERT INTO doc (id, file) SELECT 2, jsonb_set(CAST({known} AS jsonb), '{variants}',"
+            " jsonb_build_object('thumb', CAST({ref} AS jsonb)))"
+        )
+        async with _on_insert(env, MOVES[does]):
+            assert await refused(env, plain, ref=ref)
+            assert await refused(env, variant, ref=ref, known=known)
+            assert not await refused(env, plain, ref=known)
+
+    @pytest.mark.parametrize(
+        "does",
+        ["DELETE FROM doc WHERE id < NEW.id;", "UPDATE doc SET file = NULL WHERE id < NEW.id;"],
+        ids=["delete", "update"],
+    )
+    async def test_rows_that_a_trigger_of_the_application_replaces(self, env: OrmEnvironment, does: str) -> None:
+        """What older rows have lost may come in by the same statement, as the file of the new row or of a copy of the old one."""
+        one, two = await stored(env, Doc(id=1, file=file("a")), Parent(id=9, file=file("b")))
+        copy = "INSERT INTO parent SELECT id, file FROM doc WHERE id = 1; UPDATE doc SET title = 'x';"
+        async with _on_insert(env, copy + does):
+            await run(env, "INSERT INTO doc (id, file) SELECT 2, file FROM doc")
+        keep = "WITH old AS (DELETE FROM doc WHERE id < NEW.id RETURNING *) INSERT INTO parent SELECT id, file FROM old;"
+        async with _on_insert(env, keep):
+            await run(env, "DELETE FROM parent WHERE id < 9", "INSERT INTO doc (id, file) SELECT 3, file FROM parent")
+        await run(
+            env,
+            "INSERT INTO doc (id, file) SELECT 3, file FROM parent WHERE id = 2 UNION ALL SELECT 4, file FROM doc WHERE id = 3"
+            " ON CONFLICT (id) DO UPDATE SET file = excluded.file",
+        )
+        assert locations(*(await env.references()).values()) == locations(one, two)
+
+    async def test_rows_whose_key_is_changed_before_their_guard_has_seen_them(self, env: OrmEnvironment) -> None:
+        """The guard does not find them, so it cannot say which rows the statement has written."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
+        await env.backend.delete(ref.location)
+        changes = "IF NEW.id = 3 THEN UPDATE doc SET id = 100 WHERE id = 3; ELSE UPDATE doc SET title = 'x' WHERE id = 2; END IF;"
+        async with _on_insert(env, changes):
+            assert await refused(env, "INSERT INTO doc (id, file) VALUES (3, {ref}), (2, {ref})", ref=ref)
+
+    async def test_columns_that_are_named_like_variables(self, env: OrmEnvironment) -> None:
+        metadata = MetaData(schema="apart")
+        names = ["wanted", "original", "before", "own", "known", "digest", "policy", "missing", "gone", "t", "n"]
+        columns = [Column(name, Integer, server_default="1", primary_key=True) for name in names]
+        Table("thing", metadata, *columns, *(Column(name, AttachmentType("docs")) for name in ("location", "source")))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await env.sql("CREATE SCHEMA apart")
+        try:
+            async with env.engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)
+            insert = "INSERT INTO apart.thing (own, location) VALUES (1, {ref})"
+            assert await refused(env, insert, ref=ref)
+            await run(
+                env,
+                "INSERT INTO apart.granite_storage_intent (id, kind, backend, location, due)"
+                " SELECT gen_random_uuid(), 'upload', r->>'backend', r->>'location', now() FROM CAST({ref} AS json) r",
+                insert,
+                "DELETE FROM apart.granite_storage_intent",
+                ref=ref,
+            )
+            await run(env, "INSERT INTO apart.thing (own, location) SELECT 2, location FROM apart.thing")
+            await run(env, "UPDATE apart.thing SET source = location, location = NULL", "DELETE FROM apart.thing WHERE own = 2")
+            async with env.engine.connect() as connection:
+                found = await connection.scalars(text("SELECT location FROM apart.granite_storage_intent"))
+                assert list(found) == [ref.location]
+        finally:
+            await env.sql("DROP SCHEMA apart CASCADE")
 
     async def test_a_copy_of_what_a_row_holds(self, env: OrmEnvironment) -> None:
         await stored(env, Doc(id=1, file=file("a")), Part(id=1, kind=1, file=file("b")))

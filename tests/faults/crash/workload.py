@@ -31,7 +31,7 @@ _FILES = ["file", "kept"]
 EXPECTED = (
     StaleAttachmentError,  # another transaction or a worker was faster
     ObjectNotFoundError,  # the original of a copy was deleted meanwhile
-    BackendUnavailableError,  # an intent waited too long for a lock, which MariaDB may hold on a gap beside SQL
+    BackendUnavailableError,  # an intent waited too long for a gap that MariaDB has locked
     DBAPIError,  # a deadlock, a conflict of snapshots, two rows with one key
     StaleDataError,  # the row was deleted meanwhile
     ObjectDeletedError,

@@ -27,7 +27,7 @@ storage = StorageManager(
 )
 
 def progress(report):
-    print("progress", report.done, "of", report.total)
+    print("progress", report.done, "of", report.total, flush=True)
     if report.done >= int(os.environ.get("KILL_AT", "1000000")):
         os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -156,7 +156,7 @@ def leave_open() -> None:
     running = StorageGarbageCollector(storage, binding=binding).sync.run_every(timedelta(hours=1))
     running.__enter__()
     left_open.extend([reader, listing, running])
-    print([reader.read(1), next(listing).size])
+    print([reader.read(1), next(listing).size], flush=True)
 
 
 def outlive_the_main_thread() -> None:

@@ -206,7 +206,7 @@ def test_a_picture_is_looked_at(visit: Page, tmp_path: Path) -> None:
     assert visit.driver.switch_to.active_element == preview
 
     visit.open()
-    assert visit.one(".item .copy a").text.startswith("Large copy: 1600 × 1200, ")
+    eventually(lambda: visit.one(".item .copy a").text.startswith("Large copy: 1600 × 1200, "))
     assert len(stored(tmp_path)) == 3
 
 

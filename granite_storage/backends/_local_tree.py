@@ -95,7 +95,7 @@ def _open_directory(path: str | Path, parent: int | None = None) -> Iterator[int
 
 def _info_of(location: str, found: os.stat_result) -> ObjectInfo:
     """Return the properties of an object by what the file system says of its file."""
-    etag = "%x-%x-%x" % (found.st_ino, found.st_mtime_ns, found.st_size)  # noqa: UP031  # a third of the time of an f-string
+    etag = "%x-%x-%x" % (found.st_ino, found.st_mtime_ns, found.st_size)  # noqa: UP031  # half of the time of an f-string
     return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
 
 

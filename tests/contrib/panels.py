@@ -182,13 +182,16 @@ class Panel:
 
     async def spoil(self) -> None:
         """Write something that is no ref into the avatar of each user."""
-        statement = text("UPDATE panel_user SET avatar = '{}'")
+        await self.sql("UPDATE panel_user SET avatar = '{}'")
+
+    async def sql(self, statement: str) -> None:
+        """Run SQL past the panel."""
         if isinstance(self.engine, AsyncEngine):
             async with self.engine.begin() as connection:
-                await connection.execute(statement)
+                await connection.execute(text(statement))
         else:
             with self.engine.begin() as connection:
-                connection.execute(statement)
+                connection.execute(text(statement))
 
     async def check(self) -> list[Any]:
         """Return the users, after comparing the objects in the storage with what all rows refer to."""

@@ -6,8 +6,6 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.contrib.panels import BOTH, NOTHING, Contract, Panel
 
@@ -16,13 +14,7 @@ SCAN = ("scan.pdf", b"%PDF-1.7", "application/pdf")
 
 async def keep(panel: Panel, table: str) -> None:
     """Let the database refuse deletes from a table."""
-    statement = text(f"CREATE TRIGGER kept BEFORE DELETE ON {table} BEGIN SELECT RAISE(ABORT, 'it is kept'); END")
-    if isinstance(panel.engine, AsyncEngine):
-        async with panel.engine.begin() as connection:
-            await connection.execute(statement)
-    else:
-        with panel.engine.begin() as connection:
-            connection.execute(statement)
+    await panel.sql(f"CREATE TRIGGER kept BEFORE DELETE ON {table} BEGIN SELECT RAISE(ABORT, 'it is kept'); END")
 
 
 async def delete(panel: Panel, *keys: int) -> httpx.Response:

@@ -23,8 +23,8 @@ MUTANTS = [
         name="trigger-looks-past-a-truncate",
         rule="Tables that several statements look into are locked against TRUNCATE before their snapshot is made.",
         path="granite_storage/orm/journal/references.py",
-        old="            tables = sorted(known[name] for name in names & known.keys())",
-        new="            tables = sorted(known[name] for name in names - names)",
+        old="        return sorted(known[name] for name in names & known.keys())",
+        new="        return sorted(known[name] for name in names - names)",
         tests=(f"{_TESTS}::test_a_truncate_between_two_statements_of_a_look[asyncpg]",),
     ),
     Mutant(

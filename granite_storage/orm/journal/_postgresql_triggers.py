@@ -54,7 +54,7 @@ _NAMES = "#variable_conflict use_variable"
 """Columns of the application may be named like variables of the functions, which name all columns by their tables."""
 
 _MOST_SAVEPOINTS = (1 << 24) - 1
-"""How many savepoints of one transaction are told from other transactions."""
+"""The most savepoints of one transaction whose rows count as its own."""
 
 TRIGGERS = {
     "granite_storage_delete": "delete",

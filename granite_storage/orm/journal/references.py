@@ -110,9 +110,13 @@ class References:
         selects = [*first, *self._selects(places, locations, sources)]
         statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(locations), 1))))
         rows: list[Row[Any]] = []
+        takes_several = len(statements) > 1 and self._pool.dialect != "sqlite"
+        locked = await self._lockable(places) if takes_several and self._pool.is_postgresql else []
         async with begin() as connection:
-            if len(statements) > 1 and self._pool.dialect != "sqlite":
-                await self._begin_snapshot(connection, places)
+            if takes_several:
+                await connection.execute(_ONE_SNAPSHOT)
+            if locked:
+                await connection.exec_driver_sql(f"LOCK TABLE {', '.join(locked)} IN ACCESS SHARE MODE")
             for parts in statements:
                 found = await connection.execute(union_all(*parts), execution_options={TRANSLATE_MAP: None})
                 rows += found
@@ -120,22 +124,17 @@ class References:
                 await self._pool.make_durable(connection)
         return rows
 
-    async def _begin_snapshot(self, connection: AsyncConnection, places: Iterable[Place]) -> None:
-        """Let several statements see the rows of one moment.
+    async def _lockable(self, places: Iterable[Place]) -> list[str]:
+        """Return the tables that are locked before several statements make their snapshot, in SQL.
 
         TRUNCATE follows no snapshot on PostgreSQL: a table that another transaction has truncated since the first statement is
         empty for the next one, which does not see either where that transaction has put the refs. So the tables are locked
         against it before the snapshot is made. A single statement locks its tables first by itself.
         """
-        tables: list[str] = []
-        if self._pool.is_postgresql:
-            names = {(place.schema, place.table) for place in places}
-            async with self._pool.reading() as other:
-                known = {(row.schema, row.name): row.quoted for row in await other.execute(_LOCKABLE)}
-            tables = sorted(known[name] for name in names & known.keys())
-        await connection.execute(_ONE_SNAPSHOT)
-        if tables:
-            await connection.exec_driver_sql(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE")
+        names = {(place.schema, place.table) for place in places}
+        async with self._pool.reading() as connection:
+            known = {(row.schema, row.name): row.quoted for row in await connection.execute(_LOCKABLE)}
+        return sorted(known[name] for name in names & known.keys())
 
     async def _find_places(self) -> list[Place]:
         async with self._pool.reading() as connection:

@@ -20,6 +20,7 @@ from granite_storage.refs import iter_refs
 from tests.orm.databases import Database
 from tests.orm.derivations import Upper
 from tests.orm.environment import OrmEnvironment, orm_environment
+from tests.orm.journal.test_recovery import journal_of
 
 __all__ = [
     "Base",
@@ -37,6 +38,7 @@ __all__ = [
     "refused",
     "run",
     "stored",
+    "stored_with_variant",
     "value_of",
 ]
 
@@ -175,3 +177,12 @@ def locations(*refs: StoredObjectRef) -> set[str]:
 async def put(env: OrmEnvironment, name: str = "a") -> StoredObjectRef:
     """Store an object that no journal knows of."""
     return await env.manager.put_bytes(content=b"x", storage_key="docs", model_name="doc", entity_id=name, field_name="file")
+
+
+async def stored_with_variant(env: OrmEnvironment) -> StoredObjectRef:
+    """Let a row have a file with a variant, of which the journal knows nothing more; return its ref."""
+    original, variant = await put(env, "a"), await put(env, "v")
+    whole = original.with_variants({"thumb": variant})
+    await journal_of(env).adopt([whole])
+    await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", "DELETE FROM granite_storage_intent", ref=whole)
+    return whole

@@ -38,7 +38,7 @@ from tests.orm.conftest import new_database
 from tests.orm.databases import Database
 from tests.orm.derivations import Upper
 from tests.orm.environment import OrmEnvironment, file, orm_environment
-from tests.orm.journal.guarded import locations, put, refused, run, stored
+from tests.orm.journal.guarded import locations, refused, run, stored, stored_with_variant
 from tests.orm.journal.sharing import steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, rows
 
@@ -401,12 +401,7 @@ class TestGuard:
 class TestVariants:
     @pytest.fixture
     async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
-        """Let a row have a file with a variant."""
-        original, variant = await put(env, "a"), await put(env, "v")
-        whole = original.with_variants({"thumb": variant})
-        await journal_of(env).adopt([whole])
-        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", "DELETE FROM granite_storage_intent", ref=whole)
-        return whole
+        return await stored_with_variant(env)
 
     @pytest.mark.parametrize("statement", ["DELETE FROM doc", "REPLACE INTO doc (id) VALUES (1)", "UPDATE doc SET file = NULL"])
     async def test_they_have_their_original_as_their_source(

@@ -15,7 +15,7 @@ from granite_storage.orm.journal.deletes import delete_id
 from tests.orm.conftest import new_database
 from tests.orm.databases import WITH_JOURNAL, Database
 from tests.orm.environment import OrmEnvironment, file
-from tests.orm.journal.guarded import Doc, Parent, Picture, environment, locations, put, refused, run, stored
+from tests.orm.journal.guarded import Doc, Parent, Picture, environment, locations, put, refused, run, stored, stored_with_variant
 from tests.orm.journal.sharing import steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, rows
 
@@ -105,12 +105,7 @@ class TestGuard:
 class TestVariants:
     @pytest.fixture
     async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
-        """Let a row have a file with a variant."""
-        original, variant = await put(env, "a"), await put(env, "v")
-        whole = original.with_variants({"thumb": variant})
-        await journal_of(env).adopt([whole])
-        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", "DELETE FROM granite_storage_intent", ref=whole)
-        return whole
+        return await stored_with_variant(env)
 
     async def test_they_go_with_their_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
         await run(env, "INSERT INTO parent SELECT id, file FROM doc")

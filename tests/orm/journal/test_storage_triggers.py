@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
-from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
+from granite_storage.orm import Attachment, AttachmentType, StorageJournal, bind_storage, journal_tables, storage_triggers
 from granite_storage.orm.journal import references
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
@@ -152,6 +152,14 @@ async def test_a_truncate_between_two_statements_of_a_look(env: OrmEnvironment, 
         assert not done  # it waits for the end of the transaction
         await connection.commit()
     assert await looking == {ref.location}
+
+
+async def test_a_look_in_several_statements_holds_one_connection(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that each held one of a small pool and waited for another would wait for each other."""
+    monkeypatch.setattr(references, "_MOST_PARAMETERS", 1)
+    [ref] = await stored(env, Doc(id=1, file=file("a")))
+    async with StorageJournal(env.engine, pool_size=1) as other, asyncio.timeout(10):
+        assert await journal_of(env)._references_by(other._pool).find([ref.location]) == {ref.location}
 
 
 async def test_an_application_trigger_changes_a_file(env: OrmEnvironment) -> None:

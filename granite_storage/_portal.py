@@ -71,7 +71,7 @@ class Portal:
         if self.is_here:
             work.close()
             raise RuntimeError("the event loop of synchronous callers cannot wait for itself: await the coroutine")
-        call = _Call(work, copy_context())
+        call = self._call(work)
         try:
             # An interrupt may come at any moment from here on: once it has begun, the call is cancelled.
             self._begin(call)
@@ -82,12 +82,11 @@ class Portal:
                 self.run(undo(call.result()))
             raise
         finally:
-            self._end(call)
             del call  # or its error would hold this frame, and the frame the error
 
     async def run_here(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop for a caller on another one, and return its result."""
-        call = _Call(work, copy_context())
+        call = self._call(work)
         future = asyncio.wrap_future(call.future)
         try:
             await shielded(asyncio.to_thread(self._begin, call))  # it may have to start the loop, and to wait for that
@@ -96,18 +95,15 @@ class Portal:
             call.cancel()
             await wait_uncancelled(future, CLEANUP_TIMEOUT)
             raise
-        finally:
-            self._end(call)
 
     def run_later(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine on the loop without waiting for it."""
-        call = self._begin(_Call(work, copy_context()))
-        call.future.add_done_callback(lambda _: self._end(call))
+        self._begin(self._call(work))
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yield what an asynchronous generator yields, a few hundred items with each visit to the loop, and close it."""
         pages = _Pages(items)
-        pumping = _Call(pages.pump(), copy_context())
+        pumping = self._call(pages.pump())
         try:
             self._begin(pumping)
             while page := self.run(pages.next()):
@@ -115,7 +111,6 @@ class Portal:
             pumping.result()
         finally:
             pumping.abandon()
-            self._end(pumping)
 
     def add_user(self, user: object) -> None:
         """Keep the loop running until the user is released; for callers on the loop."""
@@ -151,22 +146,30 @@ class Portal:
             self._inherited.append(self._loop)
         self._reset()
 
-    def _begin(self, call: _Call[T]) -> _Call[T]:
+    def _call(self, work: Coroutine[Any, Any, T]) -> _Call[T]:
+        return _Call(work, copy_context(), self._end)
+
+    def _begin(self, call: _Call[Any]) -> None:
         if sys.is_finalizing():  # what the program has left open is dropped; a thread would never start
             raise RuntimeError("the interpreter is shutting down, so this call can no longer wait for the storage")
         with self._lock:
-            if self._loop is None:
-                self._loop = self._started()
+            loop = self._loop or self._start()
+            call.loop = loop  # first: from here on, an interrupted call is cancelled on the loop, which forgets it
             self._calls.add(call)
-            call.loop = self._loop
-            self._loop.call_soon_threadsafe(call.begin)
-        return call
+            loop.call_soon_threadsafe(call.begin)
 
-    def _started(self) -> asyncio.AbstractEventLoop:
-        started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=_serve, args=(started,), name="granite-storage-portal", daemon=True)
-        self._thread.start()
-        loop, self._stop = started.result()
+    def _start(self) -> asyncio.AbstractEventLoop:
+        loop, stop = asyncio.new_event_loop(), asyncio.Event()
+        thread = threading.Thread(target=_serve, args=(loop, stop), name="granite-storage-portal", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left
+            loop.close()
+            raise
+        except BaseException:
+            loop.call_soon_threadsafe(stop.set)  # the thread may have started
+            raise
+        self._loop, self._stop, self._thread = loop, stop, thread
         return loop
 
     def _end(self, call: _Call[Any] | None = None) -> None:
@@ -184,25 +187,15 @@ class Portal:
         loop.call_soon_threadsafe(stop.set)
 
 
-def _serve(started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
-    async def serve() -> None:
-        _thread.is_portal = True
-        stop = asyncio.Event()
-        started.set_result((asyncio.get_running_loop(), stop))
-        await stop.wait()
-
-    try:
-        with asyncio.Runner() as runner:
-            serving = runner.get_loop().create_task(serve())
-            while not serving.done():
-                # asyncio lets these two leave the loop after it has given them to the task that raised them, whose caller gets
-                # them: a source or a backend that raises one does not end the loop of all others.
-                with suppress(KeyboardInterrupt, SystemExit):
-                    runner.get_loop().run_until_complete(serving)
-    except BaseException as error:
-        if started.done():
-            raise
-        started.set_exception(error)
+def _serve(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    _thread.is_portal = True
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        serving = runner.get_loop().create_task(stop.wait())
+        while not serving.done():
+            # asyncio lets these two leave the loop after it has given them to the task that raised them, whose caller gets
+            # them: a source or a backend that raises one does not end the loop of all others.
+            with suppress(KeyboardInterrupt, SystemExit):
+                loop.run_until_complete(serving)
 
 
 class _Pages(Generic[T]):
@@ -238,11 +231,20 @@ class _Pages(Generic[T]):
 
 
 class _Call(Generic[T]):
-    """A coroutine that another thread waits for."""
+    """A coroutine that another thread waits for.
 
-    def __init__(self, work: Coroutine[Any, Any, T], context: Context) -> None:
+    An interrupt may come in the caller's thread between any two instructions. It must not come while that thread holds what the
+    loop needs: a `Condition`, which a future and most of `threading` have, stays locked for ever where the interrupt comes as
+    its `__enter__` returns. So the caller waits for a plain lock, and reads the future once the loop has left it.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, T], context: Context, on_end: Callable[[_Call[Any]], object]) -> None:
         self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._on_end = on_end
+        self._has_ended = False
+        self._ending = threading.Lock()
+        self._ending.acquire()
         self._work = work
         self._context = context
         self._task: asyncio.Task[T] | None = None
@@ -254,20 +256,26 @@ class _Call(Generic[T]):
 
     def result(self) -> T:
         """Wait for it, and return its result."""
+        self._wait()
         return self.future.result()
 
     @property
     def has_succeeded(self) -> bool:
         """Whether it has ended with a result."""
-        return self.future.done() and self.future.exception() is None
+        return self._has_ended and self.future.exception() is None
 
     def abandon(self) -> None:
         """Cancel it where it has not ended, and wait for its end."""
         if self.loop is None:
             self._work.close()
-        elif not self.future.done():
+        elif not self._has_ended:
             self.cancel()
-            concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)
+            self._wait(CLEANUP_TIMEOUT)
+
+    def _wait(self, timeout: float = -1) -> None:
+        """Wait for its end; for the one thread that called."""
+        if not self._has_ended:
+            self._ending.acquire(timeout=timeout)
 
     def cancel(self) -> None:
         """Cancel it; it ends some time later."""
@@ -280,6 +288,7 @@ class _Call(Generic[T]):
         else:  # the caller was interrupted before it could start it
             self._work.close()
             self.future.set_exception(concurrent.futures.CancelledError())
+            self._note_end()
 
     def _end(self, task: asyncio.Task[T]) -> None:
         try:
@@ -292,6 +301,12 @@ class _Call(Generic[T]):
             self.future.set_result(result)
         finally:
             del task
+            self._note_end()
+
+    def _note_end(self) -> None:
+        self._has_ended = True
+        self._ending.release()
+        self._on_end(self)
 
 
 def run_blocking(
@@ -330,7 +345,7 @@ def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: 
 
     The arguments and errors are those of `run_blocking`.
     """
-    value = run_blocking(entered.__aenter__(), name, awaited)
+    value = run_blocking(entered.__aenter__(), name, awaited, undo=lambda _: entered.__aexit__(None, None, None))
     try:
         yield value
     finally:

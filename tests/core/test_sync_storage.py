@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -36,7 +38,9 @@ from granite_storage._portal import portal
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from tests.core.support import PLACE, SLOT, local_manager, manager_on
+from tests.applications.processes import until
+from tests.core.interrupts import OF_DESTRUCTORS, interrupt
+from tests.core.support import PLACE, SLOT, files_below, local_manager, manager_on
 from tests.tiers import repetitions
 
 CONTENT = bytes(range(256)) * 4096
@@ -380,6 +384,54 @@ def test_interrupted_after_a_put(manager: StorageManager, monkeypatch: pytest.Mo
             put()
         assert ends == [True]
         assert locations(manager) == [source.location]
+
+
+@OF_DESTRUCTORS
+def test_interrupted_at_each_moment(tmp_path: Path) -> None:
+    """Ctrl-C between any two instructions of a caller: the next call works, nothing is left, and the loop is not kept."""
+    manager = local_manager(tmp_path)
+    kept = manager.sync.put_bytes(**SLOT, content=b"kept")
+    place = {name: SLOT[name] for name in ("model_name", "entity_id", "field_name")}
+
+    def read() -> None:
+        with manager.sync.open(kept) as file:
+            assert file.read() == b"kept"
+
+    calls: list[Callable[[], object]] = [
+        lambda: manager.sync.put_bytes(**SLOT, content=b"abc"),
+        lambda: manager.sync.put_stream(**SLOT, stream=[b"abc"] * 3),
+        lambda: manager.sync.copy(kept, **place),
+        lambda: list(manager.sync.list(storage_key=SLOT["storage_key"])),
+        read,
+    ]
+    for call in calls:
+        for moment in itertools.count(1):
+            if not interrupt(call, moment):
+                break
+            assert manager.sync.get(kept) == b"kept", moment
+            until(lambda: locations(manager) == [kept.location], f"left at {moment}")
+        for location in set(locations(manager)) - {kept.location}:  # the last call was not interrupted
+            portal.run(manager.backend("store").delete(location))
+    assert files_below(tmp_path) == [kept.location]
+    manager.sync.close()
+    until(lambda: not any(thread.name == "granite-storage-portal" for thread in threading.enumerate()), "the loop goes on")
+
+
+@OF_DESTRUCTORS
+def test_interrupted_while_the_loop_starts() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    for moment in itertools.count(1):
+        starting, first = _portal.Portal(), work()
+        # Of an interrupt in `Thread.start` or in the making of a loop, Python itself leaves a thread or a socket behind.
+        is_interrupted = interrupt(functools.partial(starting.run, first), moment, below=())
+        first.close()  # it has not begun where the interrupt came before all else
+        assert starting.run(work()) == 1
+        starting.close()
+        if not is_interrupted:
+            break
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

@@ -381,9 +381,17 @@ MUTANTS = [
         name="sessions-synchronous-outlives-an-interrupt",
         rule="An interrupt of a synchronous caller is raised once nothing of the upload is left.",
         path="granite_storage/_portal.py",
-        old="            self.cancel()\n            concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)\n",
+        old="            self.cancel()\n            self._wait(CLEANUP_TIMEOUT)\n",
         new="            pass\n",
         tests=("tests/core/test_sync_storage.py::test_interrupted_upload",),
+    ),
+    Mutant(
+        name="portal-waits-for-a-condition",
+        rule="An interrupt of a synchronous caller never holds a lock that the event loop needs.",
+        path="granite_storage/_portal.py",
+        old="        self._wait()\n        return self.future.result()\n",
+        new="        return self.future.result()\n",
+        tests=("tests/core/test_sync_storage.py::test_interrupted_at_each_moment",),
     ),
     Mutant(
         name="portal-used-by-a-forked-child",

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blockbuster import BlockBuster
 from sqlalchemy import create_engine, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InvalidRequestError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from starlette.datastructures import UploadFile
 
 from granite_storage import StorageBinding, StorageGarbageCollector, StorageManager, _portal, bind_storage
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import Attachment, _util
+from tests import tiers
+from tests.core.interrupts import OF_DESTRUCTORS, interrupt
 from tests.orm.values import Base, Document, make_manager
 
 Make = Callable[[], Session]
@@ -190,6 +195,48 @@ def test_interrupted_flush(sessions: Make, manager: StorageManager, error: type[
         assert session.query(Document).count() == 0
 
 
+@OF_DESTRUCTORS
+@pytest.mark.parametrize("change", ["insert", "replace", "delete"])
+def test_interrupted_at_each_moment(tmp_path: Path, manager: StorageManager, change: str) -> None:
+    """Ctrl-C at any moment of a transaction: rows and objects agree afterwards, or the collector makes them agree."""
+    engine = create_engine(f"sqlite:///{tmp_path}/interrupted.db")
+    Base.metadata.create_all(engine)
+    sessions = sessionmaker(engine)
+    binding = bind_storage(Base, manager, session_factory=sessions)
+    collector = StorageGarbageCollector(manager, binding=binding, grace_period=timedelta(0), max_deleted_share=1.0)
+
+    def transact() -> None:
+        # What SQLAlchemy makes of an interrupt in one of its own cleanups is an InvalidRequestError.
+        with suppress(InvalidRequestError), sessions() as session:
+            if change == "insert":
+                session.add(Document(id=1, file=Attachment(b"new")))
+            elif change == "replace":
+                session.get_one(Document, 1).file = Attachment(b"new")
+            else:
+                session.delete(session.get_one(Document, 1))
+            session.commit()
+
+    def prepare() -> None:
+        with sessions.begin() as session:
+            session.query(Document).delete()
+            if change != "insert":
+                session.add(Document(id=1, file=Attachment(b"old")))
+
+    step = 1 if tiers.is_exhaustive() else 101
+    for moment in itertools.count(tiers.seed() % step + 1, step):
+        prepare()
+        if not interrupt(transact, moment):
+            break
+        engine.dispose()  # an interrupt while a connection goes back to the pool keeps it there
+        with sessions() as session:
+            held = [(document.file.location, document.file.sync.read()) for document in session.query(Document) if document.file]
+        assert [content for _, content in held] in ([], [b"old"], [b"new"]), moment
+        collector.sync.collect(storage_key="documents", dry_run=False, allow_no_references=True)
+        assert objects(manager) == [location for location, _ in held], moment
+    binding.unbind()
+    engine.dispose()
+
+
 def test_rollback_while_the_manager_is_closed(sessions: Make, manager: StorageManager) -> None:
     """Closing waits for another thread's upload: what the rollback leaves is deleted all the same."""
     begun, enough = threading.Event(), threading.Event()
@@ -220,8 +267,6 @@ def test_rollback_while_the_manager_is_closed(sessions: Make, manager: StorageMa
 
 def test_collector(sessions: Any, manager: StorageManager) -> None:
     """It reads the rows through the application's synchronous sessions, in threads."""
-    from datetime import timedelta
-
     with sessions() as session:
         session.add(Document(file=Attachment(b"abc")))
         session.commit()
@@ -242,8 +287,6 @@ def test_collector(sessions: Any, manager: StorageManager) -> None:
 
 def test_collector_and_a_database_of_one_thread(manager: StorageManager) -> None:
     """SQLite in memory is another, empty database in the thread that reads the rows: nothing is deleted by what that shows."""
-    from datetime import timedelta
-
     engine = create_engine("sqlite://")
     Base.metadata.create_all(engine)
     binding = bind_storage(Base, manager, session_factory=sessionmaker(engine))

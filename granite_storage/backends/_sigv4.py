@@ -21,6 +21,7 @@ __all__ = ["Credentials", "QuerySigner", "timestamp"]
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _DAYS_KEPT = 8
+_PORTS = {"http": 80, "https": 443}
 _QUERY = re.compile(
     rf"X-Amz-Algorithm={_ALGORITHM}&X-Amz-Credential=[^&]+%2F[0-9]{{8}}%2F(?P<region>[^&%]+)%2F(?P<service>[^&%]+)%2Faws4_request"
     r"&X-Amz-Date=(?P<date>[0-9]{8}T[0-9]{6}Z)&X-Amz-Expires=(?P<expires>[0-9]+)&X-Amz-SignedHeaders=host&[^#]+"
@@ -61,7 +62,10 @@ class QuerySigner:
         parts = urlsplit(root)
         self._root = root
         self._path = parts.path
-        self._host = parts.netloc
+        # The header Host, which is what is signed: without the scheme's own port, and in small letters.
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        is_usual = parts.port in (None, _PORTS.get(parts.scheme))
+        self._host = f"{host}" if is_usual else f"{host}:{parts.port}"
         self._scope = f"{region}/{service}/aws4_request"
         self._region, self._service = region, service
         self._days: dict[tuple[str, str], bytes] = {}

@@ -13,7 +13,7 @@ from sqlalchemy import case, func, literal, select
 
 from granite_storage._documentation import Page
 from granite_storage._words import count_of
-from granite_storage.cli.output import format_size
+from granite_storage.cli.output import format_size, option_after
 from granite_storage.cli.runtime import (
     DRY_RUN,
     JSON,
@@ -155,7 +155,7 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
             facts["bytes read"] = format_size(report.bytes_read)
         context.output.facts(facts)
     if not report.complete and report.key is not None:
-        context.output.note(f"not complete; to continue, pass --after '{report.key}'")
+        context.output.note(f"not complete; to continue, pass {option_after(report.key)}")
 
 
 # recover
@@ -499,7 +499,7 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
             facts["left to the application"] = f"{report.manual:,} in plain columns of refs"
         context.output.facts(facts)
     if not report.complete:
-        onward = "" if report.key is None else f" and --after '{report.key}'"
+        onward = "" if report.key is None else f" and {option_after(report.key)}"
         context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")
 
 
@@ -591,5 +591,5 @@ def _show_rederivation(context: CommandContext, derivation: Rederivation) -> Non
         shown = {"rows": f"{report.rows:,}", **{name: f"{number:,}" for name, number in counts.items()}}
         context.output.facts({**shown, "originals read": format_size(report.bytes_read)})
     if not report.complete:
-        onward = "" if report.key is None else f" and --after '{report.key}'"
+        onward = "" if report.key is None else f" and {option_after(report.key)}"
         context.output.note(f"not complete; every row is consistent. To continue, run the same command{onward}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Output", "escape_text", "format_size"]
+__all__ = ["Bar", "Output", "escape_text", "format_size", "option_after"]
 
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -32,6 +33,11 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("the last unit takes any size")
+
+
+def option_after(key: str) -> str:
+    """Return the option that continues after a row, quoted for a shell: the row's key may be text of users."""
+    return f"--after {shlex.quote(key)}"
 
 
 def _escape(character: str) -> str:

@@ -51,6 +51,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "endpoint_url": "http://minio:9000",
         "presign_endpoint_url": "https://files.example:8443",
     },
+    "the scheme's port": {"bucket": "my-bucket", "region_name": "us-east-1", "endpoint_url": "https://files.example:443"},
+    "the other scheme's port": {"bucket": "my-bucket", "region_name": "us-east-1", "endpoint_url": "http://files.example:443"},
+    "capitals, for browsers": {
+        "bucket": "my-bucket",
+        "region_name": "us-east-1",
+        "endpoint_url": "http://minio:9000",
+        "presign_endpoint_url": "http://Files.Example:80",
+    },
+    "IPv6": {"bucket": "my-bucket", "region_name": "us-east-1", "endpoint_url": "http://[2001:db8::1]:9000"},
     "dual stack": {"bucket": "my-bucket", "region_name": "eu-west-1", "config": Config(s3={"use_dualstack_endpoint": True})},
     "accelerated": {"bucket": "my-bucket", "region_name": "eu-west-1", "config": Config(s3={"use_accelerate_endpoint": True})},
     "government": {"bucket": "my-bucket", "region_name": "us-gov-west-1", "config": Config(use_fips_endpoint=True)},
@@ -138,7 +147,7 @@ HEADERS = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_same_as_the_sdk(signers: Signers, name: str) -> None:
-    """In the exhaustive tier there are 14 times 100 random URLs."""
+    """In the exhaustive tier there are 18 times 100 random URLs."""
 
     @settings(max_examples=tiers.repetitions("GRANITE_URLS", default=4, exhaustive=100), deadline=None)
     @given(LOCATIONS, st.integers(1, 7 * 86400), HEADERS, HEADERS)

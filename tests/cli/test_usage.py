@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from granite_storage._words import count_of, describe_duration
+from granite_storage.cli.output import option_after
 from granite_storage.cli.runtime import in_options
 from granite_storage.locations import uuid7_hex
 from tests.cli.conftest import Shop
@@ -104,6 +108,17 @@ def test_options(text: str, shown: str) -> None:
 )
 def test_durations(duration: timedelta, words: str) -> None:
     assert describe_duration(duration) == words
+
+
+@pytest.mark.parametrize("text", ["a", "it's", "a'; touch injected; echo '", "$(touch injected) `touch injected`", "a\nb", "é"])
+def test_a_key_in_a_shell(tmp_path: Path, text: str) -> None:
+    """What a command says to continue with goes into a shell: the key is one word of it, whatever a row has in its key."""
+    key = json.dumps(["documents", text])
+    shown = subprocess.run(
+        f"printf '%s\\n' {option_after(key)}", shell=True, cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert shown == f"--after\n{key}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_counts() -> None:

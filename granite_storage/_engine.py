@@ -537,7 +537,7 @@ class Engine:
         if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says
             location_name = load_gate().fit_location(filename, policy.accept)
         if policy.public is not None:
-            location_name = load_gate().fit_public(location_name)
+            location_name = load_gate().fit_public(location_name, content_type)
         location = make_location(
             key_prefix=policy.key_prefix,
             model_name=model_name,

@@ -428,8 +428,9 @@ class S3Client:
     async def _presigned_by_sdk(self, request: PresignRequest, *, key: str | None = None) -> str:
         if request.signed_at is not None:
             raise S3ConfigurationError(
-                "stable_for needs URLs that are signed by Signature Version 4 (s3v4) in the query, and this client of the SDK makes"
-                " others: leave stable_for out, or remove signature_version from the client's config and hooks from its signing"
+                "stable_for needs URLs that are signed by Signature Version 4 (s3v4) in the query, which this client of the SDK"
+                " does not make: leave stable_for out, or remove signature_version from the client's config and hooks from its"
+                " signing"
             )
         parameters = {"Bucket": self.settings.bucket, "Key": key or self.settings.key(request.location)}
         if request.content_type is not None:

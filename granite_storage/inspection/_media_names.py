@@ -10,6 +10,7 @@ from granite_storage._headers import is_active
 from granite_storage.locations import clean_filename
 
 OPAQUE = "application/octet-stream"
+_UNKNOWN = ".bin"
 PLAIN = "text/plain"
 HTML = "text/html"
 SVG = "image/svg+xml"
@@ -29,7 +30,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     "application/gzip": ("application/x-compressed-tar application/x-gzip application/x-tgz", ".gz"),
     JAR: ("application/x-java-archive", ".jar"),
     "application/json": ("application/x-json text/json", ""),
-    OPAQUE: ("binary/octet-stream", ".bin"),
+    OPAQUE: ("binary/octet-stream", _UNKNOWN),
     PDF: ("application/x-pdf", ""),
     RTF: ("application/x-rtf text/rtf", ".rtf"),
     "application/sql": ("application/x-sql", ".sql"),
@@ -148,16 +149,20 @@ def fit_filename(filename: str | None, content_type: str) -> str | None:
     return name if fits else clean_filename(name + extension_of(kind))
 
 
-def fit_public(filename: str | None) -> str | None:
-    """Return a name for the location of a public object, with an extension of nothing that a browser or a server runs.
+def fit_public(filename: str | None, content_type: str | None) -> str | None:
+    """Return a name for the location of a public object, with an extension of its type that no browser or server runs.
 
-    What serves such objects past the library may go by the extension: nginx on a folder, and SeaweedFS, which takes
-    `application/octet-stream` for unknown. `page.html` becomes `page.html.bin`.
+    What serves such objects may know nothing but the extension: a local disk, nginx on a folder, and SeaweedFS, which takes
+    `application/octet-stream` for unknown. `page.html` becomes `page.html.bin`, and a picture without a name `file.png`.
     """
     suffix = extension(filename)
     kind = types_by_extension().get(suffix)
-    runs = suffix in _RISKY or (kind is not None and is_active(kind))
-    return f"{filename}.bin" if runs else filename
+    if suffix in _RISKY or (kind is not None and is_active(kind)):
+        return f"{filename}{_UNKNOWN}"
+    if kind is None and content_type is not None and not is_active(declared := canonical(content_type)):
+        own = extension_of(declared)
+        return filename if own in _RISKY or own == _UNKNOWN else f"{filename or 'file'}{own}"
+    return filename
 
 
 @lru_cache(maxsize=512)
@@ -180,7 +185,7 @@ def extension(filename: str | None) -> str:
 
 def extension_of(kind: str) -> str:
     """Return the extension for a canonical media type, `.txt` for text and `.bin` for what has none."""
-    fallback = ".txt" if is_text_type(kind) and not is_active(kind) else ".bin"
+    fallback = ".txt" if is_text_type(kind) and not is_active(kind) else _UNKNOWN
     known = chain(_TYPES.items(), types_by_extension().items())
     return next((one for one, other in known if other == kind), fallback)
 

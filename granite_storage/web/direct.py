@@ -452,9 +452,9 @@ class DirectUploads:
             model_name=column_type.model_name,
             entity_id=uuid7_hex(),
             field_name=column_type.field_name,
-            content_type=content_type,
         )
-        return replace(draft, location=f"{draft.location.removesuffix(safe_name(None))}{STAGED_NAME}")
+        location = f"{draft.location.removesuffix(safe_name(None))}{STAGED_NAME}"
+        return replace(draft, location=location, content_type=content_type)
 
     def _require_life(self, expires_in: timedelta) -> None:
         if not timedelta(seconds=1) <= expires_in <= self._max_expires_in:

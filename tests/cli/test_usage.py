@@ -114,9 +114,8 @@ def test_durations(duration: timedelta, words: str) -> None:
 def test_a_key_in_a_shell(tmp_path: Path, text: str) -> None:
     """What a command says to continue with goes into a shell: the key is one word of it, whatever a row has in its key."""
     key = json.dumps(["documents", text])
-    shown = subprocess.run(
-        f"printf '%s\\n' {option_after(key)}", shell=True, cwd=tmp_path, check=True, capture_output=True, text=True
-    ).stdout
+    command = ["sh", "-c", f"printf '%s\\n' {option_after(key)}"]
+    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert shown == f"--after\n{key}\n"
     assert list(tmp_path.iterdir()) == []
 

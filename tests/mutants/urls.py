@@ -57,7 +57,7 @@ MUTANTS = [
         name="urls-public-extension-that-runs",
         rule="The location of a public file has no extension of what a browser runs.",
         path="granite_storage/_engine.py",
-        old="            location_name = load_gate().fit_public(location_name)\n",
+        old="            location_name = load_gate().fit_public(location_name, content_type)\n",
         new="            pass\n",
         tests=("tests/web/test_public_files.py::test_the_extension_of_what_runs[memory-page.html]",),
     ),

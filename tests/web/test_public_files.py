@@ -54,7 +54,7 @@ def app(manager: StorageManager) -> ASGIApp:
 
 
 async def put(
-    manager: StorageManager, key: str = "avatars", name: str = "me.png", kind: str | None = "image/png"
+    manager: StorageManager, key: str = "avatars", name: str | None = "me.png", kind: str | None = "image/png"
 ) -> StoredObjectRef:
     return await manager.put_bytes(storage_key=key, **PLACE, content=HUNDRED, original_filename=name, content_type=kind)
 
@@ -180,6 +180,35 @@ async def test_the_extension_of_what_runs(manager: StorageManager, name: str) ->
     assert ref.original_filename == name.strip()
     private = await put(manager, "private", name=name) if "private" in manager.policies else None
     assert private is None or not private.location.endswith(".bin")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "end"),
+    [
+        (None, "image/png", "-file.png"),
+        ("photo", "image/jpeg", "-photo.jpg"),
+        ("release.v2", "application/pdf", "-release_v2.pdf"),
+        (None, "text/html", "-file"),
+        (None, "image/svg+xml", "-file"),
+        (None, "application/x-php", "-file"),
+        (None, "application/x-msdownload", "-file"),
+        ("setup", "text/x-python", "-setup"),
+        (None, "application/octet-stream", "-file"),
+        (None, None, "-file"),
+        ("a.png", "text/html", "-a.png"),
+    ],
+)
+async def test_a_name_without_an_extension(
+    manager: StorageManager, app: ASGIApp, name: str | None, kind: str | None, end: str
+) -> None:
+    """What knows the location alone shows a picture as one; no type gives a name the extension of what runs."""
+    ref = await put(manager, name=name, kind=kind)
+    assert ref.location.endswith(end)
+    assert ref.original_filename == name
+    response = await ask(app, url=manager.public_url(ref))
+    assert response.status_code == 200
+    if end.endswith((".png", ".jpg")) and kind != "text/html":
+        assert response.headers["content-type"] == kind
 
 
 async def test_a_link_out_of_the_folder(tmp_path: Path) -> None:

@@ -247,6 +247,11 @@ async def test_hostile_files_get_harmless_responses(example: Any) -> None:
             nothing = {"Authorization": "Bearer other"}
             for method, url in (("PUT", "/me/avatar"), ("POST", "/documents"), ("GET", "/documents/1/file")):
                 assert (await client.request(method, url, headers=nothing)).status_code == 401
+            for number in (-1, 0, 2**31, 2**63, 10**30):
+                for url in (f"/documents/{number}/file", f"/documents/{number}/thumb", f"/users/{number}/avatar"):
+                    assert (await client.get(url)).status_code == 422
+                for url in (f"/documents/{number}", f"/users/{number}"):
+                    assert (await client.delete(url)).status_code in (403, 422)
 
 
 @pytest.mark.exhaustive("page 5 runs the same tests, before the journal")

@@ -358,6 +358,9 @@ class Tree:
         file_mode: The permissions of a file, set whatever the umask; None leaves them as the system makes them.
         dir_mode: The permissions of a directory made here, set whatever the umask; None leaves them, too.
         create_root: Whether a root that is missing or was never used is made, or taken into use, by the first write.
+
+    Attributes:
+        names: Gives finished files their names.
     """
 
     def __init__(self, root: Path, *, fsync: bool, file_mode: int | None, dir_mode: int | None, create_root: bool) -> None:
@@ -366,6 +369,7 @@ class Tree:
         self.file_mode = file_mode
         self.dir_mode = dir_mode
         self.create_root = create_root
+        self.names = ExclusiveNames()
         self._known_root: tuple[int, int] | None = None
         self._identified: tuple[tuple[int, int] | None, tuple[str, ...]] = None, ()
         self._durable: dict[str, int] = {}
@@ -374,15 +378,6 @@ class Tree:
     def translated(self, location: str | None, *, reading: bool = False, step: str | None = None) -> AbstractContextManager[None]:
         """Turn the system's errors into the library's, which name the root; see `translated`."""
         return translated(location, reading=reading, root=self.root, step=step)
-
-    def no_directory(self, location: str) -> BackendUnavailableError:
-        """Return the error for a directory that is missing however often it is made; raise it from the last failure."""
-        return BackendUnavailableError(
-            f"no file can be created for {location!r} below {str(self.root)!r}: its directory was missing {MAX_ATTEMPTS} times "
-            "in a row; either another program removes it each time, or the file system does not allow directories or files to "
-            "be created there",
-            location=location,
-        )
 
     def is_mounted(self) -> bool:
         """Return whether the root is there and was used before; an unmounted disk shows an empty directory instead."""

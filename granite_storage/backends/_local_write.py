@@ -13,16 +13,10 @@ import os
 import secrets
 import stat
 from contextlib import ExitStack, suppress
+from typing import Self
 
 from granite_storage._telemetry import fields_of
-from granite_storage.backends._local_tree import (
-    CREATE,
-    MAX_ATTEMPTS,
-    TEMPORARY_SUFFIX,
-    ExclusiveNames,
-    Tree,
-    temporary_stem,
-)
+from granite_storage.backends._local_tree import CREATE, MAX_ATTEMPTS, TEMPORARY_SUFFIX, Tree, temporary_stem
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 
 logger = logging.getLogger("granite_storage")
@@ -31,48 +25,59 @@ _WRITE_SIZE = 512 * 1024
 """In bytes. For a write of 1 MiB Linux may need that much memory in one piece, which took three times as long when measured."""
 
 
-class FileWriter:
-    """Makes files below a tree.
+class AtomicFile:
+    """A file that is written but does not have its name yet.
+
+    Until then it has a temporary name, by which `Tree.abort` and a sweep find it after a crash.
 
     Args:
-        tree: Where.
+        tree: The tree that it is in.
+        segments: The segments of its location; missing directories are made.
 
-    Attributes:
-        tree: The same.
-        names: Gives finished files their names.
+    Raises:
+        FileNotFoundError: A deletion found a directory empty and pruned it before the next one or the file was in it.
     """
 
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-        self.names = ExclusiveNames()
+    def __init__(self, tree: Tree, segments: list[str]) -> None:
+        self._tree = tree
+        self._segments = segments
+        self._location = "/".join(segments)
+        self._published = False
+        self._temporary: str | None = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        self._directory: int | None = tree.make_directory(segments[:-1])
+        # Where permissions are the volume's to choose, they stay as they are.
+        first_mode = 0o666 if tree.file_mode is None else 0o600
+        try:
+            self._descriptor: int | None = os.open(self._temporary, CREATE, first_mode, dir_fd=self._directory)
+        except BaseException:
+            os.close(self._directory)
+            raise
 
-    def begin(self, location: str) -> AtomicFile:
+    @classmethod
+    def begin(cls, tree: Tree, location: str) -> Self:
         """Make a temporary file beside the target, in directories made as needed."""
         segments = location.split("/")
         missing: OSError | None = None
-        with self.tree.translated(location):
+        with tree.translated(location):
             for _ in range(MAX_ATTEMPTS):
                 try:
-                    return self._begin(segments)
+                    return cls(tree, segments)
                 except FileNotFoundError as error:
-                    # A deletion found a directory empty and pruned it before the next one or the file was in it.
                     missing = error
                 except BaseException:
-                    self.tree.prune(segments[:-1])
+                    tree.prune(segments[:-1])
                     raise
-        raise self.tree.no_directory(location) from missing
+        raise BackendUnavailableError(
+            f"no file can be created for {location!r} below {str(tree.root)!r}: its directory was missing {MAX_ATTEMPTS} times "
+            "in a row; either another program removes it each time, or the file system does not allow directories or files to "
+            "be created there",
+            location=location,
+        ) from missing
 
-    def _begin(self, segments: list[str]) -> AtomicFile:
-        directory = self.tree.make_directory(segments[:-1])
-        try:
-            return AtomicFile(self, segments, directory)
-        except BaseException:
-            os.close(directory)
-            raise
-
-    def write(self, location: str, content: bytes) -> None:
+    @classmethod
+    def create(cls, tree: Tree, location: str, content: bytes) -> None:
         """Create an object in one visit."""
-        file = self.begin(location)
+        file = cls.begin(tree, location)
         try:
             file.write(content)
             file.publish()
@@ -82,33 +87,6 @@ class FileWriter:
             except BackendError:
                 logger.exception("removing the unfinished file of %r failed", location, extra=fields_of(location=location))
             raise
-
-
-class AtomicFile:
-    """A file that is written but does not have its name yet.
-
-    Until then it has a temporary name, by which `Tree.abort` and a sweep find it after a crash.
-
-    Args:
-        writer: Who makes it.
-        segments: The segments of its location.
-        directory: The open directory that will hold it; closed by `publish` or `discard`.
-
-    Raises:
-        FileNotFoundError: The directory was removed meanwhile.
-    """
-
-    def __init__(self, writer: FileWriter, segments: list[str], directory: int) -> None:
-        self._writer = writer
-        self._tree = writer.tree
-        self._segments = segments
-        self._location = "/".join(segments)
-        self._published = False
-        self._temporary: str | None = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-        # Where permissions are the volume's to choose, they stay as they are.
-        first_mode = 0o666 if self._tree.file_mode is None else 0o600
-        self._descriptor: int | None = os.open(self._temporary, CREATE, first_mode, dir_fd=directory)
-        self._directory: int | None = directory
 
     @property
     def descriptor(self) -> int:
@@ -160,7 +138,7 @@ class AtomicFile:
             raise ValueError("the file is closed")
         try:
             with self._tree.translated(self._location, step="link"):
-                if self._writer.names.give(self._temporary, name, self._directory):
+                if self._tree.names.give(self._temporary, name, self._directory):
                     self._temporary = None
         except ObjectNotFoundError as error:
             message = f"the temporary file of {self._location!r} was removed while it was written, by another program"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import ARRAY, JSON, Column, Integer, Table, text
+from sqlalchemy import ARRAY, JSON, Column, Connection, Integer, Table, event
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -266,19 +266,20 @@ async def test_tables_in_several_databases(plain_env: GcEnvironment) -> None:
 
 
 async def test_row_level_security(postgres_only: Database) -> None:
+    def take_role(connection: Connection) -> None:
+        connection.exec_driver_sql("SET LOCAL ROLE yard_reader")
+
     async with gc_environment(postgres_only) as env:
         await env.add(Crate(id=1, file=file("a")))
         await env.sql("ALTER TABLE gc_crate ENABLE ROW LEVEL SECURITY")
         await env.sql("CREATE ROLE yard_reader")
         await env.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO yard_reader")
         try:
-            async with env.sessions() as session:
-                await session.execute(text("SET ROLE yard_reader"))
-                from granite_storage.gc.database import require_fit
-
-                with pytest.raises(CollectionRefusedError, match="row-level security"):
-                    await require_fit(await session.connection(), env.binding.ref_columns())
+            event.listen(env.engine.sync_engine, "begin", take_role)
+            with pytest.raises(CollectionRefusedError, match=r"row-level security may hide rows of public\.gc_crate"):
+                await env.collect()
         finally:
+            event.remove(env.engine.sync_engine, "begin", take_role)
             await env.sql("ALTER TABLE gc_crate DISABLE ROW LEVEL SECURITY")
             await env.sql("DROP OWNED BY yard_reader")
             await env.sql("DROP ROLE yard_reader")

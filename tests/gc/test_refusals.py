@@ -83,8 +83,10 @@ async def disk(plain_database: Database, tmp_path: Path) -> AsyncIterator[GcEnvi
 
 
 @pytest.mark.case("DSK-13")
-async def test_a_disk_that_is_not_mounted(disk: GcEnvironment, tmp_path: Path) -> None:
-    await disk.add(Crate(id=1, file=file("a")))
+@pytest.mark.parametrize("has_identity", [True, False], ids=["of now", "of a version without identities"])
+async def test_a_disk_that_is_not_mounted(disk: GcEnvironment, tmp_path: Path, has_identity: bool) -> None:
+    ref = await disk.orphan()
+    await disk.add(Crate(id=1, scan=ref if has_identity else ref.with_identity(None)))
     (tmp_path / "store").rename(tmp_path / "unmounted")
     (tmp_path / "store").mkdir()
     disk.aged._tree._known_root = None  # type: ignore[attr-defined]  # as in a process that has not seen the disk

@@ -17,8 +17,7 @@ from aiofiles.threadpool.binary import AsyncFileIO
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.backends._identity import folder_places
-from granite_storage.backends._local_tree import Tree, translated
-from granite_storage.backends._local_write import AtomicFile
+from granite_storage.backends._local_tree import AtomicFile, Tree, translated
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError
 from granite_storage.locations import check_location

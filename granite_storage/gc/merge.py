@@ -86,7 +86,9 @@ class Spool:
 
 
 class SortedSpool:
-    """Strings, each with a mark, in the order of their code points, which is the byte order of UTF-8: sorted on disk.
+    """Strings, each with a mark, in the order of their code points, which is the byte order of UTF-8.
+
+    They are sorted on disk, but for the last 50,000, which stay in memory.
 
     Args:
         file: An empty file, which stays the caller's to close.

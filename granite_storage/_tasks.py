@@ -11,7 +11,6 @@ import functools
 import inspect
 import logging
 import random
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
@@ -58,28 +57,6 @@ async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
             raise first
     finally:
         del first  # or it would hold this frame, and the frame it
-
-
-class Turn:
-    """Lets other tasks run, from time to time, in work that never waits.
-
-    Args:
-        seconds: How long the work may go on before the others have their turn.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._ends = time.monotonic() + seconds
-
-    @property
-    def is_due(self) -> bool:
-        """Whether this task has run for long enough."""
-        return time.monotonic() > self._ends
-
-    async def end(self) -> None:
-        """Let other tasks run."""
-        await asyncio.sleep(0)
-        self._ends = time.monotonic() + self._seconds
 
 
 @asynccontextmanager

@@ -146,9 +146,10 @@ class StoredObjectRef(_UnknownKeys):
 
     def with_identity(self, identity: str | None) -> Self:
         """Return the same ref with another identity, or with none."""
-        others = {key: value for key, value in self._unknown.items() if key != _IDENTITY}
-        unknown = others if identity is None else {**others, _IDENTITY: identity}
-        return type(self)._rebuilt(tuple(getattr(self, item.name) for item in fields(self)), unknown)
+        unknown = {**self._unknown, _IDENTITY: identity}
+        if identity is None:
+            del unknown[_IDENTITY]
+        return type(self)._rebuilt((getattr(self, item.name) for item in fields(self)), ReadOnlyDict(unknown))
 
     def with_variants(self, variants: Mapping[str, StoredObjectRef] | None) -> Self:
         """Return the same ref with other variants, or with none."""

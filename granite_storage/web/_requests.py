@@ -14,9 +14,8 @@ from urllib.parse import unquote_to_bytes
 from starlette.requests import Request
 
 from granite_storage._engine import is_media_type
-from granite_storage._tasks import Turn
 from granite_storage.exceptions import ConfigurationError, ConsumedSourceError
-from granite_storage.streams import BytesLike
+from granite_storage.streams import BytesLike, Turn
 from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
 
 # What a request may bring.

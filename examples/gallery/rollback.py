@@ -46,7 +46,7 @@ async def change_notes(fail: bool, seen: Moments) -> None:
 
 @router.post("")
 async def run(fail: bool) -> Moments:
-    """Run the transaction; return the states before, during and after, and its error."""
+    """Run the transaction; return what was there before, during and after it."""
     async with one_at_a_time:
         seen: Moments = {"before": await read_committed(), "error": None}
         try:

@@ -286,8 +286,10 @@ class JournalIntents(Protocol):
         """Raise `StaleAttachmentError` if a worker is about to delete an object that a transaction restores."""
         ...
 
-    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
-        """Return the intents of the pending deletes of objects, by their locations."""
+    def find_deletes(
+        self, connection: Connection, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False
+    ) -> dict[str, UUID]:
+        """Return the intents of the pending deletes of objects that a transaction sees or others have committed, by location."""
         ...
 
 

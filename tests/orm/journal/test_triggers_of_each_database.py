@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm import Attachment
 from granite_storage.orm.journal.deletes import delete_id
 from tests.orm.conftest import new_database
 from tests.orm.databases import WITH_JOURNAL, Database
@@ -174,6 +175,33 @@ class TestSessions:
         assert "gone or going" in str(caught.value.__cause__), "the driver's error"
         with pytest.raises(IntegrityError, match="gone or going"):
             await run(env, "UPDATE doc SET file = {ref}", ref=unknown)
+
+    @pytest.mark.parametrize("statement", ["DELETE FROM doc", "UPDATE doc SET file = NULL"])
+    @pytest.mark.parametrize("in_savepoint", [False, True])
+    async def test_a_restore_after_sql_in_the_same_transaction(
+        self, env: OrmEnvironment, statement: str, in_savepoint: bool
+    ) -> None:
+        ref = await stored_with_variant(env)
+        async with env.sessions.begin() as session:
+            if in_savepoint:
+                async with session.begin_nested():
+                    await session.execute(text(statement))
+            else:
+                await session.execute(text(statement))
+            session.add(Doc(id=2, file=Attachment.restore(ref)))
+        assert await nominated(env) == set()
+        [restored] = (await env.references()).values()
+        assert locations(restored) == locations(ref)
+
+    async def test_a_restore_after_sql_that_was_rolled_back(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
+            savepoint = await session.begin_nested()
+            await session.execute(text("DELETE FROM doc"))
+            await savepoint.rollback()
+            session.add(Doc(id=2, file=Attachment.restore(ref)))
+            with pytest.raises(StaleAttachmentError, match="has no pending delete"):
+                await session.flush()
 
     async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
         await env.add(Picture(id=1, file=file("a")))

@@ -101,7 +101,7 @@ class PostgreSQLSource:
 
     def find_problems(self, connection: Connection) -> list[str]:
         """Return what is wrong with those that are there, relation by relation, and with the indexes."""
-        problems = find_gone_columns(connection, self.table.schema)
+        problems: list[str] = []
         for relation, found in _read(connection, self._qualified).items():
             problems += _describe(relation, found, self.digest)
         return problems + [
@@ -554,6 +554,10 @@ class PostgreSQLTriggers:
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers."""
         return any(_read(connection, _qualified(schema, table)).values())
+
+    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words which tables or columns functions name that are gone."""
+        return [problem for schema in sorted(schemas) for problem in find_gone_columns(connection, schema)]
 
     def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
         """Return nothing: functions name tables that need not be there."""

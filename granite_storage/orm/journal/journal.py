@@ -50,7 +50,7 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
+from granite_storage.orm.journal.triggers import find_trigger_problems, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -224,11 +224,7 @@ class StorageJournal:
 
         def find(connection: Connection) -> list[str]:
             older = find_older_worker(connection, self.tables)
-            found = [
-                problem
-                for item in dict.fromkeys(declared)
-                for problem in find_trigger_problems(connection, sources_of(connection, item))
-            ]
+            found = [problem for item in dict.fromkeys(declared) for problem in find_trigger_problems(connection, item)]
             return list(dict.fromkeys(([] if older is None else [older]) + found))
 
         async with self._bounded.reading() as connection:

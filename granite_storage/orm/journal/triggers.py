@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Final
 
-from sqlalchemy import Column, Connection, MetaData, Table, event
+from sqlalchemy import Column, Connection, MetaData, Table, event, inspect
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
-from granite_storage.orm._util import group
+from granite_storage.orm._util import group, schema_on
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
@@ -198,9 +198,28 @@ def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
             dialect.drop(connection, *place)
 
 
-def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSource]) -> list[str]:
-    """Return what is wrong with triggers and their indexes, in words, relation by relation."""
-    return list(dict.fromkeys(problem for source in sources for problem in source.find_problems(connection)))
+def find_trigger_problems(connection: Connection, metadata: MetaData) -> list[str]:
+    """Return what is wrong with the triggers of a metadata and their indexes, in words, relation by relation.
+
+    Raises:
+        ConfigurationError: As `sources_of`.
+    """
+    sources = sources_of(connection, metadata)
+    declared = _declared(connection, metadata)
+    gone = _dialect_of(connection).find_gone(connection, {item.schema for item in declared}, declared)
+    return list(dict.fromkeys([*gone, *(problem for source in sources for problem in source.find_problems(connection))]))
+
+
+def _declared(connection: Connection, metadata: MetaData) -> list[Holder]:
+    """Return the columns of refs, and the primary keys of guarded tables, where they are or should be."""
+    tables, usual = attachment_tables(metadata), inspect(connection).default_schema_name or ""
+    keys = [key for table in _guarded_tables(metadata) for key in table.primary_key]
+    columns = dict.fromkeys([*tables.all_attachments(), *tables.refs(), *keys])
+    places = {
+        table: resolve(connection, table) or (schema_on(connection, table) or usual, table.name)
+        for table in {column.table for column in columns}
+    }
+    return [Holder(*places[column.table], column.name) for column in columns]
 
 
 def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:

@@ -629,7 +629,7 @@ class TestChecks:
         await env.sql("CREATE TRIGGER mine AFTER INSERT ON child FOR EACH ROW PRECEDES granite_storage_insert_child SET @x = 1")
         async with env.engine.connect() as connection:
             body = "SELECT action_statement FROM information_schema.triggers WHERE trigger_name = 'granite_storage_insert_parent'"
-            old = (await connection.scalar(text(body))).replace("'1:", "'0:")
+            old = (await connection.scalar(text(body))).replace("'2:", "'1:")
             await connection.exec_driver_sql(
                 f"CREATE OR REPLACE TRIGGER granite_storage_insert_parent AFTER INSERT ON parent FOR EACH ROW {old}".replace(
                     "%", "%%"

@@ -21,7 +21,7 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm import Attachment, AttachmentType, StorageJournal, bind_storage, journal_tables, storage_triggers
 from granite_storage.orm.journal import references
 from granite_storage.orm.journal.deletes import delete_id
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
+from granite_storage.orm.journal.triggers import find_trigger_problems
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.environment import OrmEnvironment, file
 from tests.orm.journal.guarded import (
@@ -838,7 +838,7 @@ class TestChecks:
         try:
             async with env.engine.begin() as connection:
                 await connection.run_sync(metadata.create_all)
-                assert await connection.run_sync(lambda it: find_trigger_problems(it, sources_of(it, metadata))) == []
+                assert await connection.run_sync(lambda it: find_trigger_problems(it, metadata)) == []
                 await connection.run_sync(metadata.drop_all)
                 left = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'apart'::regnamespace"
                 assert await connection.scalar(text(left.replace("::", r"\:\:"))) == 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Column, Integer, MetaData, Table, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm import Attachment
+from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.orm.journal.triggers import find_trigger_problems
 from tests.orm.conftest import new_database
 from tests.orm.databases import WITH_JOURNAL, Database
 from tests.orm.environment import OrmEnvironment, file
@@ -212,6 +214,82 @@ class TestSessions:
         async with env.sessions.begin() as session:
             (await session.get_one(Picture, 1)).file = file("b")
         assert await nominated(env) == locations(ref)
+
+
+class TestRenamed:
+    """What the models name is renamed by hand: the checks say what is gone, and whose triggers are about it."""
+
+    @pytest.mark.parametrize(
+        ("there", "back", "gone"),
+        [
+            ("doc RENAME TO docs", "docs RENAME TO doc", "the table {}doc"),
+            ("link RENAME TO links", "links RENAME TO link", "the table {}link"),
+            ("doc RENAME COLUMN file TO document", "doc RENAME COLUMN document TO file", "the column file of {}doc"),
+            ("link RENAME COLUMN ref TO held", "link RENAME COLUMN held TO ref", "the column ref of {}link"),
+        ],
+    )
+    async def test_it_is_named(self, env: OrmEnvironment, there: str, back: str, gone: str) -> None:
+        assert await journal_of(env).find_trigger_problems() == []
+        async with env.engine.connect() as connection:
+            schema = await connection.run_sync(lambda sync: inspect(sync).default_schema_name)
+        prefix = "" if env.database.is_sqlite else f"{schema}."
+        await env.sql(f"ALTER TABLE {there}")
+        try:
+            problems = await journal_of(env).find_trigger_problems()
+            [said] = [one for one in problems if gone.format(prefix) in one and "which is gone" in one]
+            tables, _, _ = said.removeprefix("the triggers of ").partition(gone.format(prefix))
+            now = "docs" if there.startswith("doc RENAME TO") else "doc"
+            for table in ("parent", "child", now):
+                assert f"{prefix}{table}" in re.split(r"[ ,]+", tables), said
+        finally:
+            await env.sql(f"ALTER TABLE {back}")
+        assert await journal_of(env).find_trigger_problems() == []
+
+    async def test_all_tables_with_files(self, env: OrmEnvironment) -> None:
+        """None is left for which triggers could be compared."""
+        models = with_table("note")
+        async with env.engine.begin() as connection:
+            await connection.run_sync(models.create_all)
+            await connection.execute(text("ALTER TABLE note RENAME TO notes"))
+            try:
+                problems = await connection.run_sync(find_trigger_problems, models)
+                assert [one for one in problems if re.search(r"triggers of .*notes .*the table \S*note\b", one)] == problems
+                assert len(problems) == 1
+            finally:
+                await connection.execute(text("DROP TABLE notes"))
+
+    async def test_models_with_the_new_name(self, env: OrmEnvironment) -> None:
+        ref = await put(env)
+        before, after = with_table("note"), with_table("notes")
+        async with env.engine.begin() as connection:
+            await connection.run_sync(before.create_all)
+            await connection.execute(text("ALTER TABLE note RENAME TO notes"))
+            await connection.run_sync(after.create_all)
+        try:
+            async with env.engine.connect() as connection:
+                assert await connection.run_sync(find_trigger_problems, after) == []
+            assert await refused(env, "INSERT INTO notes (id, file) VALUES (1, {ref})", ref=ref)
+            await journal_of(env).adopt([ref])
+            await run(env, "INSERT INTO notes (id, file) VALUES (1, {ref})", "DELETE FROM granite_storage_intent", ref=ref)
+            await run(env, "DELETE FROM notes")
+            assert await nominated(env) == locations(ref)
+            async with env.engine.begin() as connection:  # under the earlier name, of which triggers are left
+                await connection.execute(text("ALTER TABLE notes RENAME TO note"))
+                await connection.run_sync(before.create_all)
+                assert await connection.run_sync(find_trigger_problems, before) == []
+                await connection.execute(text("UPDATE note SET id = 2"))
+                await connection.execute(text("ALTER TABLE note RENAME TO notes"))
+        finally:
+            await env.sql("DROP TABLE notes")
+
+
+def with_table(name: str) -> MetaData:
+    """Return models of which one table has files."""
+    metadata = MetaData()
+    Table(name, metadata, Column("id", Integer, primary_key=True), Column("file", AttachmentType("docs")))
+    journal_tables(metadata)
+    storage_triggers(metadata)
+    return metadata
 
 
 class TestAdoption:

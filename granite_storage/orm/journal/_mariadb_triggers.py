@@ -806,10 +806,13 @@ def _has_index(connection: Connection, holder: Holder) -> bool:
 def _create_index(connection: Connection, holder: Holder) -> None:
     if _has_index(connection, holder):
         return
-    place, name = (holder.schema, holder.table), _quoted(location_column_name(holder.column))
-    # Without its index it may be a virtual one, of an earlier version; see `generated_location`.
+    place, column = (holder.schema, holder.table), location_column_name(holder.column)
+    name = _quoted(column)
+    # Without its index it may be a virtual one, of an earlier version; see `generated_location`. With IF EXISTS, drivers print
+    # a warning where it is not there.
+    first = f"DROP COLUMN {name}, " if column in _columns(connection, place) else ""
     generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
-    run(connection, f"ALTER TABLE {_qualified(place)} DROP COLUMN IF EXISTS {name}, ADD COLUMN {name} {generated}")
+    run(connection, f"ALTER TABLE {_qualified(place)} {first}ADD COLUMN {name} {generated}")
     index = _quoted(location_index_name(holder.table, holder.column))
     run(connection, f"CREATE INDEX IF NOT EXISTS {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
 

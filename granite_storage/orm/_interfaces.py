@@ -43,7 +43,7 @@ CLAIMING_KEY = "granite_storage.claiming"
 FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
 """Clears that variable."""
 
-REFUSAL = ("granite_storage: the object ", " is gone or going")
+REFUSAL = ("granite_storage: the object ", " is gone or going, or only rows of other models or schemas hold it")
 """The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 
 

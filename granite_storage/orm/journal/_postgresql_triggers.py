@@ -33,7 +33,7 @@ from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENT
 
 __all__ = ["CLAIMED", "TRIGGERS", "PostgreSQLSource", "PostgreSQLTriggers"]
 
-VERSION = 1
+VERSION = 2
 """The version of the SQL; the arguments of the triggers begin with it."""
 
 CLAIMED = "granite_storage.claimed"
@@ -464,7 +464,8 @@ END"""
     def _refusal(self, location: str) -> str:
         return f"""RAISE EXCEPTION USING ERRCODE = 'foreign_key_violation',
       MESSAGE = format({literal("%L".join(REFUSAL))}, {location}),
-      HINT = 'Only what another row holds, or what waits to be deleted, can be written; journal.adopt() lets other refs in.';"""
+      HINT = 'Only what waits to be deleted, or what another row of the same metadata holds in the same schema, can be written;'
+        ' journal.adopt() lets other refs in.';"""
 
 
 def _id_of(digest: str) -> str:

@@ -394,7 +394,7 @@ class SQLitePool(_LockingPool):
         if not _driver(connection).in_transaction:
             raise ConfigurationError(
                 "the driver commits each statement by itself (isolation_level=None), so that no rollback can restore rows: "
-                "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE",
+                "begin transactions with BEGIN IMMEDIATE, by the recipe on the page SQLAlchemy, section SQLite",
                 see=Page.JOURNAL_ON_SQLITE,
             )
         named = connection.execute(_NAME_OF_SIDECAR, execution_options=self.options).scalar_one_or_none()

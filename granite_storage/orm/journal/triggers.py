@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy import Column, Connection, MetaData, Table, event, inspect
 
+from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
 from granite_storage.orm._util import group, schema_on
@@ -62,9 +63,9 @@ def storage_triggers(metadata: MetaData) -> None:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is another one, a table has no
-            primary key, a worker of an older version was at work lately, on SQLite the journal's tables are not in the file of
-            the rows, or on MariaDB cascades of several tables lead in a circle.
+        ConfigurationError: The journal's tables are not declared. `create_all` raises it if the database is another one, if a
+            table has no primary key, if a worker of an older version was at work lately, if on SQLite the journal's tables are
+            not in the file of the rows, or if on MariaDB cascades of several tables lead in a circle.
 
     Example:
         ```python
@@ -142,7 +143,10 @@ def find_sources(
     place = resolve(connection, journal.intent)
     if place is None:
         raise ConfigurationError(
-            f"triggers write into {journal.intent.fullname}, which is not there: create the journal's tables"
+            f"triggers write into {journal.intent.fullname}, which is not there: create the journal's tables. If a"
+            " schema_translate_map or a search_path leads past them, as with a schema for each tenant, give them a schema of"
+            " their own: journal_tables(Base.metadata, schema=...)",
+            see=Page.SCHEMAS,
         )
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}

@@ -11,14 +11,26 @@ from sqlalchemy import Column, Integer, MetaData, Table, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from granite_storage import StoredObjectRef
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
-from granite_storage.orm.journal.triggers import find_trigger_problems
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
 from tests.orm.conftest import new_database
 from tests.orm.databases import WITH_JOURNAL, Database
 from tests.orm.environment import OrmEnvironment, file
-from tests.orm.journal.guarded import Doc, Parent, Picture, environment, locations, put, refused, run, stored, stored_with_variant
+from tests.orm.journal.guarded import (
+    Base,
+    Doc,
+    Parent,
+    Picture,
+    environment,
+    locations,
+    put,
+    refused,
+    run,
+    stored,
+    stored_with_variant,
+)
 from tests.orm.journal.sharing import steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, rows
 
@@ -72,6 +84,27 @@ class TestGuard:
             async with worker(env, step):
                 assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_what_a_row_of_another_metadata_holds(self, env: OrmEnvironment) -> None:
+        """The guard does not look there, and says so; an adopted ref may be copied."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        other, copy = with_table("note"), "INSERT INTO note (id, file) SELECT id, file FROM doc"
+        async with env.engine.begin() as connection:
+            await connection.run_sync(other.create_all)
+        try:
+            with pytest.raises(IntegrityError, match="or only rows of other models or schemas hold it"):
+                await run(env, copy)
+            await journal_of(env).adopt([ref])
+            await run(env, copy)
+        finally:
+            await env.sql("DROP TABLE note")
+        assert await nominated(env) == locations(ref)
+
+    async def test_the_tables_of_the_journal_are_elsewhere(self, env: OrmEnvironment) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execution_options(schema_translate_map={None: "nowhere"})
+            with pytest.raises(ConfigurationError, match=r"is not there.*schema of their own: journal_tables"):
+                await connection.run_sync(sources_of, Base.metadata)
 
     async def test_a_location_that_has_a_blank_more(self, env: OrmEnvironment) -> None:
         """Collations of MariaDB ignore blanks at the end; another object is meant all the same."""

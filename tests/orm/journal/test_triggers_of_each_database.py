@@ -286,7 +286,7 @@ class TestRenamed:
             await connection.execute(text("ALTER TABLE note RENAME TO notes"))
             try:
                 problems = await connection.run_sync(find_trigger_problems, models)
-                assert [one for one in problems if re.search(r"triggers of .*notes .*the table \S*note\b", one)] == problems
+                assert [one for one in problems if re.search(r"triggers of .*notes\b.*the table \S*note\b", one)] == problems
                 assert len(problems) == 1
             finally:
                 await connection.execute(text("DROP TABLE notes"))

@@ -43,7 +43,7 @@ CLAIMING_KEY = "granite_storage.claiming"
 FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
 """Clears that variable."""
 
-REFUSAL = ("granite_storage: the object ", " is gone or going")
+REFUSAL = ("granite_storage: the object ", " is gone or going, or only rows of other models or schemas hold it")
 """The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 
 
@@ -286,8 +286,10 @@ class JournalIntents(Protocol):
         """Raise `StaleAttachmentError` if a worker is about to delete an object that a transaction restores."""
         ...
 
-    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
-        """Return the intents of the pending deletes of objects, by their locations."""
+    def find_deletes(
+        self, connection: Connection, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False
+    ) -> dict[str, UUID]:
+        """Return the intents of the pending deletes of objects that a transaction sees or others have committed, by location."""
         ...
 
 

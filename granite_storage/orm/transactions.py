@@ -807,8 +807,8 @@ def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
         if not is_of_guard or codes_of(error).isdisjoint(_CONFLICTS):
             return None
     return StaleAttachmentError(
-        f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no row and no pending delete"
-        " vouches for it; the transaction may be tried again"
+        f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no pending delete and no row"
+        " of the same metadata and schema vouches for it; the transaction may be tried again"
     )
 
 

@@ -50,7 +50,7 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
+from granite_storage.orm.journal.triggers import find_trigger_problems, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -190,11 +190,18 @@ class StorageJournal:
         """Check that the database meets the requirements: tables, versions, privileges, storage engines, settings.
 
         `recover`, `worker` and the first upload call it themselves; call it at start-up to find problems early. Rows of a
-        backend that the manager does not have, because it was renamed or removed, are kept, and logged as a warning.
+        backend that the manager does not have, because it was renamed or removed, are kept, and logged as a warning. On SQLite a
+        database in which no worker ever ran, beside a sidecar with which one did, is refused here, by `recover` and by `worker`;
+        uploads into it go on.
 
         Raises:
             ConfigurationError: A requirement is not met; the message says what to do.
+            BackendUnavailableError: The database does not answer in time, or on SQLite the disk of the sidecar is full.
         """
+        await self._check()
+        await self._require_known_database()
+
+    async def _check(self) -> None:
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
         has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
@@ -224,11 +231,7 @@ class StorageJournal:
 
         def find(connection: Connection) -> list[str]:
             older = find_older_worker(connection, self.tables)
-            found = [
-                problem
-                for item in dict.fromkeys(declared)
-                for problem in find_trigger_problems(connection, sources_of(connection, item))
-            ]
+            found = [problem for item in dict.fromkeys(declared) for problem in find_trigger_problems(connection, item)]
             return list(dict.fromkeys(([] if older is None else [older]) + found))
 
         async with self._bounded.reading() as connection:
@@ -561,10 +564,13 @@ class StorageJournal:
 
     async def _ensure_checked(self) -> None:
         if not self._checked:
-            await self.check()
+            await self._check()
 
     async def _ensure_fit_for_workers(self) -> None:
         await self._ensure_checked()
+        await self._require_known_database()
+
+    async def _require_known_database(self) -> None:
         if self.sidecar is not None:
             async with self._pool.reading() as connection:
                 await self.sidecar.require_beat(connection, self.tables)
@@ -633,7 +639,7 @@ class SyncJournal:
         self._journal = journal
 
     def check(self) -> None:
-        """See that the database can keep the promise; see `StorageJournal.check`."""
+        """Check that the database meets the journal's requirements; see `StorageJournal.check`."""
         self._run(self._journal.check(), "check")
 
     def recover(self) -> RecoveryReport:

@@ -34,6 +34,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.references import RowValue, RowValues
+from granite_storage.orm.uploads import on_original_opened
 from granite_storage.orm.variants import Which, is_kept
 from granite_storage.refs import StoredObjectRef
 
@@ -100,7 +101,8 @@ class RederivationReport(RowReport):
     Attributes:
         counts: How many variants and effects were processed, by what became of them.
         failures: The first thousand that failed.
-        bytes_read: How many bytes the originals have of which variants were made, each counted once for each variant.
+        bytes_read: How many bytes the originals have that were opened to make variants, each counted once for each attempt, also
+            for one that was refused or has failed.
     """
 
     counts: Counter[RederivationStatus] = field(default_factory=Counter)
@@ -250,12 +252,28 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             message = "" if called else "it is recorded, and a worker of the journal tries it again; its report has the error"
             return _processed(RederivationStatus.CALLED if called else RederivationStatus.FAILED, held, wanted, message)
         seen = (ref.variants or {}).get(wanted.name)
-        now = await retry_unavailable(lambda: self._binding.make_variant(column_type, ref, wanted.name, which=self._which))
-        self.report.bytes_read += ref.size
-        await self._budget.spend(ref.size)
+        now = await self._make(column_type, ref, wanted.name)
         made = (now.variants or {})[wanted.name]
         is_new = made.recipe == column_type.variants[wanted.name].digest and (seen is None or made.location != seen.location)
         return _processed(RederivationStatus.MADE if is_new else RederivationStatus.CHANGED, held, wanted)
+
+    async def _make(self, column_type: AttachmentType, ref: StoredObjectRef, name: str) -> StoredObjectRef:
+        """Make a variant, and spend the bytes of the originals that were opened for it, also where its recipe fails."""
+        opened: list[int] = []
+        before = on_original_opened.set(opened.append)
+        try:
+            made = await retry_unavailable(lambda: self._binding.make_variant(column_type, ref, name, which=self._which))
+        except Exception:
+            await self._spend(sum(opened))
+            raise
+        finally:
+            on_original_opened.reset(before)
+        await self._spend(sum(opened))
+        return made
+
+    async def _spend(self, size: int) -> None:
+        self.report.bytes_read += size
+        await self._budget.spend(size)
 
 
 def rederive(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from granite_storage.exceptions import (
 from granite_storage.locations import clean_filename
 from granite_storage.orm._interfaces import ColumnType, Intent, active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader, SyncObjectReader
-from granite_storage.refs import StoredObjectRef, read_only
+from granite_storage.refs import StoredObjectRef, storable
 from granite_storage.streams import (
     BytesLike,
     ByteSource,
@@ -161,9 +160,6 @@ def shown_fields(value: _StoredFile) -> dict[str, Any] | None:
             "the attachment is not stored yet; flush the session before it is shown", see=Page.ATTACHMENTS
         )
     return value.describe()
-
-
-_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 # The states of an attachment, and every change from one to another.
@@ -697,7 +693,7 @@ class Attachment(_StoredFile):
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
-        self._state.fill(content, filename, content_type, None if extra is None else _storable(extra))
+        self._state.fill(content, filename, content_type, None if extra is None else storable(extra, "extra"))
 
     @classmethod
     def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
@@ -1135,27 +1131,6 @@ def _is_left_empty(upload: object) -> bool:
     if not (is_file(upload) and is_form_upload(upload)):
         return False
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
-
-
-def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the extra keys, frozen, or raise before an upload whose ref the database would refuse."""
-    kept = read_only(extra, "extra")
-    if any(_UNSTORABLE.search(text) for text in _texts(kept)):
-        raise InvalidReferenceError("extra contains a NUL character or a lone surrogate, which PostgreSQL cannot store in JSON")
-    return kept
-
-
-def _texts(value: Any) -> Iterator[str]:
-    match value:
-        case str():
-            yield value
-        case Mapping():
-            for key, item in value.items():
-                yield key
-                yield from _texts(item)
-        case list():
-            for item in value:
-                yield from _texts(item)
 
 
 def _home_of(column: InstrumentedAttribute[Any]) -> ColumnType:

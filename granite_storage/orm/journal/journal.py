@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import is_async_callable, run_bounded
+from granite_storage._tasks import contained, is_async_callable, run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import (
@@ -467,7 +467,8 @@ class StorageJournal:
         self._alarm.ring()
         for callback in self._callbacks:
             try:
-                callback()
+                with contained("a callback of on_work"):
+                    callback()
             except Exception:
                 logger.exception("a callback of on_work failed; the next pass of a worker processes the pending work")
 

@@ -18,7 +18,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, delete, select, tuple_
 from sqlalchemy.exc import DBAPIError
 
-from granite_storage._tasks import background, run_bounded, shielded_cleanup
+from granite_storage._tasks import background, contained, is_cancellation, run_bounded, shielded_cleanup
 from granite_storage._telemetry import fields_of
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
@@ -154,23 +154,27 @@ class VariantJobs(JobQueue):
         if not jobs:
             return 0
         try:
-            async with self._pool.reading() as connection:
-                holdings = await self._holdings(connection, jobs[0], read_holdings)
-            wanted: dict[AttachmentType, tuple[StoredObjectRef, list[LeasedJob]]] = {}
-            idle: list[LeasedJob] = []
-            for job in jobs:
-                if lacking := _lacking(job, holdings):
-                    wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
-                else:
-                    idle.append(job)
-            if await self._publish_patiently(idle) is None:
-                await self._postpone(idle, FIRST_RETRY)
-            counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
-            return sum(counts)
+            with contained("making variants"):
+                return await self._derive_all(jobs)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the jobs
             for job in jobs:
                 await self._fail(job, error)
             return 0
+
+    async def _derive_all(self, jobs: Sequence[LeasedJob]) -> int:
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, jobs[0], read_holdings)
+        wanted: dict[AttachmentType, tuple[StoredObjectRef, list[LeasedJob]]] = {}
+        idle: list[LeasedJob] = []
+        for job in jobs:
+            if lacking := _lacking(job, holdings):
+                wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
+            else:
+                idle.append(job)
+        if await self._publish_patiently(idle) is None:
+            await self._postpone(idle, FIRST_RETRY)
+        counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
+        return sum(counts)
 
     async def _make_all(
         self,
@@ -220,9 +224,10 @@ class VariantJobs(JobQueue):
 
             in_background.set(not raises)
             try:
-                with lease.begin(ids[name]):
-                    await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
-                await require_lease(lease, Intent(self._journal, ids[name]), made[name].ref)
+                with contained("making a variant"):
+                    with lease.begin(ids[name]):
+                        await make_variant(self._manager, source, prepared[name], column_type.variants[name], keep)
+                    await require_lease(lease, Intent(self._journal, ids[name]), made[name].ref)
             except Exception as error:
                 made.pop(name, None)
                 if raises:
@@ -234,7 +239,7 @@ class VariantJobs(JobQueue):
                 await run_bounded(jobs, make, CONCURRENCY)
                 published = await self._publish_patiently([job for job in jobs if job.variant in made], made, ids)
         except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):
+            if not is_cancellation(error):
                 await self._settle_uploads(list(ids.values()))
             raise
         await self._settle_uploads([item for name, item in ids.items() if name not in (published or ())])

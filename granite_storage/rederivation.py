@@ -164,8 +164,13 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             async for item in items:
                 yield item
         report.complete = not self._stopped
-        if report.complete and self._is_whole and self._effects and self._binding.journal is not None:
-            await self._binding.journal.note_effects(self._effects)
+        journal = self._binding.journal
+        if journal is None or not report.complete:
+            return
+        if self._is_whole and self._effects:
+            await journal.note_effects(self._effects)
+        if self._drop_undeclared and not self._names and not self._columns:
+            await journal.end_undeclared_jobs()
 
     def _record(self, item: RederivedVariant) -> None:
         self.report.counts[item.status] += 1

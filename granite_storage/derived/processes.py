@@ -46,7 +46,7 @@ from granite_storage.exceptions import (
     InvalidReferenceError,
 )
 from granite_storage.inspection.base import require_positive
-from granite_storage.refs import storable
+from granite_storage.refs import read_only
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -342,7 +342,7 @@ def _read_result(file: IO[bytes], found: dict[str, Any], max_size: int) -> Deriv
     content = file.read() if size <= _INLINE_RESULT else Path(_path_of(file.fileno()))
     content_type, media, filename = (found.get(name) for name in ("content_type", "media", "filename"))
     try:
-        media = None if media is None else storable(media, "media")
+        media = None if media is None else read_only(media, "media")
     except InvalidReferenceError as error:
         raise DerivationFailedError(f"the derivation failed: {error}") from error
     for text in (content_type, filename):

@@ -26,7 +26,7 @@ from granite_storage._tasks import (
 )
 from granite_storage._telemetry import fields_of, traced
 from granite_storage.derived import DerivationSource
-from granite_storage.exceptions import DerivationFailedError, InvalidReferenceError, StaleAttachmentError, StorageError
+from granite_storage.exceptions import DerivationFailedError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Intent, Journal, StoredObject, UploadLease
 from granite_storage.orm._util import can_wait, group, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
@@ -466,7 +466,7 @@ async def make_variant(
                 raise DerivationFailedError(f"the variant {declared.name!r} cannot be stored: {error}") from error
             content: bytes | IO[bytes]
             if isinstance(derived.content, Path):
-                content = await shielded(asyncio.to_thread(derived.content.open, "rb"), undo=_close)
+                content = await _open_file(derived.content, declared)
                 stack.push_async_callback(_close_file, content)
             else:
                 content = derived.content
@@ -475,17 +475,19 @@ async def make_variant(
 
 @contextmanager
 def _recipe_errors(declared: DeclaredVariant) -> Iterator[None]:
-    """Raise what is no error of the library as a failure of a recipe."""
-    what = f"the recipe of the variant {declared.name!r}"
     try:
-        with contained(what):
+        with contained(f"the recipe of the variant {declared.name!r}"):
             yield
-    except StorageError:
-        raise
     except UnaskedEndError as error:
         raise DerivationFailedError(f"the derivation failed: {error}") from error
-    except Exception as error:
-        raise DerivationFailedError(f"the derivation failed: {what} raised {type(error).__name__}") from error
+
+
+async def _open_file(path: Path, declared: DeclaredVariant) -> IO[bytes]:
+    try:
+        return await shielded(asyncio.to_thread(path.open, "rb"), undo=_close)
+    except OSError as error:
+        message = f"the derivation failed: the file of the variant {declared.name!r} cannot be read: {error.strerror}"
+        raise DerivationFailedError(message) from error
 
 
 async def _close_file(file: IO[bytes]) -> None:

@@ -71,6 +71,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
+_IDLE_INTERVAL = timedelta(minutes=5)
 _LOOKS_AT_A_TIME = 8
 _ADOPTED_AT_ONCE = 50
 """For how many objects a transaction of `adopt` waits for the storage; on SQLite no other one can write meanwhile."""
@@ -297,6 +298,7 @@ class StorageJournal:
             done = RecoveryReport()
             for work in self._job_passes.values():
                 done.add(await work(backend))
+            await self._jobs(VariantJobs).end_idle(backend)
             return done
 
         works = [partial(work, backend) for work in (self._recover, do_jobs) for backend in self.manager.backends]
@@ -361,11 +363,18 @@ class StorageJournal:
             if backend in self.manager.backends:
                 await self._job_passes[what](backend)
 
+        async def end_idle_jobs(backend: str) -> None:
+            if backend in self.manager.backends:
+                await self._jobs(VariantJobs).end_idle(backend)
+
         loops: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
         loops |= {what: partial(do_jobs, what) for what in self._job_passes}
         async with AsyncExitStack() as stack:
             for what, work in loops.items():
                 await stack.enter_async_context(at_work(self.manager.backends, work, interval, self._alarm, what=what))
+            # No transaction waits for it, and it looks at all of them.
+            rarely, what = max(interval, _IDLE_INTERVAL), "ending the idle jobs"
+            await stack.enter_async_context(at_work(self.manager.backends, end_idle_jobs, rarely, Alarm(), what=what))
             yield
 
     @property
@@ -503,6 +512,12 @@ class StorageJournal:
         """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
         await self._ensure_checked()
         return await self._jobs(VariantJobs).drop(source, name)
+
+    async def end_undeclared_jobs(self) -> None:
+        """End the jobs of variants that their columns do not declare any more, dead letters as well."""
+        await self._ensure_checked()
+        for backend in self.manager.backends:
+            await self._jobs(VariantJobs).end_idle(backend, undeclared=True)
 
     async def call_effect(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
         """Call an effect for a file now; see `EffectJobs.call_now`."""

@@ -80,7 +80,7 @@ class RederivedVariant:
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        name: The name of the variant or of the effect.
+        name: The name of the variant or of the effect; empty where the value of the row cannot be read, so that nothing can be made.
         ref: The original; None where the column holds something that is no ref.
         message: Why it was not made.
     """
@@ -147,7 +147,10 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         self._effects: Mapping[str, Sequence[str]] = {}
 
     async def waiting(self) -> dict[tuple[str, str, str], int]:
-        """Return the amount of pending work by column, variant or effect, and kind, without changing anything."""
+        """Return the amount of pending work by column, variant or effect, and kind, without changing anything.
+
+        The name of the variant is empty for the kind `unreadable value`: rows whose values are no refs.
+        """
         await self._find_effects()
         found: Counter[tuple[str, str, str]] = Counter()
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
@@ -196,7 +199,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             return
         if held.ref is None:
             if column_type.variants or held.label in self._effects:
-                yield _Wanted("undecodable", "")
+                yield _Wanted("unreadable value", "")
             return
         for declared in column_type.variants.values():
             if not declared.is_for(held.ref):

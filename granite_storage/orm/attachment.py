@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema, SchemaSerializer
+    from pydantic_core.core_schema import SerSchema
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage._headers import Disposition
@@ -113,7 +114,18 @@ def core_schema_of(file: type[_StoredFile]) -> CoreSchema:
 
     shown = core_schema.nullable_schema(fields_schema())
     serialization = core_schema.plain_serializer_function_ser_schema(shown_fields, return_schema=shown, when_used="json")
-    return core_schema.is_instance_schema(file, serialization=serialization)
+    return instance_schema(file, serialization)
+
+
+def instance_schema(kind: type[Any], serialization: SerSchema) -> CoreSchema:
+    """Return the pydantic schema of objects that JSON cannot represent; the error of a request body is for its client."""
+    from pydantic_core import core_schema
+
+    is_instance = core_schema.is_instance_schema(kind)
+    in_json = core_schema.custom_error_schema(
+        is_instance, "file_in_json", custom_error_message="A file cannot be given as JSON: upload it, and leave this field out"
+    )
+    return core_schema.json_or_python_schema(in_json, is_instance, serialization=serialization)
 
 
 class LazySerializer:

@@ -80,7 +80,7 @@ class RederivedVariant:
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        name: The name of the variant or of the effect; empty where the value of the row cannot be read, so that nothing can be made.
+        name: The name of the variant or of the effect; empty where the row's value cannot be read, so that none can be made.
         ref: The original; None where the column holds something that is no ref.
         message: Why it was not made.
     """

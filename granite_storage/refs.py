@@ -20,6 +20,7 @@ __all__ = [
     "iter_refs",
     "read_only",
     "require_scanned",
+    "storable",
 ]
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
@@ -298,6 +299,34 @@ def read_only(value: Mapping[str, Any], name: str) -> ReadOnlyDict:
         raise InvalidReferenceError(f"{name} must be a mapping, not {type(value).__name__}")
     frozen: ReadOnlyDict = _Freezer(name).freeze(value, 0)
     return frozen
+
+
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+
+
+def storable(value: Mapping[str, Any], name: str) -> ReadOnlyDict:
+    """Do as `read_only`, and refuse what PostgreSQL cannot store in JSON, on every database.
+
+    Raises:
+        InvalidReferenceError: As `read_only`, or a text contains a NUL character or a lone surrogate.
+    """
+    kept = read_only(value, name)
+    if any(_UNSTORABLE.search(text) for text in _texts(kept)):
+        raise InvalidReferenceError(f"{name} contains a NUL character or a lone surrogate, which PostgreSQL cannot store in JSON")
+    return kept
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for key, item in value.items():
+                yield key
+                yield from _texts(item)
+        case list():
+            for item in value:
+                yield from _texts(item)
 
 
 class _Freezer:

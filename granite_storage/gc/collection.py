@@ -24,7 +24,7 @@ from granite_storage._documentation import Page
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import background, run_bounded
+from granite_storage._tasks import background, contained, run_bounded
 from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
 from granite_storage._words import count_of
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
@@ -823,7 +823,8 @@ class StorageGarbageCollector:
 
     async def _collect_and_log(self, storage_key: str, *, dry_run: bool) -> None:
         try:
-            report = await self.collect(storage_key=storage_key, dry_run=dry_run)
+            with contained("a collection"):
+                report = await self.collect(storage_key=storage_key, dry_run=dry_run)
         except Exception:
             said = fields_of(storage_key=storage_key)
             logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=said)

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
+from granite_storage._tasks import contained, shielded, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import matches_generated_name, uuid7_hex
@@ -263,7 +263,7 @@ async def share(key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     in_progress = _shared.setdefault(asyncio.get_running_loop(), {})
     entry = in_progress.get(key)
     if entry is None:
-        entry = in_progress[key] = _Shared(asyncio.create_task(work()))
+        entry = in_progress[key] = _Shared(asyncio.create_task(_contain(work)))
         entry.task.add_done_callback(lambda _: _forget(in_progress, key, entry))
     entry.waiting += 1
     try:
@@ -277,6 +277,11 @@ async def share(key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     finally:
         entry.waiting -= 1
     return result
+
+
+async def _contain(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    with contained("making a variant"):  # callers that share it are not being cancelled
+        return await work()
 
 
 def _forget(in_progress: dict[Hashable, _Shared], key: Hashable, entry: _Shared) -> None:
@@ -325,7 +330,7 @@ async def make_without_journal(
     seen = frozenset(holding.location_of(declared.name) for holding in holdings)
     stored: list[StoredObjectRef] = []
     try:
-        await make_variant(manager, held, prepared, declared.recipe, stored.append)
+        await make_variant(manager, held, prepared, declared, stored.append)
         await shielded(setting.run({declared.name: MadeVariant(stored[0], seen, which == "all")}))
     finally:
         if setting.fate is _Fate.IN_DOUBT:

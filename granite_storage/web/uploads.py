@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import is_cancellation, shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
@@ -336,7 +335,9 @@ class UploadForm:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        await self._received.discard_attachments(cancelled=isinstance(error, asyncio.CancelledError), but_assigned=error is None)
+        await self._received.discard_attachments(
+            cancelled=error is not None and is_cancellation(error), but_assigned=error is None
+        )
 
 
 async def stream_upload(
@@ -533,7 +534,7 @@ async def _receive(form: _MultipartForm) -> UploadForm:
         return form.result()
     except BaseException as error:
         if form.stored:
-            cancelled = isinstance(error, asyncio.CancelledError)
+            cancelled = is_cancellation(error)
             await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
 

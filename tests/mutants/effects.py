@@ -82,4 +82,12 @@ MUTANTS = [
         new="if self.fate is _Fate.UNSET and self._displaced:",
         tests=("tests/orm/test_rederivation.py::TestWhich::test_stale[sqlite-begin]",),
     ),
+    Mutant(
+        name="effects-cancelled-by-others",
+        rule="A handler that raises a CancelledError, though no caller is cancelled, has failed.",
+        path="granite_storage/orm/journal/effects.py",
+        old='                    with contained("the handler"):\n                        await handler(event)\n',
+        new="                    await handler(event)\n",
+        tests=("tests/orm/journal/test_effects.py::TestFailures::test_an_end_that_was_not_asked_for",),
+    ),
 ]

@@ -212,7 +212,7 @@ MUTANTS = [
         name="sessions-failed-upload-keeps-its-object",
         rule="Where an upload fails, what it has stored is removed.",
         path="granite_storage/orm/uploads.py",
-        old="        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError), items)\n",
+        old="        await _undo([upload.attachment for upload in uploads], is_cancellation(error), items)\n",
         new="        del error\n",
         tests=("tests/web/test_direct.py::test_what_is_not_as_announced_is_refused",),
     ),

@@ -50,7 +50,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
+from granite_storage._tasks import CLEANUP_TIMEOUT, contained, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
@@ -663,8 +663,9 @@ class Lease:
     async def _renew(self) -> None:
         asked = time.monotonic()
         try:
-            async with asyncio.timeout(self._remaining()):
-                there = await self._intents.renew(self._ids, self._duration)
+            with contained("the database"):
+                async with asyncio.timeout(self._remaining()):
+                    there = await self._intents.renew(self._ids, self._duration)
         except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
             logger.warning("the lease of an upload could not be renewed, which will be retried: %r", error)
             return

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import is_async_callable, run_bounded
+from granite_storage._tasks import contained, is_async_callable, run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import (
@@ -71,6 +71,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
+_IDLE_INTERVAL = timedelta(minutes=5)
 _LOOKS_AT_A_TIME = 8
 _ADOPTED_AT_ONCE = 50
 """For how many objects a transaction of `adopt` waits for the storage; on SQLite no other one can write meanwhile."""
@@ -300,6 +301,7 @@ class StorageJournal:
             done = RecoveryReport()
             for work in self._job_passes.values():
                 done.add(await work(backend))
+            await self._jobs(VariantJobs).end_idle(backend)
             return done
 
         works = [partial(work, backend) for work in (self._recover, do_jobs) for backend in self.manager.backends]
@@ -364,11 +366,18 @@ class StorageJournal:
             if backend in self.manager.backends:
                 await self._job_passes[what](backend)
 
+        async def end_idle_jobs(backend: str) -> None:
+            if backend in self.manager.backends:
+                await self._jobs(VariantJobs).end_idle(backend)
+
         loops: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
         loops |= {what: partial(do_jobs, what) for what in self._job_passes}
         async with AsyncExitStack() as stack:
             for what, work in loops.items():
                 await stack.enter_async_context(at_work(self.manager.backends, work, interval, self._alarm, what=what))
+            # No transaction waits for it, and it looks at all of them.
+            rarely, what = max(interval, _IDLE_INTERVAL), "ending the idle jobs"
+            await stack.enter_async_context(at_work(self.manager.backends, end_idle_jobs, rarely, Alarm(), what=what))
             yield
 
     @property
@@ -470,7 +479,8 @@ class StorageJournal:
         self._alarm.ring()
         for callback in self._callbacks:
             try:
-                callback()
+                with contained("a callback of on_work"):
+                    callback()
             except Exception:
                 logger.exception("a callback of on_work failed; the next pass of a worker processes the pending work")
 
@@ -505,6 +515,12 @@ class StorageJournal:
         """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
         await self._ensure_checked()
         return await self._jobs(VariantJobs).drop(source, name)
+
+    async def end_undeclared_jobs(self) -> None:
+        """End the jobs of variants that their columns do not declare any more, dead letters as well."""
+        await self._ensure_checked()
+        for backend in self.manager.backends:
+            await self._jobs(VariantJobs).end_idle(backend, undeclared=True)
 
     async def call_effect(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
         """Call an effect for a file now; see `EffectJobs.call_now`."""

@@ -72,8 +72,8 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
     """Adds support for attachments to a Litestar application: `Litestar(..., plugins=[StoragePlugin(storage)])`.
 
     - Handlers return rows, attachments, their variants and collections, through `SQLAlchemyDTO`, the serialization plugin or in a
-      dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can
-      supply one: exclude a collection from the DTO of a body, as every relationship that is not sent.
+      dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. They are read-only
+      for DTOs: no body of a request can supply, clear or omit one.
     - The OpenAPI document describes the forms that `provide_upload_form` receives.
     - A handler that returns rows with attachments as nothing can encode them is refused when it is registered.
     - Errors of the library are answered as `install_error_handlers` does, with problem details.

@@ -189,7 +189,7 @@ class _ReadOnly:
         return Mark.READ_ONLY
 
 
-# A body in which a client has left a file out would set the attribute to None, or to an empty list, and the file would be deleted.
+# A body that leaves a file out would set the attribute to None, or to an empty list, and the commit would delete the file.
 READ_ONLY_FOR_DTOS: Mapping[str, Any] = {"__dto__": _ReadOnly()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -48,7 +48,7 @@ __all__ = [
     "readable",
     "remember",
     "render_files",
-    "require_previews",
+    "require_preview",
     "serve",
     "views_of",
 ]
@@ -62,20 +62,18 @@ def is_attached(attribute: object) -> bool:
     return isinstance(getattr(attribute, "type", None), AttachmentType)
 
 
-def require_previews(model: type, previews: Mapping[str, str | None]) -> None:
-    """Raise if an attribute cannot be shown by its variant; None is the one that the adapter chooses.
+def require_preview(attribute: Any, preview: str | None) -> None:
+    """Raise if an attribute cannot be shown by a variant; None is the one that the adapter chooses.
 
     Raises:
         ConfigurationError: The attribute has no attachments.
         UnknownVariantError: It declares no such variant.
     """
-    for name, preview in previews.items():
-        attribute: Any = getattr(model, name, None)
-        if not is_attached(attribute):
-            raise ConfigurationError(f"{model.__name__}.{name} has no attachments that {preview!r} could be a preview of")
-        if preview is not None and preview not in attribute.type.variants:
-            known = ", ".join(attribute.type.variants) or "none"
-            raise UnknownVariantError(f"{model.__name__}.{name} declares no variant {preview!r} to show (there are: {known})")
+    if not is_attached(attribute):
+        raise ConfigurationError(f"{attribute} has no attachments that {preview!r} could be a preview of")
+    if preview is not None and preview not in attribute.type.variants:
+        known = ", ".join(attribute.type.variants) or "none"
+        raise UnknownVariantError(f"{attribute} declares no variant {preview!r} to show as its preview (there are: {known})")
 
 
 # How a file is shown.

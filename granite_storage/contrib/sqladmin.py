@@ -100,7 +100,8 @@ class AttachmentAdmin(ModelView):
         attributes = [getattr(self.model, key) for key in self._prop_names]
         self._attached = [one.key for one in attributes if _panels.is_attached(one)]
         self._collections = [one.key for one in attributes if declared_collection(one) is not None]
-        _panels.require_previews(self.model, self.attachment_previews)
+        for name, preview in self.attachment_previews.items():
+            _panels.require_preview(getattr(self.model, name, name), preview)
         self._non_link_related_fields = [*self._non_link_related_fields, *self._collections]
         for formatters, with_request in (
             (self._list_formatters, self._list_formatter_accepts_request),

@@ -69,7 +69,7 @@ class AttachmentField(FileField):
     def __init__(self, attribute: Any, *, preview: str | None = None, **options: Any) -> None:
         if not _panels.is_attached(attribute):
             raise ConfigurationError(f"AttachmentField takes an attribute of attachments such as User.avatar, not {attribute}")
-        _panels.require_previews(attribute.class_, {attribute.key: preview})
+        _panels.require_preview(attribute, preview)
         self.attribute = attribute
         self.preview = preview
         page, template = (f"plugins/{AttachmentPlugin.name}/{name}.html" for name in ("file", "form"))

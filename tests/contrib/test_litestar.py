@@ -412,6 +412,15 @@ class TestForms:
         assert kit.faults.count("put_stream") == 3
         await kit.assert_no_orphans()  # the others were removed
 
+    async def test_a_handler_with_two_forms(self, serve: Serve) -> None:
+        forms = {name: provide_upload_form({name: Paper.file}) for name in ("one", "two")}
+
+        @post("/", dependencies=forms)
+        async def create(one: NamedDependency[UploadForm], two: NamedDependency[UploadForm]) -> None: ...
+
+        with pytest.raises(ConfigurationError, match=r"2 dependencies of the endpoint .*create.* receive its body"):
+            serve(create)
+
     async def test_what_is_missing_or_too_large(self, kit: BoundStorage, serve: Serve) -> None:
         seen: list[UploadForm] = []
         client = serve(self.handler(kit, seen))

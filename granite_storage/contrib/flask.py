@@ -66,7 +66,7 @@ def send_attachment(
         response.make_conditional(asked, accept_ranges=True, complete_length=ref.size)
         if response.status_code == 412:  # whose body werkzeug would make of the whole file
             reader.close()
-            return Response(status=412)
+            return Response(status=412, headers={"Cache-Control": "no-store"})
     except BaseException:
         reader.close()
         raise

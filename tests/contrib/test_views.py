@@ -177,6 +177,7 @@ async def test_two_views_of_one_model(panels: Panels) -> None:
     files = "http://test/first/plugins/granite-storage"
     for page in ("list", "detail?pk=1", "edit?pk=1"):
         assert await panels.links(f"/first/staff/{page}") == [f"{files}/staff/file?pk=1", f"{files}/staff/secret?pk=1"]
+        assert await panels.links(f"/first/staff/{page}", "boss") == await panels.links(f"/first/staff/{page}")
         assert await panels.links(f"/first/boss/{page}", "boss") == [f"{files}/boss/file?pk=1"]
     await panels.get(f"{files}/boss/file?pk=1", status=403)
 

@@ -37,7 +37,7 @@ from granite_storage.exceptions import CollectionFullError, ConfigurationError
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._util import connection_of
 from granite_storage.orm.attachment import Attachment, LazySerializer, UploadFile, core_schema_of, fields_schema, instance_schema
-from granite_storage.orm.columns import AttachmentType, primary_key_of, value_in
+from granite_storage.orm.columns import READ_ONLY_FOR_DTOS, AttachmentType, primary_key_of, value_in
 from granite_storage.orm.locking import read_rows, take_write_lock
 from granite_storage.streams import ByteSource
 
@@ -566,7 +566,7 @@ def attachments(
         cascade="all, delete-orphan",
         collection_class=AttachmentList,
         comparator_factory=_Comparator,
-        info={_INFO_KEY: declared},
+        info={**READ_ONLY_FOR_DTOS, **(relationship_arguments.pop("info", None) or {}), _INFO_KEY: declared},
         order_by=lambda: (cast(Any, declared.file_class).position, cast(Any, declared.file_class).id),
         **relationship_arguments,
     )

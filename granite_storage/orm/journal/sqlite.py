@@ -46,7 +46,7 @@ from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._faults import explain_missing
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import batches, file_of, wait
+from granite_storage.orm._util import batches, file_of, is_busy, wait
 from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import OF_FENCES, References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
@@ -74,7 +74,6 @@ _BATCH = 20
 """The most objects for which rows are looked through while the lock of writers is held."""
 
 _AT_A_TIME = 500
-_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _OF_CONNECTION: Final = "granite_storage.file"
 _NETWORK_KINDS = frozenset(
     {
@@ -145,7 +144,7 @@ class _LockingPool(JournalPool):
             try:
                 return await work()
             except (DBAPIError, sqlite3.OperationalError) as error:
-                if not _is_busy(error.orig if isinstance(error, DBAPIError) else error):
+                if not is_busy(error.orig if isinstance(error, DBAPIError) else error):
                     raise
                 if time.monotonic() >= until:
                     raise TimeoutError from error
@@ -175,12 +174,6 @@ def _commit(connection: Connection) -> None:
 
 def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
-
-
-def _is_busy(error: object) -> bool:
-    """Return whether the driver has raised an error because another connection has the lock."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
 
 
 def _put(name: str, value: str) -> Insert:
@@ -557,7 +550,7 @@ class SidecarPool(_LockingPool):
                 connection.isolation_level = None
                 name = _prepare(connection)
             except (OSError, sqlite3.OperationalError) as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BUSY_CODES:
+                if isinstance(error, sqlite3.Error) and is_busy(error):
                     raise
                 raise ConfigurationError(
                     f"the journal's sidecar {path} cannot be opened or created: {error}. Let the application's user write there,"

@@ -246,9 +246,9 @@ def not_committed(source: StoredObjectRef) -> StaleAttachmentError:
 def locked_for_long(location: str, seconds: float) -> StaleAttachmentError:
     """Return the error for rows of an original that stayed locked; the transaction that has locked them is not known."""
     return StaleAttachmentError(
-        f"a transaction has locked the rows of the object at {location!r} for {seconds:.0f} s. If it is another one, try again."
-        " If it is the caller's own, which is open and has written or locked such a row, or on SQLite has written anything: end it"
-        " before the variant is awaited"
+        f"a transaction has locked the rows of the object at {location!r} for {seconds:.0f} s. It may be the caller's own: end"
+        " one that has written or locked such a row, or on SQLite anything, before you await the variant. If it is another one,"
+        " try again"
     )
 
 

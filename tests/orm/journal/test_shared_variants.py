@@ -24,6 +24,8 @@ pytestmark = pytest.mark.case("RE-03")
 @pytest.mark.parametrize("what", TAKEN)
 async def test_a_variant_stays_while_anything_refers_to_it(env: OrmEnvironment, what: str, how: str) -> None:
     """Of another column of the journal's own bases no variant is left behind: the worker lets all rows have the new one."""
+    if env.database.is_sqlite and how == "another schema":
+        pytest.skip("rows with files in attached files are refused where there is a journal")
     recipe = Upper(when="flush")
     with declared({"thumb": recipe}):
         await env.add(Doc(id=1, file=file("x")))
@@ -50,9 +52,11 @@ async def test_the_callers_own_transaction(
                 doc = await session.get_one(Doc, 1)
                 assert doc.file is not None
                 await session.execute(update(Doc).values(title="changed"))
-                with caplog.at_level(logging.WARNING, "granite_storage"):
-                    with pytest.raises(StaleAttachmentError, match=r"has locked the rows .* the caller's own"):
-                        await doc.file.variant("card")
+                with (
+                    caplog.at_level(logging.WARNING, "granite_storage"),
+                    pytest.raises(StaleAttachmentError, match=r"has locked the rows .* the caller's own"),
+                ):
+                    await doc.file.variant("card")
                 assert [record for record in caplog.records if record.exc_info] == []
                 if database.is_sqlite:
                     assert "1 variants that no row has taken are left to the journal's worker" in caplog.text

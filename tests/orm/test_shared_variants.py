@@ -19,9 +19,23 @@ from tests.orm.sharing import SHARED, TAKEN, emptied, named_by_a_plain_ref
 pytestmark = pytest.mark.case("RE-03")
 
 
-@pytest.mark.parametrize("how", SHARED)
-@pytest.mark.parametrize("what", TAKEN)
+ON_EACH_DATABASE = [*(("made again", how) for how in SHARED), ("deleted", "a plain ref"), ("deleted in bulk", "a plain ref")]
+
+
+@pytest.mark.parametrize(("what", "how"), ON_EACH_DATABASE)
 async def test_a_variant_stays_while_anything_refers_to_it(env: OrmEnvironment, what: str, how: str) -> None:
+    await require_kept(env, what, how)
+
+
+@pytest.mark.parametrize(
+    ("what", "how"), [(what, how) for what in TAKEN for how in SHARED if (what, how) not in ON_EACH_DATABASE]
+)
+async def test_whatever_takes_it(env: OrmEnvironment, what: str, how: str) -> None:
+    await require_kept(env, what, how)
+
+
+async def require_kept(env: OrmEnvironment, what: str, how: str) -> None:
+    """Take a variant from its row, and check that it stays where something else refers to it."""
     recipe = Upper(when="flush")
     with declared({"thumb": recipe}, ("other", {"thumb": recipe})):
         await env.add(Doc(id=1, file=file("x")))
@@ -50,11 +64,10 @@ async def test_a_cascade(env: OrmEnvironment) -> None:
             await emptied(env)
 
 
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 async def test_a_flush_that_is_rolled_back(env: OrmEnvironment) -> None:
     """A row that was committed beside the transaction refers to a variant that the transaction has stored."""
     recipe = Upper(when="flush")
-    if env.database.is_sqlite:
-        pytest.skip("no other transaction can write meanwhile")
     with declared({"thumb": recipe}):
         async with env.sessions() as session:
             doc = Doc(id=1, file=file("x"))
@@ -93,10 +106,9 @@ async def test_rows_with_variants_of_their_own_share_an_original(env: OrmEnviron
         assert await env.objects() == set()
 
 
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 async def test_shared_after_the_snapshot(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """At REPEATABLE READ, as MariaDB has it, a transaction does not see a row that was committed since it began."""
-    if env.database.is_sqlite:
-        pytest.skip("no other transaction can write meanwhile")
     recipe = Upper(when="flush")
     commit = type(env.sessions()).commit
     with declared({"thumb": recipe}):
@@ -135,10 +147,9 @@ async def test_variants_that_cannot_be_read(env: OrmEnvironment, caplog: pytest.
     await emptied(env)
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_damaged_row_beside(env: OrmEnvironment) -> None:
     """SQLite's JSON functions fail on a value that is not JSON: rows are then searched one table after the other."""
-    if not env.database.is_sqlite:
-        pytest.skip("the column takes only JSON")
     recipe = Upper(when="flush")
     with declared({"thumb": recipe}):
         await env.add(Doc(id=1, file=file("x")))
@@ -152,10 +163,9 @@ async def test_a_damaged_row_beside(env: OrmEnvironment) -> None:
         await env.sql("DELETE FROM node")
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_write_that_a_rollback_leaves(database: Database) -> None:
     """A driver in autocommit mode has committed the first row's UPDATE when that of the second one fails."""
-    if database.name != "sqlite":
-        pytest.skip("about a setting of its driver")
     recipe = Upper(when="flush", version=2)
     async with orm_environment(database, connect_args={"isolation_level": None}) as env:
         with declared({"thumb": Upper(when="flush")}):
@@ -193,10 +203,9 @@ async def _stored(env: OrmEnvironment) -> Any:
     return attachment.ref
 
 
+@pytest.mark.parametrize("database", ["sqlite", "sqlite-begin"], indirect=True)
 async def test_the_callers_own_transaction(database: Database) -> None:
     """On SQLite any transaction that has written keeps the variant waiting, and the driver bounds the wait."""
-    if not database.is_sqlite:
-        pytest.skip("see test_derived_requests.py")
     async with orm_environment(database, connect_args={"timeout": 0.2}) as env:
         with declared({"card": Upper(when="request")}):
             await env.add(Doc(id=1, file=file("x")), Doc(id=2))

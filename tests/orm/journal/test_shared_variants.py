@@ -10,34 +10,25 @@ from sqlalchemy import update
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.journal import variant_jobs
 from tests.orm.databases import Database
-from tests.orm.derivations import Upper, declared, ref_of
+from tests.orm.derivations import Upper, declared
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
-from tests.orm.sharing import SHARED, TAKEN, emptied
-from tests.orm.test_shared_variants import test_a_cascade
+from tests.orm.sharing import SHARED, TAKEN
+from tests.orm.test_shared_variants import require_kept, test_a_cascade
 
 __all__ = ["test_a_cascade"]
 
 pytestmark = pytest.mark.case("RE-03")
 
 
-@pytest.mark.parametrize("how", [how for how in SHARED if how != "another column"])
-@pytest.mark.parametrize("what", TAKEN)
+IN_QUESTION = [(what, how) for what in TAKEN for how in SHARED if how != "another column"]
+"""The worker lets the rows of all columns of its journal's own bases have a new variant, so that none is left behind there."""
+
+
+@pytest.mark.parametrize(("what", "how"), IN_QUESTION)
 async def test_a_variant_stays_while_anything_refers_to_it(env: OrmEnvironment, what: str, how: str) -> None:
-    """Of another column of the journal's own bases no variant is left behind: the worker lets all rows have the new one."""
     if env.database.is_sqlite and how == "another schema":
         pytest.skip("rows with files in attached files are refused where there is a journal")
-    recipe = Upper(when="flush")
-    with declared({"thumb": recipe}):
-        await env.add(Doc(id=1, file=file("x")))
-        original = await ref_of(env)
-        [variant] = (original.variants or {}).values()
-        async with SHARED[how](env, original):
-            await TAKEN[what](env)
-            await env.recover()
-            assert await env.manager.get(variant) == recipe.result(b"x")
-            is_left = how != "a plain ref" or what in ("made again", "not declared")
-            assert (original.location in await env.objects()) is is_left
-            await emptied(env)
+    await require_kept(env, what, how)
 
 
 async def test_the_callers_own_transaction(

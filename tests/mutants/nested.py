@@ -80,7 +80,7 @@ MUTANTS = [
         path=_LOCKING,
         old="sources = {part.ref.location: part.source for item in objects for part in item.parts}",
         new="sources = {item.ref.location: item.source for item in objects}",
-        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-deleted-a plain ref]",),
+        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-deleted in bulk-a plain ref]",),
     ),
     Mutant(
         name="nested-commit-keeps-all-or-nothing",
@@ -88,7 +88,7 @@ MUTANTS = [
         path="granite_storage/orm/_interfaces.py",
         old="    parts = (part for item in stored for part in ([item] if item.intent else item.parts))\n",
         new="    parts = iter(stored)\n",
-        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-deleted-a plain ref]",),
+        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-deleted in bulk-a plain ref]",),
     ),
     Mutant(
         name="nested-commit-is-blind",
@@ -98,7 +98,7 @@ MUTANTS = [
         new="return [location]",
         tests=(
             f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-made again-another base]",
-            f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[sqlite-made again-another schema]",
+            f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[sqlite-begin-made again-another schema]",
         ),
     ),
     Mutant(

@@ -829,8 +829,8 @@ class Attachment(_StoredFile):
         """Return the variant of a name; a missing one is made now, and recorded in the row.
 
         A variant that an older recipe made is not missing. The variant is recorded in a separate transaction, which waits for
-        others that have changed the row: commit yours first. Concurrent calls for the same variant in one process share the
-        work.
+        others that have changed or locked the row, on SQLite for any that has written: end yours first. Concurrent calls for the
+        same variant in one process share the work.
 
         Args:
             name: One of the names that the column declares.
@@ -838,7 +838,8 @@ class Attachment(_StoredFile):
         Raises:
             UnknownVariantError: The column declares no such name.
             ConfigurationError: The base is bound with neither a journal nor sessions.
-            StaleAttachmentError: No committed row refers to the file: it is not committed yet, or the row has another one now.
+            StaleAttachmentError: No committed row refers to the file: it is not committed yet, or the row has another one now; or
+                a transaction, perhaps the caller's own, has locked the row for long.
             DerivationRefusedError: The variant can never be made from this file, or the recipe is not for files of its type.
             DerivationFailedError: The variant could not be made; it may be tried again.
             ScanPendingError: A virus scanner has not scanned the file yet.

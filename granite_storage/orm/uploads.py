@@ -66,9 +66,12 @@ def remove_now(
         is_async: Whether the session or connection is an asynchronous one.
         keep: Given the objects without an intent, returns the locations of those to keep; it may use SQLAlchemy.
     """
-    objects = list({item.key: item for item in stored}.values())
-    plain = [item for item in objects if item.intent is None]
-    intents = [intent for item in objects for intent in item.intents]
+    given = list(stored)
+    objects = {item.key: item for item in given}
+    # Rows that have shared an original may have had variants of their own.
+    parts = [part for item in given if objects[item.key].intent is None for part in item.parts]
+    plain = list({part.key: part for part in parts}.values())
+    intents = [intent for item in objects.values() for intent in item.intents]
     for journal in {intent.journal for intent in intents}:
         journal.wake_workers()
     intents = [intent for intent in intents if not intent.deletes]

@@ -67,8 +67,8 @@ MUTANTS = [
         name="sessions-moved-object-deleted",
         rule="An object is displaced only if no row holds it at the end of the transaction.",
         path="granite_storage/orm/transactions.py",
-        old="lost = self._without_row([frame])\n",
-        new="lost = [*self._without_row([frame]), *(stored for stored, held in frame.log if not held)]\n",
+        old="return leave_out(self._without_row([frame]), self.shared)\n",
+        new="return [*leave_out(self._without_row([frame]), self.shared), *(stored for stored, held in frame.log if not held)]\n",
         tests=("tests/orm/test_scenarios.py::TestValues::test_move_in_two_flushes[sqlite-begin]",),
     ),
     Mutant(

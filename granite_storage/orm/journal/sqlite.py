@@ -46,7 +46,7 @@ from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._faults import damaged_sidecar, explain_missing, explain_sidecar
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import batches, file_of, wait, without_pool
+from granite_storage.orm._util import batches, file_of, is_busy, wait, without_pool
 from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import OF_FENCES, References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
@@ -74,7 +74,6 @@ _BATCH = 20
 """The most objects for which rows are looked through while the lock of writers is held."""
 
 _AT_A_TIME = 500
-_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _OF_CONNECTION: Final = "granite_storage.file"
 _NETWORK_KINDS = frozenset(
     {
@@ -150,7 +149,7 @@ class _LockingPool(JournalPool):
             try:
                 return await work()
             except (DBAPIError, sqlite3.OperationalError) as error:
-                if not _is_busy(error.orig if isinstance(error, DBAPIError) else error):
+                if not is_busy(error.orig if isinstance(error, DBAPIError) else error):
                     raise
                 if time.monotonic() >= until:
                     raise TimeoutError from error
@@ -185,7 +184,7 @@ def _try_to_lock(connection: Connection) -> bool:
         _begin(connection, "BEGIN IMMEDIATE")
         connection.execute(_TABLES.meta.delete().where(false()))  # BEGIN alone does not fail if the database is read-only
     except DBAPIError as error:
-        if _is_busy(error.orig):
+        if is_busy(error.orig):
             return False
         if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
             raise _refuse(
@@ -203,12 +202,6 @@ def _commit(connection: Connection) -> None:
 
 def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
-
-
-def _is_busy(error: object) -> bool:
-    """Return whether the driver has raised an error because another connection has the lock."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
 
 
 def _put(name: str, value: str) -> Insert:
@@ -610,7 +603,7 @@ class SidecarPool(_LockingPool):
                         return connection
                     # It was replaced meanwhile.
             except (OSError, sqlite3.Error) as error:
-                if _is_busy(error):
+                if isinstance(error, sqlite3.Error) and is_busy(error):
                     raise
                 raise explain_sidecar(error, path) or damaged_sidecar(error, path) from error
 

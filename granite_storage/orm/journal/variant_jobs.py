@@ -23,6 +23,7 @@ from granite_storage._tasks import background, contained, is_cancellation, run_b
 from granite_storage._telemetry import fields_of
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
+    BackendUnavailableError,
     ConfigurationError,
     ContentError,
     DerivationFailedError,
@@ -66,6 +67,7 @@ from granite_storage.orm.variants import (
     entity_of,
     is_kept,
     lock_holdings,
+    locked_for_long,
     not_committed,
     read_holdings,
     undeclared_in,
@@ -198,7 +200,7 @@ class VariantJobs(JobQueue):
             async with asyncio.timeout(LONGEST_WAIT):
                 return await self._drop(source, name)
         except TimeoutError:
-            raise _locked_for_long(source.location) from None
+            raise locked_for_long(source.location, LONGEST_WAIT) from None
 
     @again_after_deadlock
     async def _drop(self, source: StoredObjectRef, name: str) -> bool:
@@ -314,7 +316,14 @@ class VariantJobs(JobQueue):
     async def _settle_uploads(self, ids: Sequence[UUID]) -> None:
         """Let the journal delete what no row has taken; its worker does it later where that fails."""
         if ids:
-            await shielded_cleanup(self._journal.settle(ids), "deleting variants that no row has taken")
+            await shielded_cleanup(self._settle(ids), "deleting variants that no row has taken")
+
+    async def _settle(self, ids: Sequence[UUID]) -> None:
+        try:
+            await self._journal.settle(ids)
+        except BackendUnavailableError as error:
+            # The transaction that has kept the rows locked on SQLite keeps the journal's tables locked, too.
+            logger.warning("%d variants that no row has taken are left to the journal's worker: %s", len(ids), error)
 
     async def _publish_patiently(
         self, jobs: Sequence[LeasedJob], made: Mapping[str, MadeVariant] | None = None, ids: Mapping[str, UUID] | None = None
@@ -334,7 +343,7 @@ class VariantJobs(JobQueue):
                 if not made:
                     return None
             except TimeoutError:
-                raise _locked_for_long(jobs[0].location) from None
+                raise locked_for_long(jobs[0].location, LONGEST_WAIT) from None
         return None
 
     @again_after_deadlock
@@ -435,7 +444,3 @@ def _asked_for(source: StoredObjectRef, name: str, recipe: str = "") -> LeasedJo
 def _lacking(job: LeasedJob, holdings: Iterable[Holding]) -> list[Holding]:
     """Return the rows that are still to get the variant of a job."""
     return [holding for holding in holdings if holding.wants(job.variant, job.recipe)]
-
-
-def _locked_for_long(location: str) -> StaleAttachmentError:
-    return StaleAttachmentError(f"other transactions have locked the rows of the object at {location!r} for {LONGEST_WAIT:g} s")

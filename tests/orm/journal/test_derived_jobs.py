@@ -393,7 +393,7 @@ class TestRows:
                 await connection.execute(text("SELECT id FROM doc WHERE id = 1 FOR UPDATE"))
                 assert await derive(env) == 0
             [job] = await jobs(env)
-            assert ("have locked the rows" in job.error, job.attempts, job.dead) == (True, 0, False)
+            assert ("has locked the rows" in job.error, job.attempts, job.dead) == (True, 0, False)
             monkeypatch.undo()
             assert await derive(env) == 1
 

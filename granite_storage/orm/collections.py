@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeAlias, cast
 
@@ -676,24 +676,35 @@ def keep_listed(session: Session) -> None:
 
 
 _limited: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
+_LOCKED_BY_COUNTS = ("mysql", "mariadb")
+"""Where the files of a parent are counted under their locks: a snapshot is as old as its transaction there."""
 
 
 def lock_parents(session: Session) -> None:
     """Lock the parents whose limits a flush may exceed, in the order of their primary keys, before its statements.
 
-    A parent that is inserted by the flush is not there to be locked, and no other transaction can add to it.
+    A parent that is inserted by the flush is not there to be locked, and no other transaction can add to it. On MariaDB the
+    files of a parent are counted under the locks of all of them, in the order of their positions, so a flush that changes or
+    deletes files of a parent with limits locks the parent there as well: otherwise the two would deadlock.
     """
     keys: dict[tuple[str, Connection, _Declared], set[tuple[Any, ...]]] = {}
+
+    def note(file: AttachedFile, *parents: tuple[Any, ...], only: Collection[str] | None = None) -> None:
+        connection = connection_of(session, instance_state(file))
+        if only is None or connection.dialect.name in only:
+            declared = file._declared
+            known = {key for key in parents if None not in key}
+            keys.setdefault((declared.label, connection, declared), set()).update(known)
+
     for file in _added(session):
-        declared = file._declared
-        key = _parent_key(file)
-        if None not in key:
-            connection = connection_of(session, instance_state(file))
-            keys.setdefault((declared.label, connection, declared), set()).add(key)
+        note(file, _parent_key(file))
+    for file in _changed(session):
+        note(file, *_known_parents(file), only=_LOCKED_BY_COUNTS)
     for (_, connection, declared), wanted in sorted(keys.items(), key=lambda item: item[0][0]):
-        parent = cast(Table, declared.parent)
-        take_write_lock(connection, parent)
-        read_rows(connection, parent, wanted, [])
+        if wanted:
+            parent = cast(Table, declared.parent)
+            take_write_lock(connection, parent)
+            read_rows(connection, parent, wanted, [])
 
 
 def require_known_limits(session: Session) -> None:
@@ -732,6 +743,23 @@ def _added(session: Session) -> list[AttachedFile]:
     return [file for file in (*session.new, *session.dirty) if type(file) in _limited and _is_added(file)]
 
 
+def _changed(session: Session) -> list[AttachedFile]:
+    """Return the files with limits whose rows a flush updates or deletes."""
+    if not _limited:
+        return []
+    dirty = [file for file in session.dirty if type(file) in _limited]
+    return [*(file for file in dirty if session.is_modified(file)), *(file for file in session.deleted if type(file) in _limited)]
+
+
+def _known_parents(file: AttachedFile) -> set[tuple[Any, ...]]:
+    """Return the primary keys of the rows that a file belongs to before and after a flush, as far as they are loaded."""
+    state = instance_state(file)
+    links = [state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE) for name in file._declared.links.values()]
+    before = tuple(next(iter([*link.deleted, *link.unchanged, *link.added]), None) for link in links)
+    after = tuple(next(iter([*link.added, *link.unchanged]), None) for link in links)
+    return {before, after}
+
+
 def _is_added(file: AttachedFile) -> bool:
     """Return whether a file may exceed a limit: a new one, one that is moved, and where sizes count, one that is replaced."""
     state, declared = instance_state(file), file._declared
@@ -764,7 +792,7 @@ def _count(connection: Connection, declared: _Declared, key: tuple[Any, ...]) ->
     size = sql_cast(value_in(table.c.file, "size", connection.dialect.name), BigInteger)
     on = [table.c[name] == value for name, value in zip(declared.links.values(), key, strict=True)]
     statement = select(func.count(), func.coalesce(func.sum(size), 0)).select_from(table).where(*on)
-    if connection.dialect.name in ("mysql", "mariadb"):  # where a snapshot is as old as the transaction, unless rows are locked
+    if connection.dialect.name in _LOCKED_BY_COUNTS:
         statement = statement.with_for_update()
     count, total = connection.execute(statement).one()
     return int(count), int(total)

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeAlias, cast
 
@@ -676,35 +676,75 @@ def keep_listed(session: Session) -> None:
 
 
 _limited: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
-_LOCKED_BY_COUNTS = ("mysql", "mariadb")
-"""Where the files of a parent are counted under their locks: a snapshot is as old as its transaction there."""
+_INNODB = ("mysql", "mariadb")
 
 
 def lock_parents(session: Session) -> None:
     """Lock the parents whose limits a flush may exceed, in the order of their primary keys, before its statements.
 
-    A parent that is inserted by the flush is not there to be locked, and no other transaction can add to it. On MariaDB the
-    files of a parent are counted under the locks of all of them, in the order of their positions, so a flush that changes or
-    deletes files of a parent with limits locks the parent there as well: otherwise the two would deadlock.
+    A parent that is inserted by the flush is not there to be locked, and no other transaction can add to it. InnoDB needs the
+    parents of more files before their rows; see `_locked_by_innodb`.
     """
-    keys: dict[tuple[str, Connection, _Declared], set[tuple[Any, ...]]] = {}
+    keys: dict[tuple[str, bool, Connection, _Declared], set[tuple[Any, ...]]] = {}
 
-    def note(file: AttachedFile, *parents: tuple[Any, ...], only: Collection[str] | None = None) -> None:
-        connection = connection_of(session, instance_state(file))
-        if only is None or connection.dialect.name in only:
+    def note(file: AttachedFile, connection: Connection, key: tuple[Any, ...], *, shared: bool = False) -> None:
+        if None not in key:
             declared = file._declared
-            known = {key for key in parents if None not in key}
-            keys.setdefault((declared.label, connection, declared), set()).update(known)
+            keys.setdefault((declared.label, shared, connection, declared), set()).add(key)
 
     for file in _added(session):
-        note(file, _parent_key(file))
-    for file in _changed(session):
-        note(file, *_known_parents(file), only=_LOCKED_BY_COUNTS)
-    for (_, connection, declared), wanted in sorted(keys.items(), key=lambda item: item[0][0]):
-        if wanted:
-            parent = cast(Table, declared.parent)
-            take_write_lock(connection, parent)
-            read_rows(connection, parent, wanted, [])
+        note(file, connection_of(session, instance_state(file)), _parent_key(file))
+    for file, connection, shared in _locked_by_innodb(session):
+        for key in _known_parents(file):
+            if not shared or not _is_parent_updated(session, file, key):
+                note(file, connection, key, shared=shared)
+    for (_, shared, connection, declared), wanted in sorted(keys.items(), key=lambda item: item[0][:2]):
+        parent = cast(Table, declared.parent)
+        take_write_lock(connection, parent)
+        read_rows(connection, parent, wanted, [], shared=shared)
+
+
+def _locked_by_innodb(session: Session) -> Iterator[tuple[AttachedFile, Connection, bool]]:
+    """Yield the files whose parents InnoDB would lock after rows of their files, and whether it shares the lock.
+
+    It counts the files of a parent with limits under the locks of all their rows, in the order of their positions, so that each
+    change of them has to wait for the parent. And it checks the foreign key of a row whose position changes, because the
+    position is in the index of the foreign key, under a shared lock of the parent, as that of a new row.
+    """
+    dirty = [file for file in session.dirty if isinstance(file, AttachedFile)]
+    deleted = [file for file in session.deleted if isinstance(file, AttachedFile)]
+    new = [file for file in session.new if isinstance(file, AttachedFile)]
+    if not dirty and not deleted:
+        return
+    locked: set[type[AttachedFile]] = set(map(type, deleted))
+    for file in (*dirty, *deleted, *new):
+        state = instance_state(file)
+        connection = connection_of(session, state)
+        if connection.dialect.name not in _INNODB:
+            continue
+        is_updated = state.key is not None and (file in session.deleted or session.is_modified(file))
+        if is_updated:
+            locked.add(type(file))
+        if is_updated and type(file) in _limited:
+            yield file, connection, False
+        elif type(file) in locked and (state.key is None or _has_changed(state, "position")):
+            yield file, connection, True
+
+
+def _is_parent_updated(session: Session, file: AttachedFile, key: tuple[Any, ...]) -> bool:
+    """Return whether a flush updates the row of a parent, and so locks it first and for itself."""
+    mapper: Mapper[Any] = instance_state(file).mapper.relationships["parent"].mapper
+    parent = session.identity_map.get(mapper.identity_key_from_primary_key(key))
+    return parent is not None and session.is_modified(parent, include_collections=False)
+
+
+def _known_parents(file: AttachedFile) -> set[tuple[Any, ...]]:
+    """Return the primary keys of the rows that a file belongs to before and after a flush, as far as they are loaded."""
+    state = instance_state(file)
+    links = [state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE) for name in file._declared.links.values()]
+    before = tuple(next(iter([*link.deleted, *link.unchanged]), None) for link in links)
+    known = {before, _parent_key(file)} if state.key is None or state.dict.get("parent") is not None else {before}
+    return {key for key in known if None not in key}
 
 
 def require_known_limits(session: Session) -> None:
@@ -743,37 +783,24 @@ def _added(session: Session) -> list[AttachedFile]:
     return [file for file in (*session.new, *session.dirty) if type(file) in _limited and _is_added(file)]
 
 
-def _changed(session: Session) -> list[AttachedFile]:
-    """Return the files with limits whose rows a flush updates or deletes."""
-    if not _limited:
-        return []
-    dirty = [file for file in session.dirty if type(file) in _limited]
-    return [*(file for file in dirty if session.is_modified(file)), *(file for file in session.deleted if type(file) in _limited)]
-
-
-def _known_parents(file: AttachedFile) -> set[tuple[Any, ...]]:
-    """Return the primary keys of the rows that a file belongs to before and after a flush, as far as they are loaded."""
-    state = instance_state(file)
-    links = [state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE) for name in file._declared.links.values()]
-    before = tuple(next(iter([*link.deleted, *link.unchanged, *link.added]), None) for link in links)
-    after = tuple(next(iter([*link.added, *link.unchanged]), None) for link in links)
-    return {before, after}
-
-
 def _is_added(file: AttachedFile) -> bool:
     """Return whether a file may exceed a limit: a new one, one that is moved, and where sizes count, one that is replaced."""
     state, declared = instance_state(file), file._declared
     if state.dict.get("parent", file) is None:
         return False  # it was taken out of its list, and is deleted
     names = ["parent", *declared.links.values(), *(["file"] if declared.max_total_size is not None else [])]
-    return state.key is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in names)
+    return state.key is None or any(_has_changed(state, name) for name in names)
+
+
+def _has_changed(state: InstanceState[Any], name: str) -> bool:
+    return state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes()
 
 
 def _parent_key(file: AttachedFile) -> tuple[Any, ...]:
     """Return the primary key of the row that a file will belong to; with None in it where the row is not inserted yet."""
     state, links = instance_state(file), file._declared.links.values()
     parent = state.dict.get("parent")
-    if parent is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in links):
+    if parent is None or any(_has_changed(state, name) for name in links):
         return tuple(getattr(file, name) for name in links)
     return primary_key_of(instance_state(parent), cast(Table, file._declared.parent))
 
@@ -792,7 +819,7 @@ def _count(connection: Connection, declared: _Declared, key: tuple[Any, ...]) ->
     size = sql_cast(value_in(table.c.file, "size", connection.dialect.name), BigInteger)
     on = [table.c[name] == value for name, value in zip(declared.links.values(), key, strict=True)]
     statement = select(func.count(), func.coalesce(func.sum(size), 0)).select_from(table).where(*on)
-    if connection.dialect.name in _LOCKED_BY_COUNTS:
+    if connection.dialect.name in _INNODB:  # where a snapshot is as old as the transaction, unless rows are locked
         statement = statement.with_for_update()
     count, total = connection.execute(statement).one()
     return int(count), int(total)

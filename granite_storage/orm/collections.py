@@ -24,12 +24,14 @@ from sqlalchemy.orm import (
     Session,
     aliased,
     object_session,
+    registry,
     relationship,
 )
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.orm.collections import collection
 from sqlalchemy.orm.exc import DetachedInstanceError
 
+from granite_storage._documentation import Page
 from granite_storage._engine import require_positive
 from granite_storage._words import count_of
 from granite_storage.derived import Effect, Recipe
@@ -61,6 +63,7 @@ __all__ = [
     "lock_parents",
     "require_known_limits",
     "require_limits",
+    "shown_file",
     "sum_sizes",
 ]
 
@@ -77,7 +80,7 @@ _TICKS = 1 << 20
 _STEP = 1 << 16
 """Between files that are appended at once: so often can the room between two be halved before neighbours get new keys."""
 _DAY = 86_400_000 * _TICKS  # clocks differ by less: a key that is further ahead is a mistake, and concerns its list only
-_LARGEST = (1 << 63) - 1
+_SMALLEST, _LARGEST = -(1 << 63), (1 << 63) - 1
 _lock = threading.Lock()
 _latest = 0
 
@@ -120,7 +123,10 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
         if high is None:
             return start, stop, [low := _next_position(low or 0) for _ in range(count)]
         if low is None:
-            return start, stop, range(high - count * _STEP, high, _STEP)
+            if high - count * _STEP >= _SMALLEST:
+                return start, stop, range(high - count * _STEP, high, _STEP)
+            stop += 1
+            continue
         step = (high - low) // (count + 1)
         if step > 0:
             return start, stop, range(low + step, low + step * (count + 1), step)
@@ -226,13 +232,13 @@ class AttachedFile:
             return {"id": file.id, "caption": file.caption, "file": file.file}
 
         serialization = core_schema.plain_serializer_function_ser_schema(
-            show, return_schema=_shown(core_schema_of(Attachment)), when_used="json"
+            show, return_schema=shown_file(core_schema_of(Attachment)), when_used="json"
         )
         return core_schema.is_instance_schema(cls, serialization=serialization)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(_shown(fields_schema())), "title": "AttachedFile"}
+        return {**handler(shown_file(fields_schema())), "title": "AttachedFile"}
 
     def __repr__(self) -> str:
         values = instance_dict(self)
@@ -243,7 +249,8 @@ NewFile: TypeAlias = AttachedFile | Attachment | ByteSource | UploadFile
 """What can be added to a list: a row, an attachment, bytes, a stream, or what a web framework passes for a file of a form."""
 
 
-def _shown(file: CoreSchema) -> CoreSchema:
+def shown_file(file: CoreSchema) -> CoreSchema:
+    """Return the pydantic schema of what a response shows of a file of a collection, given that of its attachment."""
     from pydantic_core import core_schema
 
     caption = core_schema.nullable_schema(core_schema.str_schema())
@@ -312,7 +319,9 @@ class AttachmentList(list[AttachedFile]):
         _arrange(self)
 
     def move(self, file: AttachedFile, index: int) -> None:
-        """Move a file to an index.
+        """Move a file to an index: `files[index]` is the file afterwards, also for a negative index, such as -1 for the end.
+
+        An index beyond an end of the list means that end.
 
         Raises:
             ValueError: It is not in the list.
@@ -320,7 +329,7 @@ class AttachmentList(list[AttachedFile]):
         files = [other for other in self if other is not file]
         if len(files) == len(self):
             raise ValueError(f"{file!r} is not in the list")
-        files.insert(index, file)
+        files.insert(max(index + len(files) + 1, 0) if index < 0 else index, file)
         list.__setitem__(self, slice(None), files)
         _arrange(self)
 
@@ -328,9 +337,9 @@ class AttachmentList(list[AttachedFile]):
         """Order the files by their primary keys in `ids`, as a page sends them after a drag, as numbers or as texts.
 
         Files that are not named follow in their order, such as those that were added meanwhile. An id that is not in the list,
-        such as that of a file that was deleted meanwhile, is ignored.
+        such as that of a file that was deleted meanwhile, is ignored. An id that is named several times counts at its first place.
         """
-        ranks = {str(identity): rank for rank, identity in enumerate(ids)}
+        ranks = {identity: rank for rank, identity in enumerate(dict.fromkeys(map(str, ids)))}
         self.sort(key=lambda file: ranks.get(str(_id_of(file)), len(ranks)))
 
     @classmethod
@@ -380,7 +389,7 @@ class _Declared:
             raise ConfigurationError(f"{self.label} needs a model that is mapped to a table, not to {table!r}")
         self.parent = table
         self.links = {column: f"parent_{column.name}" for column in table.primary_key}
-        self.file_class = made = _make_class(parent, self)
+        self.file_class = made = _make_class(parent, self, mapper.registry)
         mapper.registry.map_imperatively(
             made,
             self._make_table(table),
@@ -481,9 +490,16 @@ class _Declared:
         return value if isinstance(value, made) else made(value)
 
 
-def _make_class(parent: type[Any], declared: _Declared) -> type[AttachedFile]:
+def _make_class(parent: type[Any], declared: _Declared, registry: registry) -> type[AttachedFile]:
     """Return the class of the files, as an attribute of that of their parent, where pickles find it."""
     name = f"{parent.__name__}{''.join(part.capitalize() for part in declared.key.split('_'))}File"
+    known = registry._class_registry.get(name)
+    if name in vars(parent) or (isinstance(known, type) and not issubclass(known, AttachedFile)):
+        raise ConfigurationError(
+            f"the class of the files of {declared.label} is named {name}, which is the name of another class: rename that one, or"
+            f" the attribute {declared.key!r}",
+            see=Page.COLLECTIONS,
+        )
     names = {"__module__": parent.__module__, "__qualname__": f"{parent.__qualname__}.{name}"}
     made = type(name, (AttachedFile,), {**names, "__doc__": f"A file of `{declared.label}`.", "_declared": declared})
     setattr(parent, name, made)
@@ -507,6 +523,30 @@ class _Comparator(RelationshipProperty.Comparator[Any]):
     def type(self) -> AttachmentType:
         """The type of the column of files, so that the attribute can be named where an attachment column can."""
         return cast(AttachmentType, cast(Any, self._declared.file_class).file.type)
+
+
+_OWN_MODEL = "for files that are loaded in another way, declare the model of the files and the relationship yourself"
+_REFUSED = {
+    "argument": "the class of the files is generated",
+    "back_populates": "the files have an attribute 'parent'",
+    "backref": "the files have an attribute 'parent'",
+    "cascade": "a file that is removed from its list is always deleted; delete fewer by moving them to another parent first",
+    "collection_class": "the collection is always an AttachmentList",
+    "comparator_factory": "the attribute has a comparator of its own",
+    "info": "the attribute has an entry of its own there; add yours to the dictionary Model.attribute.property.info",
+    "lazy": f"an AttachmentList is loaded as a whole. append_files() adds files without loading it; {_OWN_MODEL}",
+    "order_by": "the files are ordered by their positions; sort() and reorder() change them, and a query may order them otherwise",
+    "secondary": "the files refer to their parent by a foreign key",
+    "uselist": "for a single file, declare the column as Mapped[Attachment] = attachment(...)",
+    "viewonly": f"the list decides which files there are; {_OWN_MODEL}",
+}
+"""What to do instead, by the arguments of `relationship` that a collection does not take."""
+_REFUSED_VALUES: dict[str, tuple[object, ...]] = {
+    "lazy": ("dynamic", "write_only", "noload"),
+    "uselist": (False,),
+    "viewonly": (True,),
+}
+"""Where only some values are refused."""
 
 
 def attachments(
@@ -539,7 +579,8 @@ def attachments(
         **relationship_arguments: Further arguments of `relationship`, such as `lazy="selectin"`, or `init=False` in a dataclass.
 
     Raises:
-        ConfigurationError: As `attachment`; or a limit is not a positive number.
+        ConfigurationError: As `attachment`; or a limit is not a positive number; or an argument of `relationship` cannot be given,
+            such as `order_by`; or, when the class of the model is made, it has or finds another class with the generated name.
         CollectionFullError: At a flush that adds files, moves them to a parent or replaces them: there would be more than the
             limits allow. Nothing of the flush is kept.
 
@@ -559,6 +600,11 @@ def attachments(
         return AttachmentType(storage_key, entity_id=entity_id, validate=validate, variants=variants, effects=effects)
 
     column_type()  # raises where its arguments are wrong, in the line that has them
+    for name, value in relationship_arguments.items():
+        if name in _REFUSED and (_REFUSED_VALUES.get(name) is None or value in _REFUSED_VALUES[name]):
+            raise ConfigurationError(
+                f"attachments(..., {name}={value!r}) is not supported: {_REFUSED[name]}", see=Page.COLLECTIONS
+            )
     declared = _Declared(column_type, table_name, max_files, max_total_size)
     return relationship(
         lambda: cast(Any, declared.file_class),
@@ -595,6 +641,9 @@ def file_class(attribute: QueryableAttribute[AttachmentList]) -> type[AttachedFi
 
 def count_files(attribute: QueryableAttribute[AttachmentList]) -> ColumnElement[int]:
     """Return the number of files of a row as an SQL expression; nothing is loaded.
+
+    The row is one of the query around it, which therefore selects or restricts the parent. In a query that does not name the
+    parent at all, it is the number of the files of all parents.
 
     Example:
         ```python
@@ -635,8 +684,13 @@ def append_files(
 
     Raises:
         DetachedInstanceError: No session has the parent.
+        TypeError: The parent is not an instance of the attribute's class.
     """
     declared, made, state = declared_collection(attribute), file_class(attribute), instance_state(parent)
+    if not isinstance(parent, attribute.parent.class_):
+        raise TypeError(
+            f"{cast(_Declared, declared).label} is an attribute of {attribute.parent.class_.__name__}, not of {parent!r}"
+        )
     given = AttachmentList()
     given.extend(files)
     rows = [cast(_Declared, declared).as_file(file) for file in given]

@@ -337,7 +337,7 @@ class AttachmentList(list[AttachedFile]):
         """Order the files by their primary keys in `ids`, as a page sends them after a drag, as numbers or as texts.
 
         Files that are not named follow in their order, such as those that were added meanwhile. An id that is not in the list,
-        such as that of a file that was deleted meanwhile, is ignored. An id that is named several times counts at its first place.
+        such as that of a file that was deleted meanwhile, is ignored. An id that is named twice counts at its first place.
         """
         ranks = {identity: rank for rank, identity in enumerate(dict.fromkeys(map(str, ids)))}
         self.sort(key=lambda file: ranks.get(str(_id_of(file)), len(ranks)))
@@ -535,7 +535,7 @@ _REFUSED = {
     "comparator_factory": "the attribute has a comparator of its own",
     "info": "the attribute has an entry of its own there; add yours to the dictionary Model.attribute.property.info",
     "lazy": f"an AttachmentList is loaded as a whole. append_files() adds files without loading it; {_OWN_MODEL}",
-    "order_by": "the files are ordered by their positions; sort() and reorder() change them, and a query may order them otherwise",
+    "order_by": "the files are ordered by their positions; sort() and reorder() change them, and queries may order otherwise",
     "secondary": "the files refer to their parent by a foreign key",
     "uselist": "for a single file, declare the column as Mapped[Attachment] = attachment(...)",
     "viewonly": f"the list decides which files there are; {_OWN_MODEL}",
@@ -579,8 +579,8 @@ def attachments(
         **relationship_arguments: Further arguments of `relationship`, such as `lazy="selectin"`, or `init=False` in a dataclass.
 
     Raises:
-        ConfigurationError: As `attachment`; or a limit is not a positive number; or an argument of `relationship` cannot be given,
-            such as `order_by`; or, when the class of the model is made, it has or finds another class with the generated name.
+        ConfigurationError: As `attachment`; or a limit is not a positive number; or an argument of `relationship` is not
+            supported, such as `order_by`. When the model is made: another class has the name of the generated one.
         CollectionFullError: At a flush that adds files, moves them to a parent or replaces them: there would be more than the
             limits allow. Nothing of the flush is kept.
 

@@ -715,7 +715,9 @@ class Tables:
                 if parent not in self._concerned and any(link.table.fullname in found for link in links)
             }
         by_name = [tables[name] for name in sorted(tables)]
-        ordered = sort_tables_and_constraints(by_name, filter_fn=lambda link: _target(link) not in tables or None)
+        ordered = sort_tables_and_constraints(  # type: ignore[no-untyped-call]
+            by_name, filter_fn=lambda link: _target(link) not in tables or None
+        )
         self._ranks = {table.fullname: rank for rank, (table, _) in enumerate(ordered) if table is not None}
         self._seen = seen
 

@@ -667,14 +667,15 @@ class _Locks:
         """Add rows that the flush will only update, of the same tables and of those that they refer to.
 
         SQLAlchemy updates the rows of a table in the order of their primary keys, and those that they refer to before. A flush
-        that locked some of them first and the others by its updates would deadlock with another one. Without attachments that
-        are replaced or deleted, the updates are in that order by themselves, unless orphans are deleted after them.
+        that locked some of them first and the others by its updates would deadlock with another one. Where no attachment is
+        replaced or deleted, the updates have that order by themselves, unless orphans are deleted after them.
         """
-        locked = {table for (table, _, _), rows in self._rows.items() if rows.columns_by_key}
+        locked: set[Any] = {table for (table, _, _), rows in self._rows.items() if rows.columns_by_key}
         orphaned = {table for state in dirty if is_orphan(state) for table in concerned_tables(state.mapper)}
         if not locked and not orphaned:
             return
-        updated = [state for state in dirty if self._is_updated(state)]
+        near = locked.union(orphaned, *map(_referred, locked | orphaned))
+        updated = [state for state in dirty if not near.isdisjoint(state.mapper.tables) and self._is_updated(state)]
         locked |= {table for state in updated if not is_orphan(state) for table in state.mapper.tables if table in orphaned}
         related = locked.union(*map(_referred, locked))
         for state in updated:

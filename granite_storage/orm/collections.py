@@ -688,9 +688,8 @@ def append_files(
     """
     declared, made, state = declared_collection(attribute), file_class(attribute), instance_state(parent)
     if not isinstance(parent, attribute.parent.class_):
-        raise TypeError(
-            f"{cast(_Declared, declared).label} is an attribute of {attribute.parent.class_.__name__}, not of {parent!r}"
-        )
+        owner = attribute.parent.class_.__name__
+        raise TypeError(f"{owner}.{attribute.key} takes files of a {owner}, and the parent is {parent!r}")
     given = AttachmentList()
     given.extend(files)
     rows = [cast(_Declared, declared).as_file(file) for file in given]

@@ -292,7 +292,7 @@ class TestModels:
         signer = manager.url_signer
         assert signer is not None
         local = LocalStorageBackend(tmp_path)
-        s3 = S3StorageBackend("bucket", client_options={"region_name": "us-east-1"})
+        s3 = S3StorageBackend("bucket")
         calls: list[Callable[[], Any]] = [
             lambda: sign_urls([], expires_in=seconds),
             lambda: sign_urls([scan], expires_in=HOUR, stable_for=seconds),

@@ -25,6 +25,7 @@ from granite_storage._headers import Disposition, content_disposition, served_ty
 from granite_storage._portal import portal
 from granite_storage._tasks import CLEANUP_TIMEOUT, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of, load, traced
+from granite_storage._words import require_timedelta
 from granite_storage.backends._remote import delete_each
 from granite_storage.backends.base import (
     ObjectHeaders,
@@ -803,6 +804,9 @@ class Engine:
         """Return URLs with which any client can read objects until they expire, in the order of the refs."""
         wanted = list(refs)
         places: dict[str, list[int]] = {}
+        require_timedelta("expires_in", expires_in)
+        if stable_for is not None:
+            require_timedelta("stable_for", stable_for)
         for place, ref in enumerate(wanted):
             require_ref(ref)
             check_location(ref.location)

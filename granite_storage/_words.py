@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-__all__ = ["count_of", "describe_duration"]
+__all__ = ["count_of", "describe_duration", "require_timedelta"]
 
 _UNITS = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
 
@@ -30,3 +30,13 @@ def describe_duration(duration: timedelta) -> str:
     largest = next((index for index, unit in enumerate(units) if parts[unit]), len(units) - 1)
     shown = [unit for unit in units[largest : largest + 2] if parts[unit]]
     return " ".join(count_of(parts[unit], unit) for unit in shown) or "0 seconds"
+
+
+def require_timedelta(argument: str, value: object) -> None:
+    """Refuse what is no duration, such as a number of seconds.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, timedelta):
+        raise TypeError(f"{argument} must be a timedelta, such as timedelta(hours=1), not {value!r:.100}")

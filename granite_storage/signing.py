@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, require_base_url, require_disposition, served_type
+from granite_storage._words import require_timedelta
 from granite_storage.backends.base import PresignRequest, StorageBackend, SupportsBatchPresign, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.refs import StoredObjectRef, require_scanned
@@ -179,6 +180,9 @@ class UrlSigner:
             InfectedObjectError: A virus scanner has found the object infected.
         """
         require_disposition(disposition)
+        require_timedelta("expires_in", expires_in)
+        if stable_for is not None:
+            require_timedelta("stable_for", stable_for)
         require_scanned(ref)
         begin, life = _window(ref.location, expires_in, stable_for)
         if not timedelta(seconds=1) <= expires_in or life > self.max_expires_in:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from granite_storage._tasks import run_bounded, wait_or_cancel
 from granite_storage._telemetry import fields_of
+from granite_storage._words import require_timedelta
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader, read_all
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError
@@ -62,6 +63,7 @@ def check_key(location: str, prefix: str) -> None:
 
 def require_expiry(expires_in: timedelta) -> None:
     """Refuse a life of a signature that no service grants."""
+    require_timedelta("expires_in", expires_in)
     if not timedelta(seconds=1) <= expires_in <= _MAX_EXPIRY:
         raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
 

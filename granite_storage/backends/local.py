@@ -16,6 +16,7 @@ from aiofiles.threadpool.binary import AsyncFileIO
 
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
+from granite_storage._words import require_timedelta
 from granite_storage.backends._identity import folder_places
 from granite_storage.backends._local_tree import AtomicFile, Tree, translated
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
@@ -159,6 +160,7 @@ class LocalStorageBackend:
 
     async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove temporary files that were last written to longer ago than `older_than`; return how many there were."""
+        require_timedelta("older_than", older_than)
         return await self._threads.run(self._tree.sweep, older_than.total_seconds())
 
     async def abort_upload(self, location: str, upload_id: str | None) -> None:

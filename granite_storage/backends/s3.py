@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from granite_storage._words import require_timedelta
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
 from granite_storage.backends._remote import (
@@ -536,6 +537,7 @@ class S3StorageBackend:
 
         An upload is old when it began, and its last part arrived, so long ago. Those of other programs are aborted too.
         """
+        require_timedelta("older_than", older_than)
         client = await self._clients.get()
         removed = await remove_probes(client, await self.now() - older_than)
         return removed + await abort_uploads(client, older_than=older_than)

@@ -24,12 +24,14 @@ from sqlalchemy.orm import (
     Session,
     aliased,
     object_session,
+    registry,
     relationship,
 )
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.orm.collections import collection
 from sqlalchemy.orm.exc import DetachedInstanceError
 
+from granite_storage._documentation import Page
 from granite_storage._engine import require_positive
 from granite_storage._words import count_of
 from granite_storage.derived import Effect, Recipe
@@ -61,6 +63,7 @@ __all__ = [
     "lock_parents",
     "require_known_limits",
     "require_limits",
+    "shown_file",
     "sum_sizes",
 ]
 
@@ -77,7 +80,7 @@ _TICKS = 1 << 20
 _STEP = 1 << 16
 """Between files that are appended at once: so often can the room between two be halved before neighbours get new keys."""
 _DAY = 86_400_000 * _TICKS  # clocks differ by less: a key that is further ahead is a mistake, and concerns its list only
-_LARGEST = (1 << 63) - 1
+_SMALLEST, _LARGEST = -(1 << 63), (1 << 63) - 1
 _lock = threading.Lock()
 _latest = 0
 
@@ -120,7 +123,10 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
         if high is None:
             return start, stop, [low := _next_position(low or 0) for _ in range(count)]
         if low is None:
-            return start, stop, range(high - count * _STEP, high, _STEP)
+            if high - count * _STEP >= _SMALLEST:
+                return start, stop, range(high - count * _STEP, high, _STEP)
+            stop += 1
+            continue
         step = (high - low) // (count + 1)
         if step > 0:
             return start, stop, range(low + step, low + step * (count + 1), step)
@@ -226,13 +232,13 @@ class AttachedFile:
             return {"id": file.id, "caption": file.caption, "file": file.file}
 
         serialization = core_schema.plain_serializer_function_ser_schema(
-            show, return_schema=_shown(core_schema_of(Attachment)), when_used="json"
+            show, return_schema=shown_file(core_schema_of(Attachment)), when_used="json"
         )
         return instance_schema(cls, serialization)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(_shown(fields_schema())), "title": "AttachedFile"}
+        return {**handler(shown_file(fields_schema())), "title": "AttachedFile"}
 
     def __repr__(self) -> str:
         values = instance_dict(self)
@@ -243,7 +249,8 @@ NewFile: TypeAlias = AttachedFile | Attachment | ByteSource | UploadFile
 """What can be added to a list: a row, an attachment, bytes, a stream, or what a web framework passes for a file of a form."""
 
 
-def _shown(file: CoreSchema) -> CoreSchema:
+def shown_file(file: CoreSchema) -> CoreSchema:
+    """Return the pydantic schema of what a response shows of a file of a collection, given that of its attachment."""
     from pydantic_core import core_schema
 
     caption = core_schema.nullable_schema(core_schema.str_schema())
@@ -312,7 +319,9 @@ class AttachmentList(list[AttachedFile]):
         _arrange(self)
 
     def move(self, file: AttachedFile, index: int) -> None:
-        """Move a file to an index.
+        """Move a file to an index: `files[index]` is the file afterwards, also for a negative index, such as -1 for the end.
+
+        An index beyond an end of the list means that end.
 
         Raises:
             ValueError: It is not in the list.
@@ -320,7 +329,7 @@ class AttachmentList(list[AttachedFile]):
         files = [other for other in self if other is not file]
         if len(files) == len(self):
             raise ValueError(f"{file!r} is not in the list")
-        files.insert(index, file)
+        files.insert(max(index + len(files) + 1, 0) if index < 0 else index, file)
         list.__setitem__(self, slice(None), files)
         _arrange(self)
 
@@ -328,9 +337,9 @@ class AttachmentList(list[AttachedFile]):
         """Order the files by their primary keys in `ids`, as a page sends them after a drag, as numbers or as texts.
 
         Files that are not named follow in their order, such as those that were added meanwhile. An id that is not in the list,
-        such as that of a file that was deleted meanwhile, is ignored.
+        such as that of a file that was deleted meanwhile, is ignored. An id that is named twice counts at its first place.
         """
-        ranks = {str(identity): rank for rank, identity in enumerate(ids)}
+        ranks = {identity: rank for rank, identity in enumerate(dict.fromkeys(map(str, ids)))}
         self.sort(key=lambda file: ranks.get(str(_id_of(file)), len(ranks)))
 
     @classmethod
@@ -380,7 +389,7 @@ class _Declared:
             raise ConfigurationError(f"{self.label} needs a model that is mapped to a table, not to {table!r}")
         self.parent = table
         self.links = {column: f"parent_{column.name}" for column in table.primary_key}
-        self.file_class = made = _make_class(parent, self)
+        self.file_class = made = _make_class(parent, self, mapper.registry)
         mapper.registry.map_imperatively(
             made,
             self._make_table(table),
@@ -481,9 +490,16 @@ class _Declared:
         return value if isinstance(value, made) else made(value)
 
 
-def _make_class(parent: type[Any], declared: _Declared) -> type[AttachedFile]:
+def _make_class(parent: type[Any], declared: _Declared, registry: registry) -> type[AttachedFile]:
     """Return the class of the files, as an attribute of that of their parent, where pickles find it."""
     name = f"{parent.__name__}{''.join(part.capitalize() for part in declared.key.split('_'))}File"
+    known = registry._class_registry.get(name)
+    if name in vars(parent) or (isinstance(known, type) and not issubclass(known, AttachedFile)):
+        raise ConfigurationError(
+            f"the class of the files of {declared.label} is named {name}, which is the name of another class: rename that one, or"
+            f" the attribute {declared.key!r}",
+            see=Page.COLLECTIONS,
+        )
     names = {"__module__": parent.__module__, "__qualname__": f"{parent.__qualname__}.{name}"}
     made = type(name, (AttachedFile,), {**names, "__doc__": f"A file of `{declared.label}`.", "_declared": declared})
     setattr(parent, name, made)
@@ -507,6 +523,29 @@ class _Comparator(RelationshipProperty.Comparator[Any]):
     def type(self) -> AttachmentType:
         """The type of the column of files, so that the attribute can be named where an attachment column can."""
         return cast(AttachmentType, cast(Any, self._declared.file_class).file.type)
+
+
+_OWN_MODEL = "for files that are loaded in another way, declare the model of the files and the relationship yourself"
+_REFUSED = {
+    "argument": "the class of the files is generated",
+    "back_populates": "the files have an attribute 'parent'",
+    "backref": "the files have an attribute 'parent'",
+    "cascade": "a file that is removed from its list is always deleted; delete fewer by moving them to another parent first",
+    "collection_class": "the collection is always an AttachmentList",
+    "comparator_factory": "the attribute has a comparator of its own",
+    "lazy": f"an AttachmentList is loaded as a whole. append_files() adds files without loading it; {_OWN_MODEL}",
+    "order_by": "the files are ordered by their positions; sort() and reorder() change them, and queries may order otherwise",
+    "secondary": "the files refer to their parent by a foreign key",
+    "uselist": "for a single file, declare the column as Mapped[Attachment] = attachment(...)",
+    "viewonly": f"the list decides which files there are; {_OWN_MODEL}",
+}
+"""What to do instead, by the arguments of `relationship` that a collection does not take."""
+_REFUSED_VALUES: dict[str, tuple[object, ...]] = {
+    "lazy": ("dynamic", "write_only", "noload"),
+    "uselist": (False,),
+    "viewonly": (True,),
+}
+"""Where only some values are refused."""
 
 
 def attachments(
@@ -539,7 +578,8 @@ def attachments(
         **relationship_arguments: Further arguments of `relationship`, such as `lazy="selectin"`, or `init=False` in a dataclass.
 
     Raises:
-        ConfigurationError: As `attachment`; or a limit is not a positive number.
+        ConfigurationError: As `attachment`; or a limit is not a positive number; or an argument of `relationship` is not
+            supported, such as `order_by`. When the model is made: another class has the name of the generated one.
         CollectionFullError: At a flush that adds files, moves them to a parent or replaces them: there would be more than the
             limits allow. Nothing of the flush is kept.
 
@@ -559,6 +599,11 @@ def attachments(
         return AttachmentType(storage_key, entity_id=entity_id, validate=validate, variants=variants, effects=effects)
 
     column_type()  # raises where its arguments are wrong, in the line that has them
+    for name, value in relationship_arguments.items():
+        if name in _REFUSED and (_REFUSED_VALUES.get(name) is None or value in _REFUSED_VALUES[name]):
+            raise ConfigurationError(
+                f"attachments(..., {name}={value!r}) is not supported: {_REFUSED[name]}", see=Page.COLLECTIONS
+            )
     declared = _Declared(column_type, table_name, max_files, max_total_size)
     return relationship(
         lambda: cast(Any, declared.file_class),
@@ -595,6 +640,9 @@ def file_class(attribute: QueryableAttribute[AttachmentList]) -> type[AttachedFi
 
 def count_files(attribute: QueryableAttribute[AttachmentList]) -> ColumnElement[int]:
     """Return the number of files of a row as an SQL expression; nothing is loaded.
+
+    The row is one of the query around it, which therefore selects or restricts the parent. In a query that does not name the
+    parent at all, it is the number of the files of all parents.
 
     Example:
         ```python
@@ -635,8 +683,12 @@ def append_files(
 
     Raises:
         DetachedInstanceError: No session has the parent.
+        TypeError: The parent is not an instance of the attribute's class.
     """
     declared, made, state = declared_collection(attribute), file_class(attribute), instance_state(parent)
+    if not isinstance(parent, attribute.parent.class_):
+        owner = attribute.parent.class_.__name__
+        raise TypeError(f"{owner}.{attribute.key} takes files of a {owner}, and the parent is {parent!r}")
     given = AttachmentList()
     given.extend(files)
     rows = [cast(_Declared, declared).as_file(file) for file in given]
@@ -676,24 +728,75 @@ def keep_listed(session: Session) -> None:
 
 
 _limited: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
+_INNODB = ("mysql", "mariadb")
 
 
 def lock_parents(session: Session) -> None:
     """Lock the parents whose limits a flush may exceed, in the order of their primary keys, before its statements.
 
-    A parent that is inserted by the flush is not there to be locked, and no other transaction can add to it.
+    A parent that is inserted by the flush is not there to be locked, and no other transaction can add to it. InnoDB needs the
+    parents of more files before their rows; see `_locked_by_innodb`.
     """
-    keys: dict[tuple[str, Connection, _Declared], set[tuple[Any, ...]]] = {}
-    for file in _added(session):
-        declared = file._declared
-        key = _parent_key(file)
+    keys: dict[tuple[str, bool, Connection, _Declared], set[tuple[Any, ...]]] = {}
+
+    def note(file: AttachedFile, connection: Connection, key: tuple[Any, ...], *, shared: bool = False) -> None:
         if None not in key:
-            connection = connection_of(session, instance_state(file))
-            keys.setdefault((declared.label, connection, declared), set()).add(key)
-    for (_, connection, declared), wanted in sorted(keys.items(), key=lambda item: item[0][0]):
+            declared = file._declared
+            keys.setdefault((declared.label, shared, connection, declared), set()).add(key)
+
+    for file in _added(session):
+        note(file, connection_of(session, instance_state(file)), _parent_key(file))
+    for file, connection, shared in _locked_by_innodb(session):
+        for key in _known_parents(file):
+            if not shared or not _is_parent_updated(session, file, key):
+                note(file, connection, key, shared=shared)
+    for (_, shared, connection, declared), wanted in sorted(keys.items(), key=lambda item: item[0][:2]):
         parent = cast(Table, declared.parent)
         take_write_lock(connection, parent)
-        read_rows(connection, parent, wanted, [])
+        read_rows(connection, parent, wanted, [], shared=shared)
+
+
+def _locked_by_innodb(session: Session) -> Iterator[tuple[AttachedFile, Connection, bool]]:
+    """Yield the files whose parents InnoDB would lock after rows of their files, and whether it shares the lock.
+
+    It counts the files of a parent with limits under the locks of all their rows, in the order of their positions, so that each
+    change of them has to wait for the parent. And it checks the foreign key of a row whose position changes, because the
+    position is in the index of the foreign key, under a shared lock of the parent, as that of a new row.
+    """
+    dirty = [file for file in session.dirty if isinstance(file, AttachedFile)]
+    deleted = [file for file in session.deleted if isinstance(file, AttachedFile)]
+    new = [file for file in session.new if isinstance(file, AttachedFile)]
+    if not dirty and not deleted:
+        return
+    locked: set[type[AttachedFile]] = set(map(type, deleted))
+    for file in (*dirty, *deleted, *new):
+        state = instance_state(file)
+        connection = connection_of(session, state)
+        if connection.dialect.name not in _INNODB:
+            continue
+        is_updated = state.key is not None and (file in session.deleted or session.is_modified(file))
+        if is_updated:
+            locked.add(type(file))
+        if is_updated and type(file) in _limited:
+            yield file, connection, False
+        elif type(file) in locked and (state.key is None or _has_changed(state, "position")):
+            yield file, connection, True
+
+
+def _is_parent_updated(session: Session, file: AttachedFile, key: tuple[Any, ...]) -> bool:
+    """Return whether a flush updates the row of a parent, and so locks it first and for itself."""
+    mapper: Mapper[Any] = instance_state(file).mapper.relationships["parent"].mapper
+    parent = session.identity_map.get(mapper.identity_key_from_primary_key(key))
+    return parent is not None and session.is_modified(parent, include_collections=False)
+
+
+def _known_parents(file: AttachedFile) -> set[tuple[Any, ...]]:
+    """Return the primary keys of the rows that a file belongs to before and after a flush, as far as they are loaded."""
+    state = instance_state(file)
+    links = [state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE) for name in file._declared.links.values()]
+    before = tuple(next(iter([*link.deleted, *link.unchanged]), None) for link in links)
+    known = {before, _parent_key(file)} if state.key is None or state.dict.get("parent") is not None else {before}
+    return {key for key in known if None not in key}
 
 
 def require_known_limits(session: Session) -> None:
@@ -738,14 +841,18 @@ def _is_added(file: AttachedFile) -> bool:
     if state.dict.get("parent", file) is None:
         return False  # it was taken out of its list, and is deleted
     names = ["parent", *declared.links.values(), *(["file"] if declared.max_total_size is not None else [])]
-    return state.key is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in names)
+    return state.key is None or any(_has_changed(state, name) for name in names)
+
+
+def _has_changed(state: InstanceState[Any], name: str) -> bool:
+    return state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes()
 
 
 def _parent_key(file: AttachedFile) -> tuple[Any, ...]:
     """Return the primary key of the row that a file will belong to; with None in it where the row is not inserted yet."""
     state, links = instance_state(file), file._declared.links.values()
     parent = state.dict.get("parent")
-    if parent is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in links):
+    if parent is None or any(_has_changed(state, name) for name in links):
         return tuple(getattr(file, name) for name in links)
     return primary_key_of(instance_state(parent), cast(Table, file._declared.parent))
 
@@ -764,7 +871,7 @@ def _count(connection: Connection, declared: _Declared, key: tuple[Any, ...]) ->
     size = sql_cast(value_in(table.c.file, "size", connection.dialect.name), BigInteger)
     on = [table.c[name] == value for name, value in zip(declared.links.values(), key, strict=True)]
     statement = select(func.count(), func.coalesce(func.sum(size), 0)).select_from(table).where(*on)
-    if connection.dialect.name in ("mysql", "mariadb"):  # where a snapshot is as old as the transaction, unless rows are locked
+    if connection.dialect.name in _INNODB:  # where a snapshot is as old as the transaction, unless rows are locked
         statement = statement.with_for_update()
     count, total = connection.execute(statement).one()
     return int(count), int(total)

@@ -40,6 +40,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.orm import InstanceState, MappedColumn, Mapper, mapped_column
 from sqlalchemy.sql import operators
+from sqlalchemy.sql.ddl import sort_tables_and_constraints
 from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
@@ -668,6 +669,7 @@ class Tables:
         # The tables that have attachments, or deleting whose rows cascades to some.
         self._concerned: set[str] = set()
         self._refs: list[Column[Any]] = []
+        self._ranks: dict[str, int] = {}
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
     def attachments(self, table: Table) -> tuple[Column[Any], ...]:
@@ -695,6 +697,11 @@ class Tables:
             )
         return found
 
+    def rank(self, table: Table) -> tuple[int, str]:
+        """Return a key by which tables are sorted after those that they refer to, and then by name."""
+        self._refresh()
+        return self._ranks.get(table.fullname, 0), table.fullname
+
     def refs(self) -> list[Column[Any]]:
         """Return every column that holds refs, managed and plain ones."""
         self._refresh()
@@ -719,8 +726,7 @@ class Tables:
                 self._attachments[name] = columns
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
-                    parent, _, _ = constraint.elements[0].target_fullname.rpartition(".")
-                    self._cascades.setdefault(parent, []).append(constraint)
+                    self._cascades.setdefault(_target(constraint), []).append(constraint)
         self._concerned, found = set(), set(self._attachments)
         while found:
             self._concerned |= found
@@ -729,7 +735,17 @@ class Tables:
                 for parent, links in self._cascades.items()
                 if parent not in self._concerned and any(link.table.fullname in found for link in links)
             }
+        by_name = [tables[name] for name in sorted(tables)]
+        ordered = sort_tables_and_constraints(  # type: ignore[no-untyped-call]
+            by_name, filter_fn=lambda link: _target(link) not in tables or None
+        )
+        self._ranks = {table.fullname: rank for rank, (table, _) in enumerate(ordered) if table is not None}
         self._seen = seen
+
+
+def _target(link: ForeignKeyConstraint) -> str:
+    """Return the name of the table that a foreign key refers to, whether the metadata has it or not."""
+    return link.elements[0].target_fullname.rpartition(".")[0]
 
 
 def attachment_tables(metadata: MetaData) -> Tables:

@@ -59,13 +59,16 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     for mapper in mappers.values():
         if id(mapper) not in _idle and slots_of(mapper):
             _stay_last(mapper)
-    changes = _changes_of(_concerned(written, mappers, slots_of))
+    concerned = _concerned(written, mappers, slots_of)
+    changes = _changes_of(concerned)
     deletions = _concerned(deleted, mappers, flush.concerned_tables)
     _save(
         session,
         changes,
         deletions,
         weakref.ref(context),
+        [instance_state(instance) for instance in session.dirty],
+        has_orphans=any(map(flush.is_orphan, concerned)),
         lock_parents=collections.lock_parents if collections.file_classes else None,
     )
 
@@ -110,12 +113,15 @@ def _save(
     changes: list[Change],
     deletions: list[InstanceState[Any]],
     context: weakref.ref[UOWTransaction] | None = None,
+    dirty: Sequence[InstanceState[Any]] = (),
+    *,
+    has_orphans: bool = False,
     lock_parents: Callable[[Session], None] | None = None,
 ) -> None:
-    if changes or deletions:
+    if changes or deletions or has_orphans:
         unit = transactions.unit_of(session)
         unit.flush.context = unit.flush.context or context
-        flush.save(session, unit, changes, deletions, lock_parents)
+        flush.save(session, unit, changes, deletions, dirty, lock_parents)
     elif lock_parents is not None:
         lock_parents(session)
 

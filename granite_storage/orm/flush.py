@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Connection, Engine, Table, text
+from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
@@ -357,6 +359,7 @@ def save(
     unit: UnitOfWork,
     changes: Sequence[Change],
     deletions: Sequence[InstanceState[Any]],
+    dirty: Sequence[InstanceState[Any]] = (),
     lock_parents: Callable[[Session], None] | None = None,
 ) -> None:
     """Store, move and copy objects for the changes and deletions of a flush, before its first statement.
@@ -364,6 +367,14 @@ def save(
     Uploads come first, since the session may not hold a connection yet. Then the rows are locked and read, which decides which
     objects are displaced, which of them move to other rows, and which are copied. The parents of collections are locked before
     the rows of their files: MariaDB would find a deadlock otherwise, since the limits are counted under locks of all files.
+
+    Args:
+        session: The session.
+        unit: Its unit of work.
+        changes: The attachments that the flush writes.
+        deletions: The instances whose rows it deletes.
+        dirty: All instances whose rows it may update; see `_Locks.add_others`.
+        lock_parents: Locks the parents of collections.
 
     Raises:
         MissingGreenlet: The session is that of an `AsyncSession`, but was made to flush without an `await`.
@@ -382,7 +393,7 @@ def save(
     _copy_all(session, unit, frame, uploads.copy)
     if lock_parents is not None:
         lock_parents(session)
-    displaced = displace(flush, _locked_refs(session, unit, changes, deletions))
+    displaced = displace(flush, _locked_refs(session, unit, changes, deletions, dirty))
     plan = plan_flush(
         [_assigned(change, replaced) for change in uploads.undecided],
         displaced={stored.key for stored in displaced},
@@ -588,26 +599,32 @@ def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change
 
 
 def _locked_refs(
-    session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]
+    session: Session,
+    unit: UnitOfWork,
+    changes: Sequence[Change],
+    deletions: Sequence[InstanceState[Any]],
+    dirty: Sequence[InstanceState[Any]],
 ) -> list[RowRef]:
     """Lock the rows in a fixed order, table by table, and return the refs that they hold now.
 
     Rows that the database deletes with them are recorded, and are read again after the flush.
     """
-    connections = _Connections(session)
-    wanted: dict[tuple[str, bool, Connection], _Rows] = {}
+    locks = _Locks(session)
     for change in changes:
-        table, connection = change.slot.column_type.table, connections.of(change.state)
-        rows = wanted.setdefault((table.fullname, False, connection), _Rows(table))
+        rows = locks.rows(change.slot.column_type.table, change.state, deleting=False)
         rows.stores = rows.stores or change.value is not None
         if change.state.key is not None:
             rows.add(change.state, {change.slot.column})
     for state in deletions:
         for table in concerned_tables(state.mapper):
-            rows = wanted.setdefault((table.fullname, True, connections.of(state)), _Rows(table))
-            rows.add(state, set(attachment_tables(table.metadata).attachments(table)))
+            columns = set(attachment_tables(table.metadata).attachments(table))
+            locks.rows(table, state, deleting=True).add(state, columns)
+    locks.add_others(dirty)
     held: list[RowRef] = []
-    for (_, deleting, connection), rows in sorted(wanted.items(), key=lambda item: item[0][:2]):
+    for connection, rows, deleting in locks.in_order():
+        if rows.are_only_updated and not deleting:
+            lock_rows(connection, rows.table, rows.columns_by_key, [], deleting=False)
+            continue
         watch(session, connection)
         binding = binding_for(rows.table.metadata, f"the table {rows.table.name}")
         if binding.journal is not None:
@@ -623,7 +640,7 @@ def _locked_refs(
             unit.flush.displaced += [Displacement(connection, ref, states.get(ref.primary_key), deleting) for ref in found]
             if missing and deleting:
                 unit.flush.counted.append(CountedDeletes(connection, rows.table, len(rows.columns_by_key) - len(missing)))
-            elif missing:
+            elif any(rows.columns_by_key[key] for key in missing):  # of another row SQLAlchemy will say that it is gone
                 unit.flush.has_missed_rows = True
             if deleting:
                 reached = partial(cascaded, connection, attachment_tables(rows.table.metadata), rows.table, rows.columns_by_key)
@@ -633,6 +650,66 @@ def _locked_refs(
                 unit.flush.vanishing.append((connection, cascading))
                 unit.flush.cascading.append((connection, reached))
     return held
+
+
+class _Locks:
+    """The rows that a flush locks before its first statement, and their order."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._connections = _Connections(session)
+        self._rows: dict[tuple[Table, bool, Connection], _Rows] = {}
+
+    def rows(self, table: Table, state: InstanceState[Any], *, deleting: bool) -> _Rows:
+        """Return the rows of a table that are locked on the connection of an instance."""
+        return self._rows.setdefault((table, deleting, self._connections.of(state)), _Rows(table))
+
+    def add_others(self, dirty: Sequence[InstanceState[Any]]) -> None:
+        """Add rows that the flush will only update, of the same tables and of those that they refer to.
+
+        SQLAlchemy updates the rows of a table in the order of their primary keys, and those that they refer to before. A flush
+        that locked some of them first and the others by its updates would deadlock with another one. Where no attachment is
+        replaced or deleted, the updates have that order by themselves, unless orphans are deleted after them.
+        """
+        locked: set[Any] = {table for (table, _, _), rows in self._rows.items() if rows.columns_by_key}
+        orphaned = {table for state in dirty if is_orphan(state) for table in concerned_tables(state.mapper)}
+        if not locked and not orphaned:
+            return
+        near = locked.union(orphaned, *map(_referred, locked | orphaned))
+        updated = [state for state in dirty if not near.isdisjoint(state.mapper.tables) and self._is_updated(state)]
+        locked |= {table for state in updated if not is_orphan(state) for table in state.mapper.tables if table in orphaned}
+        related = locked.union(*map(_referred, locked))
+        for state in updated:
+            for table in state.mapper.tables:
+                if table in related:
+                    self.rows(cast(Table, table), state, deleting=False).add(state, set())
+        for (table, deleting, connection), rows in self._rows.items():
+            others = self._rows.get((table, False, connection))
+            if deleting and others is not None and others.columns_by_key:
+                others.add_keys(rows)
+
+    def _is_updated(self, state: InstanceState[Any]) -> bool:
+        """Return whether a flush updates or deletes the row of an instance; on SQLite no order is needed."""
+        if not self._session.is_modified(cast(Any, state.obj()), include_collections=False):
+            return False
+        return self._connections.of(state).dialect.name != "sqlite"
+
+    def in_order(self) -> list[tuple[Connection, _Rows, bool]]:
+        """Return the rows by table, after those of the tables that it refers to, and those to be deleted after the others."""
+        order = sorted(self._rows.items(), key=lambda item: (attachment_tables(item[0][0].metadata).rank(item[0][0]), item[0][1]))
+        return [(connection, rows, deleting) for (_, deleting, connection), rows in order]
+
+
+def _referred(table: Table) -> Iterator[Table]:
+    """Yield the tables that a table refers to."""
+    for link in table.foreign_keys:
+        with suppress(NoReferenceError):  # to a table that the models do not have
+            yield link.column.table
+
+
+def is_orphan(state: InstanceState[Any]) -> bool:
+    """Return whether a flush will delete the row of an instance because no parent has it any more."""
+    return state.key is not None and bool(state.mapper._is_orphan(state))
 
 
 class _Connections:
@@ -665,6 +742,16 @@ class _Rows:
         self.columns_by_key.setdefault(key, set()).update(columns)
         self.states[key] = state
 
+    @property
+    def are_only_updated(self) -> bool:
+        """Whether no attachment of these rows is replaced, and none is stored."""
+        return bool(self.columns_by_key) and not self.stores and not any(self.columns_by_key.values())
+
+    def add_keys(self, other: _Rows) -> None:
+        """Lock other rows as well, of which nothing is read."""
+        for key in other.columns_by_key:
+            self.columns_by_key.setdefault(key, set())
+
     def columns(self) -> list[Column[Any]]:
         touched = set().union(*self.columns_by_key.values())
         return [column for column in self.table.columns if column in touched]
@@ -672,7 +759,7 @@ class _Rows:
 
 def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
     columns = rows.columns()
-    if not columns:
+    if deleting and not columns:
         return [], []
     found, missing = lock_rows(connection, rows.table, rows.columns_by_key, columns, deleting=deleting)
     return [entry for entry in found if entry.column in rows.columns_by_key.get(entry.primary_key, ())], missing

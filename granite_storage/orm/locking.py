@@ -190,11 +190,16 @@ def read_refs(
 
 
 def read_rows(
-    connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
+    connection: Connection,
+    table: Table,
+    primary_keys: Iterable[tuple[Any, ...]],
+    columns: Sequence[Column[Any]],
+    *,
+    shared: bool = False,
 ) -> dict[tuple[Any, ...], dict[Column[Any], Any]]:
-    """Return the values of columns by primary key, read under the locks of the rows."""
+    """Return the values of columns by primary key, read under the locks of the rows, or under locks that others may share."""
     count = len(table.primary_key)
-    rows = _read(connection, table, primary_keys, columns)
+    rows = _read(connection, table, primary_keys, columns, shared=shared)
     return {tuple(row[:count]): dict(zip(columns, row[count:], strict=True)) for row in rows}
 
 
@@ -250,10 +255,15 @@ def take_write_lock(connection: Connection, table: Table) -> None:
 
 
 def _read(
-    connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
+    connection: Connection,
+    table: Table,
+    primary_keys: Iterable[tuple[Any, ...]],
+    columns: Sequence[Column[Any]],
+    *,
+    shared: bool = False,
 ) -> Iterator[Row[Any]]:
     for keys in batches(_in_order(primary_keys), _AT_A_TIME):
-        yield from _rows(connection, table, columns, among(table, keys), deleting=False)
+        yield from _rows(connection, table, columns, among(table, keys), deleting=False, shared=shared)
 
 
 def _looks(connection: Connection) -> int:
@@ -266,10 +276,16 @@ def _looks(connection: Connection) -> int:
 
 
 def _rows(
-    connection: Connection, table: Table, columns: Sequence[Column[Any]], where: ColumnElement[bool], *, deleting: bool
+    connection: Connection,
+    table: Table,
+    columns: Sequence[Column[Any]],
+    where: ColumnElement[bool],
+    *,
+    deleting: bool,
+    shared: bool = False,
 ) -> list[Row[Any]]:
     keys = list(table.primary_key)
-    statement = _locked(connection, select(*keys, *columns).where(where), keys, deleting=deleting)
+    statement = _locked(connection, select(*keys, *columns).where(where), keys, deleting=deleting, shared=shared)
     return list(connection.execute(statement))
 
 
@@ -287,9 +303,11 @@ def _named_in(source: FromClause, column: Column[Any]) -> Column[Any]:
     return column if found is None else found
 
 
-def _locked(connection: Connection, statement: Select[Any], keys: Sequence[Column[Any]], *, deleting: bool) -> Select[Any]:
+def _locked(
+    connection: Connection, statement: Select[Any], keys: Sequence[Column[Any]], *, deleting: bool, shared: bool = False
+) -> Select[Any]:
     of = keys[0].table if connection.dialect.name == "postgresql" else None
-    return statement.order_by(*keys).with_for_update(key_share=not deleting, of=of)
+    return statement.order_by(*keys).with_for_update(read=shared, key_share=not deleting, of=of)
 
 
 def _children(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args, get_origin
 
 from granite_storage._documentation import Page
 from granite_storage._headers import Disposition
 from granite_storage._portal import run_blocking
+from granite_storage._words import require_timedelta
 from granite_storage.exceptions import ConfigurationError, InfectedObjectError, ScanPendingError
 from granite_storage.orm._util import group, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, fields_schema, shown_fields
+from granite_storage.orm.collections import AttachedFile, AttachmentList, shown_file
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
@@ -22,8 +25,12 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 
+Signable: TypeAlias = Attachment | AttachmentVariant | AttachedFile | None
+"""What a URL can be signed for: an attachment, a variant, or the file of a collection; None is passed over."""
+
+
 async def sign_urls(
-    files: Iterable[Attachment | AttachmentVariant | None],
+    files: Signable | Iterable[Signable | Iterable[Signable]],
     *,
     expires_in: timedelta,
     disposition: Disposition = "attachment",
@@ -34,8 +41,9 @@ async def sign_urls(
     The URLs are kept with the attachments and in no row and no pickle. Nothing but such a model shows them.
 
     Args:
-        files: Attachments and variants of them; None is passed over, and so is what no scanner has let pass and an attachment
-            whose row contains no readable ref, which have no URL.
+        files: Attachments, variants of them, and files of collections; collections such as `album.photos`, and lists of all of
+            these. None is passed over, and so is what no scanner has let pass and an attachment whose row contains no readable
+            ref, which have no URL.
         expires_in: How long the URLs work at least. A response model shows them as long.
         disposition: `inline` lets a browser show in its window what is safe to show.
         stable_for: How long the same URLs are returned; see `StorageManager.url`.
@@ -44,6 +52,7 @@ async def sign_urls(
         UnboundAttachmentError: One is not stored yet.
         StorageError: One could not be signed, as `StorageManager.url` says.
         ValueError: As `StorageManager.url`.
+        TypeError: There is something else among the files, or a duration is not a timedelta.
 
     Example:
         ```python
@@ -51,7 +60,10 @@ async def sign_urls(
         await sign_urls(files, expires_in=timedelta(hours=1))
         ```
     """
-    wanted = [file for file in files if file is not None and file._state.error is None and _is_passed(file.ref)]
+    require_timedelta("expires_in", expires_in)
+    if stable_for is not None:
+        require_timedelta("stable_for", stable_for)
+    wanted = [file for file in _files_in(files) if file._state.error is None and _is_passed(file.ref)]
     until = time.time() + expires_in.total_seconds()
     for manager, chosen in group(wanted, attrgetter("manager")).items():
         refs = [file.ref for file in chosen]
@@ -60,8 +72,24 @@ async def sign_urls(
             file._state.keep_url(ref, url, until)
 
 
+def _files_in(given: object) -> Iterator[Attachment | AttachmentVariant]:
+    """Yield the attachments and variants in what an application gives, lists in lists included."""
+    if isinstance(given, Attachment | AttachmentVariant):
+        yield given
+    elif isinstance(given, AttachedFile):
+        yield given.file
+    elif isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
+        for item in given:
+            yield from _files_in(item)
+    elif given is not None:
+        raise TypeError(
+            "URLs are signed for attachments, variants, files of collections and lists of them, not for"
+            f" {type(given).__name__}: {given!r:.100}"
+        )
+
+
 def sign_urls_sync(
-    files: Iterable[Attachment | AttachmentVariant | None],
+    files: Signable | Iterable[Signable | Iterable[Signable]],
     *,
     expires_in: timedelta,
     disposition: Disposition = "attachment",
@@ -92,6 +120,8 @@ def sign_urls_sync(
 class WithURL:
     """Lets a pydantic response model show the `url` of an attachment or a variant beside its other fields.
 
+    On an `AttachedFile` it shows the URL of its `file`, and on an `AttachmentList` those of all files.
+
     `Annotated[Attachment, WithURL()]` shows the public URL of a file of a public policy, and `WithURL(signed=True)` the URL that
     `sign_urls` has signed; without that call it raises. No other field shows a URL. It is null where a virus scanner has not let
     the file pass.
@@ -100,7 +130,8 @@ class WithURL:
         signed: Whether the URL is one that `sign_urls` has signed; a public one otherwise.
 
     Raises:
-        ConfigurationError: When a response is serialized: the policy is not public, or no URL was signed, or it has expired.
+        ConfigurationError: When a response is serialized: the policy is not public, or no URL was signed, or it has expired. When
+            a model is declared: the annotation names something else, such as a `list`, whose elements are to be annotated.
 
     Example:
         ```python
@@ -116,8 +147,14 @@ class WithURL:
         from pydantic_core import core_schema
 
         schema: Any = handler(source)
+        shown: Any = fields_schema(with_url=True)
+        kind = _kind_of(source)
+        if kind is not Attachment:
+            shown = shown_file(shown)
+        if kind is AttachmentList:
+            shown = core_schema.list_schema(shown)
         schema["serialization"] = core_schema.plain_serializer_function_ser_schema(
-            self._show, return_schema=core_schema.nullable_schema(fields_schema(with_url=True)), when_used="json"
+            self._show, return_schema=core_schema.nullable_schema(shown), when_used="json"
         )
         found: CoreSchema = schema
         return found
@@ -126,7 +163,11 @@ class WithURL:
         shown = handler(schema)
         return {**shown, "anyOf": list(map(_with_url, shown["anyOf"]))} if "anyOf" in shown else _with_url(shown)
 
-    def _show(self, value: Attachment | AttachmentVariant | None) -> dict[str, Any] | None:
+    def _show(self, value: Attachment | AttachmentVariant | AttachedFile | AttachmentList | None) -> Any:
+        if isinstance(value, AttachmentList):
+            return list(map(self._show, value))
+        if isinstance(value, AttachedFile):
+            return {"id": value.id, "caption": value.caption, "file": self._show(value.file)}
         fields = None if value is None else shown_fields(value)
         if value is None or fields is None:
             return None
@@ -145,10 +186,40 @@ class WithURL:
         return url
 
 
+def _kind_of(source: Any) -> type[Attachment | AttachedFile | AttachmentList]:
+    """Return what a field shows with a URL: an attachment or a variant, a file of a collection, or a collection.
+
+    Raises:
+        ConfigurationError: The annotation names a class that has no URL.
+    """
+    kinds = [kind for kind in (get_args(source) if _is_union(source) else [source]) if kind is not NoneType]
+    for kind in (AttachmentList, AttachedFile):
+        if kinds and all(isinstance(one, type) and issubclass(one, kind) for one in kinds):
+            return kind
+    for one in kinds:
+        origin = get_origin(one) or one
+        if isinstance(origin, type) and not issubclass(origin, Attachment | AttachmentVariant):
+            raise ConfigurationError(
+                f"WithURL shows an Attachment, an AttachmentVariant, an AttachedFile or an AttachmentList, or None, not {source}:"
+                " in a list or a dict, annotate the element, such as list[Annotated[Attachment, WithURL()]]",
+                see=Page.SIGNED_URLS,
+            )
+    return Attachment
+
+
+def _is_union(source: Any) -> bool:
+    return get_origin(source) in (Union, UnionType)
+
+
 def _with_url(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of an attachment with a URL; that of null is left."""
+    """Return the JSON schema of an attachment, a file of a collection or a collection with URLs; that of null is left."""
+    if "items" in schema:
+        return {**schema, "items": _with_url(schema["items"])}
     if "properties" not in schema:
         return schema
+    if "file" in schema["properties"]:
+        properties = {**schema["properties"], "file": _with_url(schema["properties"]["file"])}
+        return {**schema, "title": f"{schema.get('title', 'AttachedFile')}WithURL", "properties": properties}
     url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}], "title": "Url"}
     return {
         **schema,

@@ -21,6 +21,7 @@ from granite_storage._documentation import Page
 from granite_storage._engine import PreparedUpload
 from granite_storage._headers import require_base_url
 from granite_storage._tasks import is_cancellation
+from granite_storage._words import require_timedelta
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -458,6 +459,7 @@ class DirectUploads:
         return replace(draft, location=location, content_type=content_type)
 
     def _require_life(self, expires_in: timedelta) -> None:
+        require_timedelta("expires_in", expires_in)
         if not timedelta(seconds=1) <= expires_in <= self._max_expires_in:
             raise ValueError(f"expires_in must be from one second to {self._max_expires_in}, not {expires_in}")
 

@@ -11,7 +11,7 @@ MUTANTS = [
         name="collections-parent-not-locked",
         rule="Two transactions that both add the last file of a parent wait for each other.",
         path=_PATH,
-        old="        read_rows(connection, parent, wanted, [])\n",
+        old="        read_rows(connection, parent, wanted, [], shared=shared)\n",
         new="",
         tests=("tests/orm/collections/test_limits.py::test_concurrent_transactions[asyncpg-journal-not loaded]",),
     ),

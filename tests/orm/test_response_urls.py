@@ -5,25 +5,38 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import PydanticSerializationError
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import ConfigurationError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.backends.s3 import S3StorageBackend
 from granite_storage.backends.wrappers import WrappedBackend
 from granite_storage.derived import ImageVariant
 from granite_storage.exceptions import UnboundAttachmentError
-from granite_storage.orm import Attachment, AttachmentVariant, WithURL, attachment, bind_storage, sign_urls, sign_urls_sync
+from granite_storage.orm import (
+    AttachedFile,
+    Attachment,
+    AttachmentList,
+    AttachmentVariant,
+    WithURL,
+    attachment,
+    attachments,
+    bind_storage,
+    sign_urls,
+    sign_urls_sync,
+)
 from granite_storage.policies import PublicURL
 from granite_storage.signing import UrlSigner
 from granite_storage.testing import FaultInjectingBackend
@@ -43,6 +56,8 @@ class Post(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     photo: Mapped[Attachment | None] = attachment("photos", variants={"thumb": ImageVariant(fit=(8, 8))})
     scan: Mapped[Attachment | None] = attachment("scans")
+    pages: Mapped[AttachmentList] = attachments("scans", lazy="selectin")
+    prints: Mapped[AttachmentList] = attachments("photos", lazy="selectin")
 
 
 class PostOut(BaseModel):
@@ -51,6 +66,13 @@ class PostOut(BaseModel):
     id: int
     photo: Annotated[Attachment, WithURL()] | None
     scan: Annotated[Attachment | None, WithURL(signed=True)]
+
+
+class PagesOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    pages: Annotated[AttachmentList, WithURL(signed=True)]
+    prints: list[Annotated[AttachedFile, WithURL()]]
 
 
 class PlainOut(BaseModel):
@@ -88,7 +110,7 @@ async def sessions(manager: StorageManager, tmp_path: Path) -> AsyncIterator[Ses
         binding.unbind()
 
 
-async def added(sessions: Sessions, **files: Attachment) -> Post:
+async def added(sessions: Sessions, **files: Any) -> Post:
     post = Post(**files)
     async with sessions.begin() as session:
         session.add(post)
@@ -209,6 +231,84 @@ class TestModels:
         monkeypatch.setattr(StorageManager, "urls", urls)
         await sign_urls([post.scan for post in posts], expires_in=HOUR)
         assert batches == [3]
+
+    async def test_collections_in_one_batch(
+        self, sessions: Sessions, backend: FaultInjectingBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = [await added(sessions, pages=[b"a", b"bc"], prints=[picture()]) for _ in range(3)]
+        batches: list[int] = []
+
+        async def urls(manager: StorageManager, refs: Any, **options: Any) -> Any:
+            batches.append(len(refs))
+            return await sign(manager, refs, **options)
+
+        sign = StorageManager.urls
+        monkeypatch.setattr(StorageManager, "urls", urls)
+        with pytest.raises(PydanticSerializationError, match=r"none was signed: 'await sign_urls"):
+            PagesOut.model_validate(posts[0]).model_dump_json()
+        await sign_urls([post.pages for post in posts], expires_in=HOUR)
+        assert batches == [6]
+        shown = json.loads(PagesOut.model_validate(posts[1]).model_dump_json())
+        assert [(page["id"], page["file"]["size"]) for page in shown["pages"]] == [
+            (page.id, page.file.size) for page in posts[1].pages
+        ]
+        assert all(page["file"]["url"].startswith("https://files.example/k.") for page in shown["pages"])
+        assert shown["prints"][0]["file"]["url"] == posts[1].prints[0].file.public_url
+        assert PagesOut.model_validate(posts[1]).model_dump()["pages"] == posts[1].pages
+        schema = PagesOut.model_json_schema(mode="serialization")["properties"]
+        for name in ("pages", "prints"):
+            item = schema[name]["items"]
+            assert item["properties"]["file"]["properties"]["url"]["anyOf"][0]["format"] == "uri"
+            assert set(item["required"]) == {"id", "caption", "file"}
+
+    async def test_one_file_of_each_kind(self, sessions: Sessions) -> None:
+        post = await added(sessions, pages=[b"a", b"b"], scan=Attachment(b"c"))
+        adapter = TypeAdapter(Annotated[AttachedFile | None, WithURL(signed=True)])
+        await sign_urls(post.pages[0], expires_in=HOUR)
+        assert "url" in json.loads(adapter.dump_json(post.pages[0]))["file"]
+        assert adapter.dump_json(None) == b"null"
+        with pytest.raises(PydanticSerializationError, match="none was signed"):
+            adapter.dump_json(post.pages[1])
+        await sign_urls([None, (post.pages, [post.scan])], expires_in=HOUR)
+        assert "url" in json.loads(adapter.dump_json(post.pages[1]))["file"]
+        assert post.scan is not None
+        await sign_urls(post.scan, expires_in=HOUR)
+
+    @pytest.mark.parametrize("wrong", ["photo", [b"photo"], [5], {"photo": None}])
+    async def test_nothing_that_has_a_url(self, sessions: Sessions, wrong: Any) -> None:
+        with pytest.raises(TypeError, match="URLs are signed for attachments, variants, files of collections"):
+            await sign_urls(wrong, expires_in=HOUR)
+
+    @pytest.mark.parametrize("source", [str, list[Attachment], dict[str, Attachment], Attachment | str])
+    def test_on_something_else(self, source: Any) -> None:
+        with pytest.raises(ConfigurationError, match="annotate the element"):
+            TypeAdapter(Annotated[source, WithURL()])
+
+    async def test_durations_that_are_numbers(self, sessions: Sessions, manager: StorageManager, tmp_path: Path) -> None:
+        """Each place that takes a duration says that it takes a timedelta."""
+        post = await added(sessions, scan=Attachment(b"abc"))
+        assert post.scan is not None
+        scan, ref, seconds = post.scan, post.scan.ref, cast(Any, 60)
+        signer = manager.url_signer
+        assert signer is not None
+        local = LocalStorageBackend(tmp_path)
+        s3 = S3StorageBackend("bucket")
+        calls: list[Callable[[], Any]] = [
+            lambda: sign_urls([], expires_in=seconds),
+            lambda: sign_urls([scan], expires_in=HOUR, stable_for=seconds),
+            lambda: scan.url(expires_in=seconds),
+            lambda: manager.url(ref, expires_in=seconds),
+            lambda: manager.url(ref, expires_in=HOUR, stable_for=seconds),
+            lambda: manager.urls([], expires_in=seconds),
+            lambda: signer.sign(ref, expires_in=seconds),
+            lambda: signer.sign(ref, expires_in=HOUR, stable_for=seconds),
+            lambda: local.cleanup_incomplete(older_than=seconds),
+            lambda: s3.cleanup_incomplete(older_than=seconds),
+            lambda: s3.presign_get("a", expires_in=seconds),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError, match=r"(expires_in|stable_for|older_than) must be a timedelta, such as"):
+                await call()
 
     async def test_variants(self, sessions: Sessions) -> None:
         post = await added(sessions, photo=picture())

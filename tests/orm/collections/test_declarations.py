@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from fastapi.encoders import jsonable_encoder
 from pydantic import BaseModel, ConfigDict, TypeAdapter
-from sqlalchemy import ForeignKey, MetaData, select
+from sqlalchemy import ForeignKey, Integer, MetaData, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     MappedAsDataclass,
+    declarative_base,
     declared_attr,
     mapped_column,
     registry,
@@ -201,6 +202,58 @@ def test_no_table() -> None:
             __table__ = select(Doc.id).subquery()
             __mapper_args__ = {"primary_key": [__table__.c.id]}
             files: Mapped[AttachmentList] = attachments("docs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"lazy": "dynamic"}, "append_files"),
+        ({"lazy": "write_only"}, "append_files"),
+        ({"lazy": "noload"}, "append_files"),
+        ({"uselist": False}, r"Mapped\[Attachment\] = attachment"),
+        ({"viewonly": True}, "declare the model"),
+        ({"cascade": "save-update"}, "always deleted"),
+        ({"order_by": "id"}, "reorder"),
+        ({"back_populates": "album"}, "'parent'"),
+        ({"backref": "album"}, "'parent'"),
+        ({"collection_class": set}, "AttachmentList"),
+        ({"secondary": "links"}, "foreign key"),
+        ({"comparator_factory": object}, "comparator"),
+        ({"info": {}}, "property.info"),
+        ({"argument": "File"}, "generated"),
+    ],
+)
+def test_refused_arguments(arguments: dict[str, Any], advice: str) -> None:
+    """Those that the collection needs for itself, or that change what the attribute holds, are refused where they are given."""
+    with pytest.raises(ConfigurationError, match=advice):
+        attachments("docs", **arguments)
+    attachments("docs", lazy="raise", uselist=True, viewonly=False)
+
+
+def test_class_of_the_same_name() -> None:
+    base: Any = declarative_base()
+    other = type("BoxFilesFile", (base,), {"__tablename__": "other", "id": mapped_column(Integer, primary_key=True)})
+    names = {"__tablename__": "box", "id": mapped_column(Integer, primary_key=True), "files": attachments("docs")}
+    with pytest.raises(ConfigurationError, match=r"Box\.files is named BoxFilesFile, which is the name of another class"):
+        type("Box", (base,), {**names, "__annotations__": {"files": Mapped[AttachmentList]}})
+    assert other.__name__ in base.registry._class_registry
+
+
+def test_attribute_of_another_class() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Owner(Base):
+        __tablename__ = "owner"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Firm(Owner):
+        __tablename__ = "firm"
+        id: Mapped[int] = mapped_column(ForeignKey("owner.id"), primary_key=True)
+        papers: Mapped[AttachmentList] = attachments("docs")
+
+    with pytest.raises(TypeError, match=r"Firm\.papers takes files of a Firm"):
+        append_files(Owner(id=1), Firm.papers, [b"a"])
 
 
 class PhotoOut(BaseModel):

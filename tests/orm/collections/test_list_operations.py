@@ -6,12 +6,18 @@ After each, the `env` fixture checks that the set of objects equals the set of r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import event, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
 
+from granite_storage import StaleAttachmentError
+from granite_storage.exceptions import CollectionFullError
 from granite_storage.orm import Attachment, file_class
 from tests.orm.collections.models import Album, Shelf, album, load, named, shown
 from tests.orm.environment import OrmEnvironment
@@ -216,3 +222,129 @@ class TestLockOrder:
         else:
             await asyncio.gather(*(replace(index) for index in (0, 1, 2, 0, 1, 2)))
         assert await shown(env, Shelf, 1, "books") == "newnewnew"
+
+    @pytest.mark.parametrize(
+        ("model", "name", "forms"),
+        [
+            (Album, "photos", ["replace reorder"]),
+            (Album, "photos", ["title replace", "title reorder"]),
+            (Album, "photos", ["title replace", "reorder", "replace append"]),
+            (Album, "photos", ["remove reorder append", "replace reorder"]),
+            (Album, "photos", ["delete caption append", "reorder"]),
+            (Shelf, "books", ["reorder", "remove append"]),
+            (Shelf, "books", ["replace reorder"]),
+        ],
+    )
+    async def test_concurrent_forms(self, env: OrmEnvironment, model: Any, name: str, forms: list[str]) -> None:
+        """Each replaces, moves, adds or removes files in one flush: the transactions wait for each other, and none deadlocks."""
+        if env.database.is_sqlite:
+            pytest.skip("a transaction locks the whole file")
+        await env.add(model(id=1, **{name: [b"x"] * 3}))
+        outcomes: list[str] = []
+
+        async def send(number: int) -> None:
+            rng = random.Random(number)
+            for turn in range(10):
+                try:
+                    async with env.sessions.begin() as session:
+                        found = await load(session, model, 1, name)
+                        await change(session, found, rng, forms[(number + turn) % len(forms)].split())
+                except (StaleDataError, StaleAttachmentError, CollectionFullError):  # a file was deleted or added in the meantime
+                    outcomes.append("stale")
+                except DBAPIError as error:
+                    outcomes.append(str(error.orig))
+
+        async def change(session: Any, found: Any, rng: random.Random, steps: list[str]) -> None:
+            files = getattr(found, name)
+            for step in steps:
+                match step:
+                    case "title":
+                        found.title = str(rng.random())
+                    case "replace" if files:
+                        rng.choice(files).file = Attachment(b"y")
+                    case "caption" if files:
+                        files[0].caption = str(rng.random())
+                    case "reorder":
+                        files.reorder(rng.sample([file.id for file in files], k=len(files)))
+                    case "append":
+                        files.append(b"z")
+                    case "remove" if files:
+                        files.remove(rng.choice(files))
+                    case "delete" if files:
+                        await session.delete(files[-1])
+
+        await asyncio.gather(*map(send, range(6)))
+        assert [outcome for outcome in outcomes if outcome != "stale"] == []
+
+    async def test_statements(self, env: OrmEnvironment) -> None:
+        """A replacement locks the rows that are moved in the statement that locks its own, and a mere change of order none."""
+        await env.add(album(1, "abcd"))
+        async with recorded(env) as statements:
+            await change_order(env)
+        assert len([one for one in statements if "FOR " in one and "album_photos" in one]) == 0
+        counts = []
+        for ordered in (False, True):
+            async with recorded(env) as statements:
+                await change_order(env, replaced=True, ordered=ordered)
+            counts.append(len([one for one in statements if "FOR " in one and "FROM album_photos" in one]))
+        assert counts[0] == counts[1]
+
+
+@contextlib.asynccontextmanager
+async def recorded(env: OrmEnvironment) -> AsyncIterator[list[str]]:
+    """Give the statements that are executed meanwhile."""
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(env.engine.sync_engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(env.engine.sync_engine, "before_cursor_execute", note)
+
+
+async def change_order(env: OrmEnvironment, *, replaced: bool = False, ordered: bool = True) -> None:
+    async with env.sessions.begin() as session:
+        found = await load(session)
+        if ordered:
+            found.photos.reverse()
+        if replaced:
+            found.photos[1].file = named("n")
+
+
+async def test_reorder_with_an_id_twice(env: OrmEnvironment) -> None:
+    await env.add(album(1, "abc"))
+    async with env.sessions.begin() as session:
+        photos = (await load(session)).photos
+        a, _, c = (photo.id for photo in photos)
+        photos.reorder([c, str(a), c])
+    assert await shown(env) == "cab"
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"), [(-1, "bca"), (-2, "bac"), (-3, "abc"), (-9, "abc"), (0, "abc"), (1, "bac"), (2, "bca"), (9, "bca")]
+)
+async def test_move_to_an_index(env: OrmEnvironment, index: int, expected: str) -> None:
+    """The file is at that index afterwards, also at a negative one."""
+    await env.add(album(1, "abc"))
+    async with env.sessions.begin() as session:
+        photos = (await load(session)).photos
+        first = photos[0]
+        photos.move(first, index)
+        assert photos[max(index, -3) if index < 0 else min(index, 2)] is first
+    assert await shown(env) == expected
+
+
+async def test_smallest_keys(env: OrmEnvironment) -> None:
+    """Files that SQL gave the smallest key are kept, and a list with them takes further ones at both ends."""
+    await env.add(album(1, "abc"))
+    async with env.sessions.begin() as session:
+        await session.execute(update(Photo).values(position=-(2**63)))
+    for letter in "xy":
+        async with env.sessions.begin() as session:
+            found = await load(session)
+            found.photos.append(named(letter))
+            found.photos.insert(0, named(letter.upper()))
+    assert await shown(env) == "YXabcxy"

@@ -223,9 +223,9 @@ def trusting_what_sessions_remember(patch: pytest.MonkeyPatch) -> None:
     """What a row gives up is what its session has once read of it."""
     original = flush._locked_refs
 
-    def remembered(session: Any, unit: Any, changes: Any, deletions: Any) -> Any:
+    def remembered(session: Any, unit: Any, changes: Any, *others: Any) -> Any:
         old = {change.slot.column: change.old.ref for change in changes if isinstance(change.old, Attachment)}
-        held = original(session, unit, changes, deletions)
+        held = original(session, unit, changes, *others)
         return [replace(entry, ref=old.get(entry.column, entry.ref)) for entry in held]
 
     patch.setattr(flush, "_locked_refs", remembered)

@@ -182,6 +182,11 @@ class Binding(Protocol):
         ...
 
     @property
+    def own_sessions(self) -> async_sessionmaker[AsyncSession] | None:
+        """The same for the library's own sessions, on whatever event loop; None if it has none."""
+        ...
+
+    @property
     def journal(self) -> Journal | None:
         """The journal, or None."""
         ...

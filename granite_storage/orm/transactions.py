@@ -18,7 +18,6 @@ import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -46,7 +45,15 @@ from granite_storage.orm._interfaces import (
     active_bindings,
     are_triggers_declared,
 )
-from granite_storage.orm._util import TRANSLATE_MAP, codes_of, deferred_cancellation, in_greenlet, is_async, root_engine
+from granite_storage.orm._util import (
+    TRANSLATE_MAP,
+    codes_of,
+    deferred_cancellation,
+    detach_iterations,
+    in_greenlet,
+    is_async,
+    root_engine,
+)
 from granite_storage.orm.locking import CountedDeletes, RowRef, find_shared, find_shared_afresh
 from granite_storage.orm.uploads import remove_now
 
@@ -619,20 +626,8 @@ def listen_to(engine: Engine) -> None:
     if engine not in _engines:
         _engines.add(engine)
         for name, listener in _LISTENERS.items():
-            _detach_iterations(engine, name)
+            detach_iterations(engine, name)
             event.listen(engine, name, listener)
-
-
-def _detach_iterations(engine: Engine, name: str) -> None:
-    """Let calls of an event that are in progress go on over a list of their own.
-
-    A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not
-    grow while another session is in it.
-    """
-    for dispatch in (engine.dispatch, engine.pool.dispatch):
-        if (listeners := getattr(dispatch, name, None)) is not None:
-            modifiable = listeners.for_modify(dispatch)
-            modifiable.listeners = copy(modifiable.listeners)
 
 
 def unlisten_all() -> None:

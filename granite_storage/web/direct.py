@@ -377,8 +377,8 @@ class DirectUploads:
             try:
                 if await claimed.publish(attachment):
                     return attachment
-            except BaseException as error:
-                await discard([attachment], cancelled=isinstance(error, asyncio.CancelledError))
+            except BaseException:
+                await discard([attachment])
                 raise
             await discard([attachment])
         return None

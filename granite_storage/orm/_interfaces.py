@@ -348,6 +348,10 @@ class Journal(Protocol):
         """Delete the objects of these intents now, unless a row refers to them."""
         ...
 
+    def settle_soon(self, ids: Sequence[UUID]) -> None:
+        """Delete the objects of these intents once a transaction that is ending has released them, without waiting for that."""
+        ...
+
     async def discard(self, ref: StoredObjectRef) -> None:
         """Delete an object that was stored after its lease had expired."""
         ...

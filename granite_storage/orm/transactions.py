@@ -466,8 +466,8 @@ class ConnectionWatch:
         return outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and self.has_snapshot)
 
     @deferred_cancellation()  # an event of a connection must not be broken off
-    def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
-        """Act on the end of the outer transaction, which may still be in progress."""
+    def resolve(self, outcome: Outcome, *, in_progress: bool = False, is_dropped: bool = False) -> None:
+        """Act on the end of the outer transaction, which may still be in progress, or whose connection is being dropped."""
         joined, self.joined = self.joined, []
         to_delete, self.to_delete = self.to_delete, []
         keep = _asking([self], outcome)
@@ -478,7 +478,7 @@ class ConnectionWatch:
         if in_progress:
             self.to_delete_after_rollback += [stored for stored in (*removed, *to_delete) if stored.intent is not None]
         now = [stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None]
-        remove_now(now, is_async=self.is_async, keep=keep)
+        remove_now(now, is_async=self.is_async, keep=keep, are_locked=is_dropped)
 
     @deferred_cancellation()
     def settle(self) -> None:
@@ -574,8 +574,14 @@ def _look_after(
     task.add_done_callback(_concluding.discard)
 
 
-def conclude(session: Session, transaction: SessionTransaction) -> None:
-    """Act on the end of a session's outermost transaction, or leave that to the transaction it was joined to."""
+def conclude(session: Session, transaction: SessionTransaction, *, is_dropped: bool = False) -> None:
+    """Act on the end of a session's outermost transaction, or leave that to the transaction it was joined to.
+
+    Args:
+        session: The session.
+        transaction: Its outermost transaction.
+        is_dropped: Whether it ends because its connection is being dropped, and has not ended in the database yet.
+    """
     unit = _units.pop(session, None)
     if unit is None:
         return
@@ -603,7 +609,8 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
     keep = _asking(spans, outcome)
     for item in spans:
         item.reset()
-    remove_now(_end(unit, frame, outcome), is_async=is_async(session) or any(item.is_async for item in spans), keep=keep)
+    removed = _end(unit, frame, outcome)
+    remove_now(removed, is_async=is_async(session) or any(item.is_async for item in spans), keep=keep, are_locked=is_dropped)
 
 
 def _end(unit: UnitOfWork, frame: Frame, outcome: Outcome) -> list[StoredObject]:
@@ -772,9 +779,9 @@ def _on_invalidate(_: Any, record: Any, __: Any) -> None:
         root = None if unit is None else next(iter(unit.frames), None)
         if root is not None:
             with deferred_cancellation():
-                conclude(session, root)
+                conclude(session, root, is_dropped=True)
     if found.joined or found.to_delete:
-        found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
+        found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, is_dropped=True)
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:

@@ -43,6 +43,7 @@ def remove_now(
     *,
     is_async: bool,
     keep: Callable[[Sequence[StoredObject]], Collection[str]] | None = None,
+    are_locked: bool = False,
 ) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
@@ -54,6 +55,7 @@ def remove_now(
         stored: The objects.
         is_async: Whether the session or connection is an asynchronous one.
         keep: Given the objects without an intent, returns the locations of those to keep; it may use SQLAlchemy.
+        are_locked: Whether the transaction locks the intents still, as it does until its connection is closed.
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
@@ -69,6 +71,10 @@ def remove_now(
                 extra=fields_of(item.ref),
             )
         return
+    if are_locked:
+        for journal, ids in ids_by_journal(intents).items():
+            journal.settle_soon(ids)
+        intents = []
     if keep is not None and plain and not in_greenlet():
         kept, keep = keep(plain), None
         plain = [item for item in plain if item.ref.location not in kept]

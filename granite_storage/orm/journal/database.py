@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from hashlib import sha256
@@ -80,6 +80,7 @@ class JournalPool:
         self._timeout: float | None = None
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._engines = Engines(self._new_engine)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._open_pools = _open_pools_of(root_engine(self._outer))
         self._open_pools.add(self)
 
@@ -264,13 +265,43 @@ class JournalPool:
             " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
         )
 
+    def run_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine beside the caller, on its event loop or on that of synchronous callers, until the pool is closed."""
+        self._open_pools.add(self)
+        if has_running_loop():
+            self._keep(asyncio.get_running_loop().create_task(work))
+        else:
+            portal.run_later(self._keep_aside(work))
+
+    async def _keep_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        await self._keep(asyncio.ensure_future(work))
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _end_tasks(self) -> list[asyncio.Task[None]]:
+        """Cancel what runs aside, and return those of the tasks that the caller can wait for."""
+        tasks, here = list(self._tasks), _running_loop()
+        for task in tasks:
+            loop = task.get_loop()
+            if loop is not here and not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
+        own = [task for task in tasks if task.get_loop() is here]
+        for task in own:
+            task.cancel()
+        return own
+
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
         self._open_pools.discard(self)
+        await asyncio.gather(*self._end_tasks(), return_exceptions=True)
         await self._engines.aclose()
 
     def dispose(self) -> None:
         """Close the connections from within an event of SQLAlchemy."""
+        self._end_tasks()
         self._engines.dispose()
 
     def _on_connect(self, connection: Any, _: Any) -> None:

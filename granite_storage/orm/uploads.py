@@ -55,7 +55,7 @@ def remove_now(
         stored: The objects.
         is_async: Whether the session or connection is an asynchronous one.
         keep: Given the objects without an intent, returns the locations of those to keep; it may use SQLAlchemy.
-        are_locked: Whether the transaction locks the intents still, as it does until its connection is closed.
+        are_locked: Whether the transaction may still have its locks, as it does until its connection is closed.
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
@@ -71,10 +71,11 @@ def remove_now(
                 extra=fields_of(item.ref),
             )
         return
-    if are_locked:
-        for journal, ids in ids_by_journal(intents).items():
+    if are_locked:  # on SQLite the whole file is, and each look at it would wait
+        busy = [intent for intent in intents if intent.journal.sidecar is not None]
+        for journal, ids in ids_by_journal(busy).items():
             journal.settle_soon(ids)
-        intents = []
+        intents = [intent for intent in intents if intent not in busy]
     if keep is not None and plain and not in_greenlet():
         kept, keep = keep(plain), None
         plain = [item for item in plain if item.ref.location not in kept]

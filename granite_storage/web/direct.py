@@ -377,6 +377,8 @@ class DirectUploads:
             try:
                 if await claimed.publish(attachment):
                     return attachment
+            except asyncio.CancelledError:
+                raise  # it may be published, and is then found by the next request; otherwise it goes with its lease
             except BaseException:
                 await discard([attachment])
                 raise

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.event.attr import _ListenerCollection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from granite_storage._documentation import Page
 from granite_storage._portal import portal
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._util import detach_iterations, dispatchers_of, root_engine, without_pool
+from granite_storage.orm._util import detach_iterations, root_engine, without_pool
 
 # The loop of the last connection that a pool has opened. A pool that is disposed of is replaced by another one.
 _loops: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
@@ -126,8 +127,21 @@ def make_apart(engine: Engine) -> Engine:
         )
     apart = without_pool(engine)
     apart.update_execution_options(**{"compiled_cache": engine._compiled_cache, **engine.get_execution_options()})
-    for dispatcher in dispatchers_of(engine):
-        apart.dispatch._update(dispatcher, only_propagate=False)
+    for listeners in _listeners_of(engine):
+        getattr(apart.dispatch, listeners.name).for_modify(apart.dispatch)._update(listeners, only_propagate=False)
     if engine._has_events:  # else what listens to the class `Engine` later decides
         apart._has_events = True
     return apart
+
+
+def _listeners_of(engine: Engine) -> Iterator[Any]:
+    """Yield the collections of an engine's listeners: those of each engine that it was made from, and its own."""
+    root: Any = root_engine(engine)
+    if engine is not root:
+        yield from _listeners_of(engine._proxied)  # type: ignore[attr-defined]  # an engine with other options has it
+    for name in root.dispatch._event_names:
+        listeners = getattr(engine.dispatch, name)
+        # SQLAlchemy keeps the listeners of an engine with other options beside those of its original.
+        own = listeners if engine is root else listeners.local
+        if isinstance(own, _ListenerCollection):
+            yield own

@@ -236,8 +236,8 @@ MUTANTS = [
         name="sessions-own-connections-without-listeners",
         rule="The library's own connections have the listeners and options of the application's engine.",
         path="granite_storage/orm/_loops.py",
-        old="        apart.dispatch._update(dispatcher, only_propagate=False)\n",
-        new="        del dispatcher\n",
+        old="    for listeners in _listeners_of(engine):\n",
+        new="    for listeners in ():\n",
         tests=("tests/orm/test_other_loops.py::test_role_set_by_a_listener",),
     ),
     Mutant(

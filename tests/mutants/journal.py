@@ -226,7 +226,10 @@ MUTANTS = [
         path="granite_storage/orm/journal/journal.py",
         old="        if locked:\n            self.settle_soon(locked)\n",
         new="        del locked\n",
-        tests=("tests/orm/journal/test_cancelled_flushes.py::test_while_a_statement_runs[asyncpg]",),
+        tests=(
+            "tests/orm/journal/test_cancelled_flushes.py::test_engine_is_disposed_meanwhile[asyncpg]",
+            "tests/orm/journal/test_cancelled_flushes.py::test_while_a_statement_runs[mariadb]",
+        ),
     ),
     Mutant(
         name="journal-closed-pool-goes-on",

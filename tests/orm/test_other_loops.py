@@ -200,15 +200,18 @@ class TestJournal:
             await asyncio.gather(*(env.add(Doc(id=number, file=file("b"))) for number in range(2, 6)))
             await env.check()
 
-    async def test_closed_on_another_loop(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_closed_on_another_loop(self, database: Database) -> None:
         async with orm_environment(database, journaled=True) as env:
             assert env.journal is not None
             await env.add(Doc(id=1, file=file("a")))
             pool = env.journal._pool._engines._first.sync_engine.pool
             assert pool.checkedin()  # type: ignore[attr-defined]
+            closed: list[threading.Thread] = []
+            event.listen(pool, "close", lambda *_: closed.append(threading.current_thread()))
             await asyncio.to_thread(env.journal.sync.close)
             assert not pool.checkedin()  # type: ignore[attr-defined]
-            assert not [record for record in caplog.records if record.levelname == "ERROR"]
+            assert closed
+            assert set(closed) == {threading.current_thread()}
             await env.add(Doc(id=2, file=file("b")))
             await env.check()
 

@@ -352,7 +352,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
             committed: then all objects stay, for the journal or the garbage collector.
     """
     column_type = held.column.type
-    if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
+    if (sessions := binding.own_sessions) is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only objects of attachment columns can be relocated, through a binding with a session_factory")
     relocation = _Relocation(held.ref, held, rate_limited)
     names = list(held.ref.variants or {})
@@ -361,7 +361,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     await store([Upload(copy, column_type, "", has_variants=False) for copy in copies])
     swap = _Swap(held, held.ref, names, copies, is_shared=is_shared)
     try:
-        return await _commit(binding.session_factory, swap)
+        return await _commit(sessions, swap)
     finally:
         if not swap.is_told:
             await shielded_cleanup(_discard_copies(copies), "deleting copies that their row could not be told of")

@@ -136,12 +136,12 @@ def _check_configuration(binding: StorageBinding) -> list[Check]:
 
 
 async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
-    if binding.session_factory is None:
+    if (sessions := binding.own_sessions) is None:
         yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass session_factory= to bind_storage()")
         return
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(_TIMEOUT), binding.session_factory() as session:
+        async with asyncio.timeout(_TIMEOUT), sessions() as session:
             table = next((column.table for column in binding.ref_columns()), None)
             connection = await session.connection(bind_arguments={} if table is None else {"clause": table})
             await connection.execute(text("SELECT 1"))
@@ -166,7 +166,7 @@ async def _check_references(binding: StorageBinding, referenced: set[str]) -> li
         referenced: Gets the keys of the backends that rows refer to.
     """
     manager = binding.manager
-    if binding.session_factory is None or not manager.backends or not binding.ref_columns():
+    if (sessions := binding.own_sessions) is None or not manager.backends or not binding.ref_columns():
         return []
     checks: list[Check] = []
     refusals: dict[str, CheckResult] = {}
@@ -177,7 +177,7 @@ async def _check_references(binding: StorageBinding, referenced: set[str]) -> li
         async with asyncio.timeout(_TIMEOUT):
             # By backend: each has its identities, and its own bases whose rows may refer to its objects.
             for number, backend_key in enumerate(collected or list(manager.backends)[:1]):
-                source = DatabaseReferences(binding, binding.session_factory, backend_key)
+                source = DatabaseReferences(binding, sessions, backend_key)
                 try:
                     await source.require_fit(allow_restored_database=False)
                 except CollectionRefusedError as error:

@@ -203,7 +203,7 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
 async def _show_due(context: CommandContext, journal: StorageJournal) -> list[dict[str, Any]]:
     """Show, and return, what the journal has to do, by backend and kind of work."""
     await journal.check()
-    sessions = context.binding.session_factory
+    sessions = context.binding.own_sessions
     if sessions is None:
         raise ConfigurationError("the binding has no sessions: pass session_factory= to bind_storage()", see=Page.BINDING)
     tables = journal.tables

@@ -422,15 +422,10 @@ def _checked(checked: bool) -> Markup:
 @asynccontextmanager
 async def discarded_unless_assigned(stored: list[Attachment]) -> AsyncIterator[None]:
     """Delete those of the stored attachments that no row refers to at the end of the block."""
-    cancelled = True
     try:
         yield
-        cancelled = False
-    except Exception:
-        cancelled = False
-        raise
     finally:
-        await discard(stored, cancelled=cancelled)
+        await discard(stored)
 
 
 @dataclass

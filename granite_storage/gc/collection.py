@@ -885,13 +885,13 @@ def _source(
     if binding is None or iter_references is not None:
         given = "neither" if binding is None else "both"
         raise ConfigurationError(f"the garbage collector needs either binding or iter_references, but {given} was given")
-    if binding.session_factory is None:
+    if (sessions := binding.own_sessions) is None:
         raise ConfigurationError(
             "the binding has no sessions to read its references with: pass session_factory=async_sessionmaker(...) to "
             "bind_storage()",
             see=Page.BINDING,
         )
-    return partial(DatabaseReferences, binding, binding.session_factory)
+    return partial(DatabaseReferences, binding, sessions)
 
 
 def _require_limits(grace_period: object, max_deleted_share: object) -> None:

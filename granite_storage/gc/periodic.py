@@ -99,9 +99,9 @@ class Leadership:
 
 def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
     table = next(iter(binding.metadata.tables.values()), None)
-    if binding.session_factory is None or table is None:
+    if (sessions := binding.own_sessions) is None or table is None:
         return None
-    return as_async_engine(without_pool(binding.session_factory().get_bind(clause=table).engine))
+    return as_async_engine(without_pool(sessions().get_bind(clause=table).engine))
 
 
 async def _is_alive(connection: AsyncConnection) -> bool:

@@ -182,6 +182,11 @@ class Binding(Protocol):
         ...
 
     @property
+    def own_sessions(self) -> async_sessionmaker[AsyncSession] | None:
+        """The same for the library's own sessions, on whatever event loop; None if it has none."""
+        ...
+
+    @property
     def journal(self) -> Journal | None:
         """The journal, or None."""
         ...
@@ -343,6 +348,10 @@ class Journal(Protocol):
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete the objects of these intents now, unless a row refers to them."""
+        ...
+
+    def settle_soon(self, ids: Sequence[UUID]) -> None:
+        """Delete the objects of these intents once a transaction that is ending has released them, without waiting for that."""
         ...
 
     async def discard(self, ref: StoredObjectRef) -> None:

@@ -8,6 +8,7 @@ import random
 import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cache, wraps
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
@@ -190,6 +191,18 @@ def dispatchers_of(engine: Engine) -> Iterator[Any]:
         yield getattr(engine.dispatch, "local", engine.dispatch)
         engine = proxied
     yield engine.dispatch
+
+
+def detach_iterations(engine: Engine, name: str) -> None:
+    """Let calls of an event that are in progress go on over a list of their own.
+
+    A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not
+    grow while another session is in it.
+    """
+    for dispatch in (engine.dispatch, engine.pool.dispatch):
+        if (listeners := getattr(dispatch, name, None)) is not None:
+            modifiable = listeners.for_modify(dispatch)
+            modifiable.listeners = copy(modifiable.listeners)
 
 
 # Locks of other transactions: retries after a deadlock, and statements that do not wait.

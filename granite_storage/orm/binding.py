@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
@@ -20,6 +19,7 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import events
 from granite_storage.orm._interfaces import ColumnType, add_binding, are_triggers_declared, remove_binding
+from granite_storage.orm._loops import as_own_sessions, note_loops
 from granite_storage.orm._threaded import SessionFactory, as_async_sessions
 from granite_storage.orm.columns import AttachmentType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
@@ -97,6 +97,8 @@ def bind_storage(
         if isinstance(column.type, AttachmentType):
             column.type.manager_in(binding)
     events.require_single(base)
+    if binding.session_factory is not None:
+        note_loops(_binds_of(binding.session_factory))
     if journal is not None:
         journal.bind(binding)
     if add_binding(binding):
@@ -107,6 +109,12 @@ def bind_storage(
         binding.unbind()
         raise
     return binding
+
+
+def _binds_of(factory: async_sessionmaker[AsyncSession]) -> list[object]:
+    """Return the engines and connections that a session factory was given; a function may have others."""
+    options = factory.kw
+    return [options.get("bind"), *(options.get("binds") or {}).values()]
 
 
 @dataclass(eq=False, repr=False)
@@ -126,6 +134,11 @@ class StorageBinding:
     manager: StorageManager
     session_factory: async_sessionmaker[AsyncSession] | None
     journal: StorageJournal | None = None
+
+    @property
+    def own_sessions(self) -> async_sessionmaker[AsyncSession] | None:
+        """What makes the library's own sessions, which may run on another event loop than the application's; see `_loops`."""
+        return as_own_sessions(self.session_factory)
 
     @property
     def base_name(self) -> str:
@@ -154,13 +167,13 @@ class StorageBinding:
 
     async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
         """Return whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
-        if self.session_factory is None:
+        if (sessions := self.own_sessions) is None:
             return None
         try:
-            async with self.session_factory() as session:
+            async with sessions() as session:
                 connection = await session.connection(bind_arguments={"clause": column.table})
                 return await connection.run_sync(refers, column, ref)
-        except SQLAlchemyError:
+        except Exception:  # a driver that cannot connect raises errors of its own
             logger.warning(
                 "it is unknown whether a row refers to the object %r", ref.location, exc_info=True, extra=fields_of(ref)
             )

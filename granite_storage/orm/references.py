@@ -201,12 +201,12 @@ class Scan:
     """
 
     def __init__(self, binding: Binding) -> None:
-        if binding.session_factory is None:
+        if (sessions := binding.own_sessions) is None:
             raise ConfigurationError(
                 "reading the rows needs sessions: bind_storage(Base, manager, session_factory=async_sessionmaker(...))",
                 see=Page.BINDING,
             )
-        self._sessions = binding.session_factory
+        self._sessions = sessions
         self._columns: dict[Table, list[Column[Any]]] = {}
         for column in sorted(binding.ref_columns(), key=lambda column: column.table.fullname):
             self._columns.setdefault(column.table, []).append(column)

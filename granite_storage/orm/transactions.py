@@ -18,7 +18,6 @@ import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -47,7 +46,15 @@ from granite_storage.orm._interfaces import (
     are_triggers_declared,
     leave_out,
 )
-from granite_storage.orm._util import TRANSLATE_MAP, codes_of, deferred_cancellation, in_greenlet, is_async, root_engine
+from granite_storage.orm._util import (
+    TRANSLATE_MAP,
+    codes_of,
+    deferred_cancellation,
+    detach_iterations,
+    in_greenlet,
+    is_async,
+    root_engine,
+)
 from granite_storage.orm.locking import CountedDeletes, RowRef, find_shared, find_shared_afresh
 from granite_storage.orm.uploads import remove_now
 
@@ -459,8 +466,8 @@ class ConnectionWatch:
         return outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and self.has_snapshot)
 
     @deferred_cancellation()  # an event of a connection must not be broken off
-    def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
-        """Act on the end of the outer transaction, which may still be in progress."""
+    def resolve(self, outcome: Outcome, *, in_progress: bool = False, is_dropped: bool = False) -> None:
+        """Act on the end of the outer transaction, which may still be in progress, or whose connection is being dropped."""
         joined, self.joined = self.joined, []
         to_delete, self.to_delete = self.to_delete, []
         keep = _asking([self], outcome)
@@ -471,7 +478,7 @@ class ConnectionWatch:
         if in_progress:
             self.to_delete_after_rollback += [stored for stored in (*removed, *to_delete) if stored.intent is not None]
         now = [stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None]
-        remove_now(now, is_async=self.is_async, keep=keep)
+        remove_now(now, is_async=self.is_async, keep=keep, are_locked=is_dropped)
 
     @deferred_cancellation()
     def settle(self) -> None:
@@ -567,8 +574,14 @@ def _look_after(
     task.add_done_callback(_concluding.discard)
 
 
-def conclude(session: Session, transaction: SessionTransaction) -> None:
-    """Act on the end of a session's outermost transaction, or leave that to the transaction it was joined to."""
+def conclude(session: Session, transaction: SessionTransaction, *, is_dropped: bool = False) -> None:
+    """Act on the end of a session's outermost transaction, or leave that to the transaction it was joined to.
+
+    Args:
+        session: The session.
+        transaction: Its outermost transaction.
+        is_dropped: Whether it ends because its connection is being dropped, and has not ended in the database yet.
+    """
     unit = _units.pop(session, None)
     if unit is None:
         return
@@ -596,7 +609,8 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
     keep = _asking(spans, outcome)
     for item in spans:
         item.reset()
-    remove_now(_end(unit, frame, outcome), is_async=is_async(session) or any(item.is_async for item in spans), keep=keep)
+    removed = _end(unit, frame, outcome)
+    remove_now(removed, is_async=is_async(session) or any(item.is_async for item in spans), keep=keep, are_locked=is_dropped)
 
 
 def _end(unit: UnitOfWork, frame: Frame, outcome: Outcome) -> list[StoredObject]:
@@ -619,20 +633,8 @@ def listen_to(engine: Engine) -> None:
     if engine not in _engines:
         _engines.add(engine)
         for name, listener in _LISTENERS.items():
-            _detach_iterations(engine, name)
+            detach_iterations(engine, name)
             event.listen(engine, name, listener)
-
-
-def _detach_iterations(engine: Engine, name: str) -> None:
-    """Let calls of an event that are in progress go on over a list of their own.
-
-    A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not
-    grow while another session is in it.
-    """
-    for dispatch in (engine.dispatch, engine.pool.dispatch):
-        if (listeners := getattr(dispatch, name, None)) is not None:
-            modifiable = listeners.for_modify(dispatch)
-            modifiable.listeners = copy(modifiable.listeners)
 
 
 def unlisten_all() -> None:
@@ -777,9 +779,9 @@ def _on_invalidate(_: Any, record: Any, __: Any) -> None:
         root = None if unit is None else next(iter(unit.frames), None)
         if root is not None:
             with deferred_cancellation():
-                conclude(session, root)
+                conclude(session, root, is_dropped=True)
     if found.joined or found.to_delete:
-        found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
+        found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, is_dropped=True)
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:

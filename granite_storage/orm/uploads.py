@@ -18,7 +18,6 @@ from sqlalchemy.util import greenlet_spawn
 from granite_storage._tasks import (
     UnaskedEndError,
     contained,
-    is_cancellation,
     run_bounded,
     shielded,
     shielded_cleanup,
@@ -54,17 +53,19 @@ def remove_now(
     *,
     is_async: bool,
     keep: Callable[[Sequence[StoredObject]], Collection[str]] | None = None,
+    are_locked: bool = False,
 ) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
     An asynchronous session or connection that ends without an `await` cannot await the storage; the objects are then left to the
     garbage collector. Objects with an intent are deleted by their journal: displaced ones by its worker, in batches; uploads
-    that no row refers to at once, unless the task is being cancelled.
+    that no row refers to at once.
 
     Args:
         stored: The objects.
         is_async: Whether the session or connection is an asynchronous one.
         keep: Given the objects without an intent, returns the locations of those to keep; it may use SQLAlchemy.
+        are_locked: Whether the transaction may still have its locks, as it does until its connection is closed.
     """
     given = list(stored)
     objects = {item.key: item for item in given}
@@ -83,8 +84,11 @@ def remove_now(
                 extra=fields_of(item.ref),
             )
         return
-    if intents and in_greenlet() and _is_being_cancelled():
-        intents = []
+    if are_locked:  # on SQLite the whole file is, and each look at it would wait
+        busy = [intent for intent in intents if intent.journal.sidecar is not None]
+        for journal, ids in ids_by_journal(busy).items():
+            journal.settle_soon(ids)
+        intents = [intent for intent in intents if intent not in busy]
     if keep is not None and plain and not in_greenlet():
         kept, keep = keep(plain), None
         plain = [item for item in plain if item.ref.location not in kept]
@@ -150,11 +154,6 @@ async def _settle(journal: Journal, ids: list[UUID]) -> None:
             await journal.settle(ids)
     except Exception:
         logger.warning("%d objects of an ended transaction are left to the journal's worker", len(ids), exc_info=True)
-
-
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 _CONCURRENCY = 8
@@ -246,8 +245,8 @@ class _Item:
 async def store(uploads: Sequence[Upload]) -> None:
     """Store attachments concurrently, and then the variants that are made in the flush; if one fails, delete all the others.
 
-    Their intents are committed to the journal before the first byte is sent, in one transaction. A cancelled caller leaves what
-    it began to the journal; without a journal it waits until everything is deleted.
+    Their intents are committed to the journal before the first byte is sent, in one transaction. A cancelled caller waits until
+    everything is deleted: with a journal as its worker deletes, so that a request which still arrives leaves nothing either.
 
     A variant whose recipe fails is left to the journal's worker, as are all of an original that is held for a scanner. Without a
     journal the failure is raised. One that a recipe refuses is an error, as any other refused upload.
@@ -259,23 +258,23 @@ async def store(uploads: Sequence[Upload]) -> None:
     try:
         with contained("storing attachments"):
             await _put_all(items, leases)
-    except BaseException as error:
-        await _undo([upload.attachment for upload in uploads], is_cancellation(error), items)
+    except BaseException:
+        await _undo([upload.attachment for upload in uploads], items)
         raise
     for item in items:
         item.complete()
 
 
-async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False) -> None:
+async def discard(attachments: Iterable[Attachment]) -> None:
     """Delete the objects of attachments that were stored before their transaction and that no row refers to; ignore others.
 
-    The attachments become pending, and their streams stay consumed, so that a later flush raises. A cancelled caller leaves
-    objects with an intent to the journal. Objects that cannot be deleted are logged, and left to the journal or the collector.
+    The attachments become pending, and their streams stay consumed, so that a later flush raises. A cancelled caller waits for
+    the deletes. Objects that cannot be deleted are logged, and left to the journal or the collector.
     """
     unowned = [attachment for attachment in attachments if attachment._state.owner is Owner.NONE]
     for attachment in unowned:
         attachment._state.discard()
-    await _undo(unowned, cancelled)
+    await _undo(unowned)
 
 
 async def _begin(items: Sequence[_Item]) -> dict[Journal | None, UploadLease]:
@@ -382,12 +381,11 @@ async def require_lease(lease: UploadLease | None, intent: Intent | None, ref: S
         raise
 
 
-async def _undo(attachments: Sequence[Attachment], cancelled: bool, items: Sequence[_Item] = ()) -> None:
+async def _undo(attachments: Sequence[Attachment], items: Sequence[_Item] = ()) -> None:
     """Delete the objects of uploads that no row refers to; an interrupted upload may have stored its object too.
 
     Args:
         attachments: The attachments.
-        cancelled: Whether the caller is cancelled.
         items: The uploads that were in progress, whose variants the attachments do not have yet.
     """
     stored = [stored_object(attachment) for attachment in attachments if attachment._state.ref is not None]
@@ -397,7 +395,7 @@ async def _undo(attachments: Sequence[Attachment], cancelled: bool, items: Seque
     for attachment in attachments:
         attachment._state.undo()
     plain = [item for item in stored if item.intent is None]
-    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row refers to")
+    await shielded_cleanup(remove(plain, intents), "removing uploads that no row refers to")
 
 
 # Variants: each has a location and an intent of its own, and is derived from what was stored.

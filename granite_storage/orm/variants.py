@@ -372,11 +372,11 @@ async def drop_without_journal(binding: Binding, column_type: ColumnType, source
 
 
 def _require_sessions(binding: Binding) -> async_sessionmaker[AsyncSession]:
-    if binding.session_factory is None:
+    if (sessions := binding.own_sessions) is None:
         raise ConfigurationError(
             "making a variant on request needs sessions: bind_storage(..., session_factory=...)", see=Page.BINDING
         )
-    return binding.session_factory
+    return sessions
 
 
 def _find(

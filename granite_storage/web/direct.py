@@ -380,7 +380,9 @@ class DirectUploads:
                 if await claimed.publish(attachment):
                     return attachment
             except BaseException as error:
-                await discard([attachment], cancelled=is_cancellation(error))
+                # A cancelled one may be published, and is then found by the next request; otherwise it goes with its lease.
+                if not is_cancellation(error):
+                    await discard([attachment])
                 raise
             await discard([attachment])
         return None

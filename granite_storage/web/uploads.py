@@ -14,7 +14,7 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
-from granite_storage._tasks import is_cancellation, shielded_cleanup
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
@@ -215,23 +215,22 @@ class Received:
             self.attachments.append(stored)
         return stored
 
-    async def remove_all(self, *, cancelled: bool) -> None:
+    async def remove_all(self) -> None:
         """Remove everything, which nothing refers to yet; what could not be removed is logged."""
         refs, self.refs = self.refs, []
-        await self.discard_attachments(cancelled=cancelled)
+        await self.discard_attachments()
         await remove(refs, [])
 
-    async def discard_attachments(self, *, cancelled: bool = False, but_assigned: bool = False) -> None:
+    async def discard_attachments(self, *, but_assigned: bool = False) -> None:
         """Remove the attachments that no row has taken.
 
         Args:
-            cancelled: Whether the task is being cancelled; a journal then removes what it knows of.
             but_assigned: Whether those stay that are assigned to an instance: a later flush may store its row.
         """
         attachments, self.attachments = self.attachments, []
         if but_assigned:
             attachments = [item for item in attachments if not item._state.is_assigned(item)]
-        await discard(attachments, cancelled=cancelled)
+        await discard(attachments)
 
 
 # Forms and bodies.
@@ -359,9 +358,7 @@ class UploadForm:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        await self._received.discard_attachments(
-            cancelled=error is not None and is_cancellation(error), but_assigned=error is None
-        )
+        await self._received.discard_attachments(but_assigned=error is None)
 
 
 async def stream_upload(
@@ -375,8 +372,7 @@ async def stream_upload(
 
     Nothing is spooled: the connection is read as fast as the storage takes the bytes, and memory is bounded, whatever the
     client sends. When it returns, the whole form has arrived and its files are stored. When it raises, because the form is
-    malformed, too large or cut off, the storage fails, or the task is cancelled, the files stored so far are removed; a journal
-    removes those that a cancelled task had to leave.
+    malformed, too large or cut off, the storage fails, or the task is cancelled, the files stored so far are removed.
 
     Args:
         request: The request; its body must not have been read.
@@ -555,10 +551,9 @@ async def _receive(form: _MultipartForm) -> UploadForm:
     try:
         await form.receive()
         return form.result()
-    except BaseException as error:
+    except BaseException:
         if form.stored:
-            cancelled = is_cancellation(error)
-            await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
+            await shielded_cleanup(form.stored.remove_all(), "removing what a failed request has stored")
         raise
 
 

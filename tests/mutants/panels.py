@@ -11,8 +11,8 @@ MUTANTS = [
         name="panels-refused-form-stays",
         rule="What a form has stored is deleted where its row is not committed.",
         path="granite_storage/contrib/_panels.py",
-        old="        await discard(stored, cancelled=cancelled)",
-        new="        await discard([], cancelled=cancelled)",
+        old="        await discard(stored)",
+        new="        await discard([])",
         tests=(
             "tests/contrib/test_panels.py::TestCollections::test_one_that_is_refused",
             "tests/contrib/test_starlette_admin.py::test_other_field_that_is_refused",

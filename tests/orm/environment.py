@@ -382,6 +382,10 @@ class OrmEnvironment:
         async with self.sessions() as session:
             return not await self._journal_rows(session)
 
+    async def is_settled_but_for_late_arrivals(self) -> bool:
+        """Tell whether the journal does nothing now; it may look once more for what a request still stores."""
+        return not (await self.journal_rows("intent") or [row for row in await self.journal_rows("reclaim") if not row.emptied])
+
     async def _journal_rows(self, session: AsyncSession) -> list[Any]:
         """Return what the journal still knows of: the table, the location, and whether it is due."""
         assert self.journal is not None

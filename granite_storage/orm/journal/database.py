@@ -6,10 +6,12 @@ What the journal commits must neither wait for the application's pool nor join i
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import copy
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from hashlib import sha256
@@ -23,10 +25,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
 from granite_storage._documentation import Page
-from granite_storage._portal import portal
+from granite_storage._portal import has_running_loop, portal
+from granite_storage._tasks import CLEANUP_TIMEOUT
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, StorageError
 from granite_storage.orm._faults import explain_denied, explain_fault
 from granite_storage.orm._interfaces import JournalTables
+from granite_storage.orm._loops import make_apart
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, wait
 from granite_storage.orm.journal.tables import (
@@ -76,6 +80,7 @@ class JournalPool:
         self._timeout: float | None = None
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._engines = Engines(self._new_engine)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._open_pools = _open_pools_of(root_engine(self._outer))
         self._open_pools.add(self)
 
@@ -260,13 +265,43 @@ class JournalPool:
             " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
         )
 
+    def run_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine beside the caller, on its event loop or on that of synchronous callers, until the pool is closed."""
+        self._open_pools.add(self)
+        if has_running_loop():
+            self._keep(asyncio.get_running_loop().create_task(work))
+        else:
+            portal.run_later(self._keep_aside(work))
+
+    async def _keep_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        await self._keep(asyncio.ensure_future(work))
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _end_tasks(self) -> list[asyncio.Task[None]]:
+        """Cancel what runs aside, and return those of the tasks that the caller can wait for."""
+        tasks, here = list(self._tasks), _running_loop()
+        for task in tasks:
+            loop = task.get_loop()
+            if loop is not here and not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
+        own = [task for task in tasks if task.get_loop() is here]
+        for task in own:
+            task.cancel()
+        return own
+
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
         self._open_pools.discard(self)
+        await asyncio.gather(*self._end_tasks(), return_exceptions=True)
         await self._engines.aclose()
 
     def dispose(self) -> None:
         """Close the connections from within an event of SQLAlchemy."""
+        self._end_tasks()
         self._engines.dispose()
 
     def _on_connect(self, connection: Any, _: Any) -> None:
@@ -275,58 +310,94 @@ class JournalPool:
 
 
 class Engines:
-    """The engines of a pool: one, and another for the event loop of synchronous callers, where connections belong to a loop.
+    """The engines of a pool: one, and others for other event loops, where connections belong to the loop that opened them.
 
-    A forked child makes its own and closes none of its parent's connections.
+    The loop of synchronous callers has a pool of its own. A second loop of the application opens a connection for each
+    transaction, since it may end without a word. A forked child makes its own engines and closes none of its parent's
+    connections.
     """
 
     def __init__(self, make: Callable[[], AsyncEngine]) -> None:
         self._make = make
         self._first = make()
+        # The loop that the first one's connections belong to.
+        self._home: weakref.ref[asyncio.AbstractEventLoop] | None = None
         # A child must not close what its parent has opened: on SQLite that may take the parent's locks from it.
         self._inherited: list[Pool] = []
         self._on_portal: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
+        self._elsewhere: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
         self._process = os.getpid()
 
     @property
     def of_caller(self) -> AsyncEngine:
         """The one that the running event loop uses."""
         self._leave_to_parent()
-        if not (portal.is_here and self._first.dialect.is_async):
+        if not self._first.dialect.is_async:
             return self._first
         loop = asyncio.get_running_loop()
-        engine = self._on_portal.get(loop)
+        if portal.is_here:
+            engine = self._on_portal.get(loop)
+            if engine is None:
+                engine = self._on_portal[loop] = self._make()
+                portal.add_user(self)
+            return engine
+        if self._home is None:
+            self._home = weakref.ref(loop)
+        if self._home() is loop or isinstance(self._first.sync_engine.pool, NullPool):
+            return self._first
+        engine = self._elsewhere.get(loop)
         if engine is None:
-            engine = self._on_portal[loop] = self._make()
-            portal.add_user(self)
+            engine = self._elsewhere[loop] = as_async_engine(make_apart(self._first.sync_engine))
         return engine
 
     async def aclose(self) -> None:
         """Close all connections."""
         self._leave_to_parent()
-        await self._first.dispose()
+        if (closing := self._close_at_home()) is None:
+            await self._first.dispose()
+        else:
+            await asyncio.wait([asyncio.wrap_future(closing)], timeout=CLEANUP_TIMEOUT)  # that loop may be held up
         if portal.is_used_by(self):
             await portal.run_here(self._dispose_on_portal())
             portal.release(self)
 
     def dispose(self) -> None:
-        """Close all connections from within an event of SQLAlchemy; those of the other loop some time later."""
+        """Close all connections from within an event of SQLAlchemy; those of another loop some time later."""
         self._leave_to_parent()
-        self._first.sync_engine.dispose()
+        if self._close_at_home() is None:
+            self._first.sync_engine.dispose()
         if portal.is_used_by(self):
             portal.run_later(self._dispose_on_portal())
+
+    def _close_at_home(self) -> concurrent.futures.Future[None] | None:
+        """Begin to close the first one's connections on their own loop; return None where the caller may close them itself."""
+        reference, self._home = self._home, None
+        home = None if reference is None else reference()
+        if reference is None or home is _running_loop():
+            return None
+        if home is not None and home.is_running():
+            return asyncio.run_coroutine_threadsafe(self._first.dispose(), home)
+        if self._first.dialect.name != "sqlite":  # whose connections are threads, which any loop can end
+            self._first.sync_engine.dispose(close=False)
+        return None
 
     def _leave_to_parent(self) -> None:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._inherited.append(self._first.sync_engine.pool)
             self._first.sync_engine.dispose(close=False)
+            self._home = None
             self._on_portal.clear()
+            self._elsewhere.clear()
 
     async def _dispose_on_portal(self) -> None:
         engine = self._on_portal.get(asyncio.get_running_loop())
         if engine is not None:
             await engine.dispose()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    return asyncio.get_running_loop() if has_running_loop() else None
 
 
 _OPEN_POOLS: Final = "_granite_storage_open_pools"

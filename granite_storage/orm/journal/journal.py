@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -69,6 +70,9 @@ Queue = TypeVar("Queue", bound=JobQueue)
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _HURRY = 1.0
+_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""Seconds between the looks at whether a server has rolled back what it was not asked to."""
+_FAULTS = (BackendUnavailableError, ConfigurationError, DBAPIError)
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
 _IDLE_INTERVAL = timedelta(minutes=5)
@@ -542,13 +546,38 @@ class StorageJournal:
         A worker's next pass deletes them where the database is locked by others now; without that they stay for a lease.
         """
         try:
-            for recovery in self._recoveries(self._hurried):
-                await recovery.settle(ids)
-        except (BackendUnavailableError, ConfigurationError, DBAPIError):
-            with suppress(BackendUnavailableError, ConfigurationError, DBAPIError):  # the lease ends by itself then
+            locked = await self._settle(ids)
+        except _FAULTS:
+            with suppress(*_FAULTS):  # the lease ends by itself then
                 await self.intents.expire(ids)
                 self._alarm.ring()
+            if self.sidecar is not None:  # which waits for the session's own lock on the rows
+                self.settle_soon(ids)
             raise
+        if locked:
+            self.settle_soon(locked)
+
+    async def _settle(self, ids: Sequence[UUID]) -> list[UUID]:
+        """Delete objects as `settle` does; return the intents that are locked still."""
+        locked = [await recovery.settle(ids) for recovery in self._recoveries(self._hurried)]
+        return sorted(set[UUID]().union(*locked))
+
+    def settle_soon(self, ids: Sequence[UUID]) -> None:
+        """Delete such objects once their intents are free, without waiting for it.
+
+        The server takes a while to roll back the transaction of a connection that was dropped. What stays locked for some seconds
+        stays for a lease, and so does what the end of the event loop leaves.
+        """
+        self._pool.run_aside(self._settle_patiently(ids))
+
+    async def _settle_patiently(self, ids: Sequence[UUID]) -> None:
+        for pause in _PAUSES:
+            await asyncio.sleep(pause)
+            with suppress(*_FAULTS):
+                ids = await self._settle(ids)
+            if not ids:
+                return
+        logger.warning("%d objects of an ended transaction are left to the journal's worker", len(ids))
 
     async def discard(self, ref: StoredObjectRef) -> None:
         """Delete an object that no row can refer to, under a new intent, since its own may be gone."""

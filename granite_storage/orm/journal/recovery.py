@@ -145,19 +145,23 @@ class Recovery:
             now, *found = (await connection.execute(select(clock(), *dues))).one()
         return max([0.0, *((in_utc(now) - in_utc(due)).total_seconds() for due in found if due is not None)])
 
-    async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
-        """Process the intents of an ended transaction at once, by their ids.
+    async def settle(self, ids: Sequence[UUID]) -> set[UUID]:
+        """Process the intents of an ended transaction at once, by their ids; return those uploads that are locked still.
 
         Deletes whose retention is not over stay, and so does what a transaction that has not really ended still locks.
         """
         intent = self._tables.intent
-        report = RecoveryReport()
+        locked: set[UUID] = set()
         for some in batches(ids, self._pool.batch_size or _BATCH):
             among = intent.c.id.in_(some)
             claimed, _ = await self._fence(among & ((intent.c.kind == UPLOAD) | (intent.c.due <= clock())))
             if claimed:
-                report.add(await self._process(claimed))
-        return report
+                await self._process(claimed)
+            if len(claimed) < len(some):
+                async with self._pool.reading() as connection:
+                    pending = select(intent.c.id).where(among, intent.c.kind == UPLOAD)
+                    locked.update((await connection.execute(pending)).scalars())
+        return locked
 
     async def count_waiting(self, report: RecoveryReport) -> None:
         """Add the counts of what is not due yet to a report."""

@@ -219,7 +219,6 @@ def test_no_table() -> None:
         ({"collection_class": set}, "AttachmentList"),
         ({"secondary": "links"}, "foreign key"),
         ({"comparator_factory": object}, "comparator"),
-        ({"info": {}}, "property.info"),
         ({"argument": "File"}, "generated"),
     ],
 )

@@ -15,7 +15,7 @@ The simpler variants, and the scenario or the test that each of them fails in:
     deletes where a savepoint is released            test_session_variants: released_and_rolled_back
     deletes at the flush                             test_session_variants: replaced_and_rolled_back
     replacement in place                             test_session_variants: replaced_and_rolled_back
-    clean-up by a cancelled task itself              test_recovery: TestCancelled
+    clean-up by a cancelled task, without a fence    test_recovery: TestCancelled
     deletes at a rollback, without a fence           test_session_variants: rolled_back_and_tried_again and
                                                      rolled_back_though_referenced
     no second look after an upload                   late_arrival

@@ -32,7 +32,7 @@ from granite_storage.orm.uploads import make_variant, prepare_variant, remove
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
     from granite_storage.manager import StorageManager
 
@@ -300,8 +300,17 @@ async def make_without_journal(
     declared: DeclaredVariant,
     *,
     which: Which = "missing",
+    options: Mapping[str, Any],
 ) -> StoredObjectRef:
     """Make a variant of the object of a committed row, and return what the row holds then.
+
+    Args:
+        binding: The binding.
+        column_type: The column.
+        source: The original.
+        declared: The variant.
+        which: Whether it is made though the row has it.
+        options: The execution options that lead to the table of the row.
 
     Raises:
         ConfigurationError: The base was bound without a session factory.
@@ -312,7 +321,7 @@ async def make_without_journal(
         DerivationFailedError: It could not be made now.
         StorageError: It could not be stored.
     """
-    setting = _Setting(_require_sessions(binding), column_type, source, declared.name)
+    setting = _Setting(_require_sessions(binding), column_type, source, declared.name, options)
     holdings = await shielded(setting.read())
     if not holdings:
         raise not_committed(source)
@@ -341,14 +350,16 @@ async def make_without_journal(
     return setting.held
 
 
-async def drop_without_journal(binding: Binding, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool:
+async def drop_without_journal(
+    binding: Binding, column_type: ColumnType, source: StoredObjectRef, name: str, *, options: Mapping[str, Any]
+) -> bool:
     """Take a variant that its column does not declare out of the rows of its original; return whether one had it.
 
     Raises:
         ConfigurationError: The base was bound without a session factory.
         StaleAttachmentError: Others have locked the row for long.
     """
-    setting = _Setting(_require_sessions(binding), column_type, source, name)
+    setting = _Setting(_require_sessions(binding), column_type, source, name, options)
     try:
         await shielded(setting.run({}))
     finally:
@@ -375,18 +386,31 @@ def _find(
 class _Setting:
     """Sets a variant in the rows of its original, or takes it out, in a transaction of its own.
 
+    Args:
+        sessions: The sessions.
+        column_type: The column of the rows.
+        source: The original.
+        name: The name of the variant.
+        options: The execution options of the connection, which lead to the table of the rows.
+
     Attributes:
         fate: Whether rows have it.
         held: What a row holds now.
     """
 
     def __init__(
-        self, sessions: async_sessionmaker[AsyncSession], column_type: ColumnType, source: StoredObjectRef, name: str
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        column_type: ColumnType,
+        source: StoredObjectRef,
+        name: str,
+        options: Mapping[str, Any],
     ) -> None:
         self._sessions = sessions
         self._column_type = column_type
         self._source = source
         self._name = name
+        self._options = options
         self._displaced: list[StoredObjectRef] = []
         self.fate = _Fate.UNSET
         self.held: StoredObjectRef | None = None
@@ -394,13 +418,13 @@ class _Setting:
     async def read(self) -> list[Holding]:
         """Return the rows that hold the original."""
         async with self._sessions() as session:
-            connection = await session.connection(bind_arguments={"clause": self._column_type.table})
+            connection = await self._connect(session)
             return await connection.run_sync(_find, read_holdings, self._column_type.column, self._source)
 
     async def run(self, made: Mapping[str, MadeVariant]) -> None:
         """Set what was made where the rows hold what was seen; without it take out what is not declared."""
         async with self._sessions() as session:
-            connection = await session.connection(bind_arguments={"clause": self._column_type.table})
+            connection = await self._connect(session)
             # SQLite bounds the wait itself, and a statement that is cut off there leaves the file locked.
             limit = None if connection.dialect.name == "sqlite" else LONGEST_WAIT
             try:
@@ -415,6 +439,11 @@ class _Setting:
                 self.fate = _Fate.IN_DOUBT
                 await session.commit()
                 self.fate = _Fate.SET
+
+    async def _connect(self, session: AsyncSession) -> AsyncConnection:
+        return await session.connection(
+            bind_arguments={"clause": self._column_type.table}, execution_options=dict(self._options) or None
+        )
 
     async def delete_displaced(self, manager: StorageManager) -> None:
         """Delete what no row has any more; where that is unknown, it stays, for the garbage collector."""

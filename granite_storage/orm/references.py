@@ -338,23 +338,22 @@ class Scan:
         session: AsyncSession
         async with self._sessions() as session:
             if isinstance(session.sync_session, ShardedSession):
-                if self._schemas:
-                    raise ConfigurationError("schemas cannot be chosen in a sharded session: bind the sessions of one shard")
-                found = [FoundTable(table, tuple(columns)) for table, columns in self._columns.items()]
-                unseen = ["the sessions are sharded, and only one shard is read: bind the sessions of each shard in turn"]
-            else:
-                for tables in group(self._columns, lambda table: session.get_bind(clause=table)).values():
-                    connection = await session.connection(bind_arguments={"clause": tables[0]})
-                    columns = [column for table in tables for column in self._columns[table]]
-                    own, namesakes, hidden = await connection.run_sync(find_in_schemas, columns, self._schemas)
-                    found += own
+                raise ConfigurationError(
+                    "the sessions are sharded, and which shard has a row is known for instances alone: bind the sessions of each"
+                    " shard in turn, and do this for each"
+                )
+            for tables in group(self._columns, lambda table: session.get_bind(clause=table)).values():
+                connection = await session.connection(bind_arguments={"clause": tables[0]})
+                columns = [column for table in tables for column in self._columns[table]]
+                own, namesakes, hidden = await connection.run_sync(find_in_schemas, columns, self._schemas)
+                found += own
+                unseen += hidden
+                if namesakes:
+                    identities = identities or await _identities_of_all(self._manager)
+                    chosen = bool(self._schemas)
+                    more, hidden = await connection.run_sync(judge_namesakes, namesakes, identities, are_chosen=chosen)
+                    found += more
                     unseen += hidden
-                    if namesakes:
-                        identities = identities or await _identities_of_all(self._manager)
-                        chosen = bool(self._schemas)
-                        more, hidden = await connection.run_sync(judge_namesakes, namesakes, identities, are_chosen=chosen)
-                        found += more
-                        unseen += hidden
         self._found, self.unseen = sorted(found, key=lambda item: item.order), unseen
 
     async def _rows_of(self, found: FoundTable, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:

@@ -160,9 +160,9 @@ def judge_namesakes(
 ) -> tuple[list[FoundTable], list[str]]:
     """Return those tables of other schemas that may belong to the application, and in words what cannot be read; blocking.
 
-    One belongs to it if a ref in it says that it is of a store of the manager, or if its schema was chosen. It may belong to it if
-    its refs do not say of which store they are, or if it has all columns of the model. What has neither refs nor the columns of
-    the model is left out.
+    One belongs to it if a ref in it says that it is of a store of the manager, or if its schema was chosen. It may belong to it
+    if its refs do not say of which store they are, or if it has all columns of the model. What has neither refs nor the columns
+    of the model is left out.
     """
     found: list[FoundTable] = []
     unseen: list[str] = []
@@ -207,9 +207,8 @@ def _judge(
     if any(item.name in namesake.lacking for item in table.primary_key) or any(place.table != table.name for place in places):
         return None, [*problems, f"{name} is not the table of the model: it has another name or another primary key"]
     if not is_ours:
-        return Home(
-            namesake.schema, f"no reference in {name} says that it is of a store of this application: {_TO_CHOOSE}"
-        ), problems
+        said = f"no reference in {name} says that it is of a store of this application: {_TO_CHOOSE}"
+        return Home(namesake.schema, said), problems
     if lacking:
         said = f"{name} has no column {lacking}, though the model has: run the migrations for this schema"
         return Home(namesake.schema, said), problems

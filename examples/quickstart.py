@@ -24,7 +24,14 @@ import aiofiles
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.tree import Tree
 from sqlalchemy import delete, select
@@ -32,7 +39,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from granite_storage import ChecksumMismatchError, ContentTooLargeError, StorageManager, StoragePolicy
+from granite_storage import (
+    ChecksumMismatchError,
+    ContentTooLargeError,
+    StorageManager,
+    StoragePolicy,
+)
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.orm import Attachment, attachment, bind_storage
 
@@ -62,8 +74,15 @@ def make_manager(root: Path) -> StorageManager:
     return StorageManager(
         backends={"local": LocalStorageBackend(root_dir=root)},
         policies={
-            "documents": StoragePolicy(storage_key="documents", backend_key="local", max_size=16 * MIB, key_prefix="documents"),
-            "videos": StoragePolicy(storage_key="videos", backend_key="local", key_prefix="videos"),
+            "documents": StoragePolicy(
+                storage_key="documents",
+                backend_key="local",
+                max_size=16 * MIB,
+                key_prefix="documents",
+            ),
+            "videos": StoragePolicy(
+                storage_key="videos", backend_key="local", key_prefix="videos"
+            ),
         },
     )
 
@@ -73,7 +92,12 @@ class Report:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.table = Table(title="What happened", title_justify="left", title_style="bold", expand=False)
+        self.table = Table(
+            title="What happened",
+            title_justify="left",
+            title_style="bold",
+            expand=False,
+        )
         for heading in ("Call", "Outcome"):
             self.table.add_column(heading)
         for heading in ("Bytes", "Time", "Rate"):
@@ -91,7 +115,13 @@ class Report:
         yield
         seconds = time.perf_counter() - start
         rate = f"{decimal(int(size / seconds))}/s" if size >= MIB else ""
-        self.table.add_row(call, escape(outcome), decimal(size) if size else "", f"{seconds * 1000:,.1f} ms", rate)
+        self.table.add_row(
+            call,
+            escape(outcome),
+            decimal(size) if size else "",
+            f"{seconds * 1000:,.1f} ms",
+            rate,
+        )
 
 
 async def size_of(path: Path) -> int:
@@ -99,27 +129,47 @@ async def size_of(path: Path) -> int:
 
 
 async def store(sessions: Sessions, files: Sequence[Path], report: Report) -> None:
-    """Insert a row for each file, in its own transaction: both exist after the commit, neither after a refusal."""
+    """Insert a row for each file, in its own transaction: both exist, or neither."""
     report.step("Store")
     for number, path in enumerate(files, start=1):
         async with aiofiles.open(path, "rb") as source:
-            file = Attachment(source, filename=path.name, content_type=mimetypes.guess_type(path.name)[0])
+            file = Attachment(
+                source,
+                filename=path.name,
+                content_type=mimetypes.guess_type(path.name)[0],
+            )
             with report.timed("INSERT", path.name, await size_of(path)):
                 try:
                     async with sessions.begin() as session:
-                        session.add(Document(id=number, title=f"{number} {path.name}", file=file))
+                        session.add(
+                            Document(
+                                id=number, title=f"{number} {path.name}", file=file
+                            )
+                        )
                 except ContentTooLargeError as error:
-                    report.say(f"[red]refused[/] {escape(path.name)}: {escape(str(error))}")
+                    report.say(
+                        f"[red]refused[/] {escape(path.name)}: {escape(str(error))}"
+                    )
                     continue
-        report.say(f"[green]stored[/] {escape(path.name)}, {decimal(file.size)}, {file.checksum[:19]}...")
+        report.say(
+            f"[green]stored[/] {escape(path.name)}, {decimal(file.size)}, {file.checksum[:19]}..."
+        )
 
 
 async def stream_large(sessions: Sessions, path: Path, report: Report) -> None:
-    """Stream a large file into a row; memory holds a few chunks, whatever the size of the file."""
+    """Stream a large file into a row; memory holds a few chunks, whatever its size."""
     report.step("Stream a large file")
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with (
-        Progress(TextColumn("  {task.description}"), *columns, console=report.console) as progress,
+        Progress(
+            TextColumn("  {task.description}"), *columns, console=report.console
+        ) as progress,
         progress.open(path, "rb", description=escape(path.name)) as source,
         report.timed("INSERT", path.name, await size_of(path)),
     ):
@@ -144,11 +194,13 @@ async def refuse_endless(sessions: Sessions, report: Report) -> None:
                 session.add(Document(title="endless", file=Attachment(endless())))
         except ContentTooLargeError as error:
             report.say(f"[red]{type(error).__name__}[/]: {escape(str(error))}")
-    report.say(f"it was asked for {decimal(sent)}, and neither a row nor a byte of it is there")
+    report.say(
+        f"it was asked for {decimal(sent)}, and neither a row nor a byte of it is there"
+    )
 
 
 async def roll_back(sessions: Sessions, root: Path, report: Report) -> None:
-    """Replace a file and let the transaction fail: the new file is deleted, the old one was never touched."""
+    """Replace a file and let the transaction fail: the new file is deleted."""
     report.step("Roll back a transaction")
     before = await objects_in(root)
     with report.timed("ROLLBACK", "the old file stays"):
@@ -158,46 +210,73 @@ async def roll_back(sessions: Sessions, root: Path, report: Report) -> None:
                 name = document.file.original_filename
                 document.file = Attachment(b"a second edition", filename="second.txt")
                 await session.flush()
-                report.say(f"replaced {escape(name or '')}; {len(await objects_in(root))} objects are on the disk")
+                report.say(
+                    f"replaced {escape(name or '')}; {len(await objects_in(root))} objects are on the disk"
+                )
                 raise RuntimeError("the payment was refused")
         except RuntimeError as error:
             report.say(f"[red]{type(error).__name__}[/]: {error}")
     async with sessions() as session:
         document = await first_document(session)
         await document.file.read()
-    same = "the same objects" if await objects_in(root) == before else "not the objects that were there"
+    same = (
+        "the same objects"
+        if await objects_in(root) == before
+        else "not the objects that were there"
+    )
     report.say(
         f"rolled back: the row holds {escape(document.file.original_filename or '')}, and on the disk are {same} as before"
     )
 
 
-async def roll_back_to_savepoint(sessions: Sessions, root: Path, report: Report) -> None:
+async def roll_back_to_savepoint(
+    sessions: Sessions, root: Path, report: Report
+) -> None:
     """Roll back the changes of a savepoint, and keep those around it."""
     report.step("Roll back to a savepoint")
     before = await objects_in(root)
     with report.timed("SAVEPOINT", "inner lost, outer kept"):
         async with sessions.begin() as session:
-            session.add(Document(title="kept", file=Attachment(b"outside of the savepoint", filename="kept.txt")))
+            session.add(
+                Document(
+                    title="kept",
+                    file=Attachment(b"outside of the savepoint", filename="kept.txt"),
+                )
+            )
             await session.flush()
             try:
                 async with session.begin_nested():
-                    session.add(Document(title="lost", file=Attachment(b"inside", filename="lost.txt")))
+                    session.add(
+                        Document(
+                            title="lost",
+                            file=Attachment(b"inside", filename="lost.txt"),
+                        )
+                    )
                     await session.flush()
-                    session.add(Document(title="kept", file=Attachment(b"inside too", filename="twice.txt")))
+                    session.add(
+                        Document(
+                            title="kept",
+                            file=Attachment(b"inside too", filename="twice.txt"),
+                        )
+                    )
             except IntegrityError as error:
                 report.say(f"[red]{type(error).__name__}[/]: {escape(str(error.orig))}")
     new = [path.name.partition("-")[2] for path in await objects_in(root) - before]
-    report.say(f"committed: {', '.join(new)} is new on the disk; lost.txt and twice.txt are not there")
+    report.say(
+        f"committed: {', '.join(new)} is new on the disk; lost.txt and twice.txt are not there"
+    )
 
 
 async def read(sessions: Sessions, report: Report) -> None:
-    """Read a small file whole, a range out of a large one, and a large one as a verified stream."""
+    """Read a small file, a range of a large one, and a large one as a verified stream."""
     report.step("Read back")
     async with sessions() as session:
         small, large = (await first_document(session)).file, await video_of(session, 1)
     with report.timed("read", "whole, verified", small.size):
         content = await small.read()
-    report.say(f"read: {decimal(len(content))} of {escape(small.original_filename or small.location)}, verified")
+    report.say(
+        f"read: {decimal(len(content))} of {escape(small.original_filename or small.location)}, verified"
+    )
 
     middle = large.size // 2
     with report.timed("open", f"range at {decimal(middle)}", 16):
@@ -223,7 +302,9 @@ async def detect_damage(sessions: Sessions, root: Path, report: Report) -> None:
     async with sessions() as session:
         file = (await first_document(session)).file
     await asyncio.to_thread(flip_bit, root / file.location)
-    report.say(f"one bit of {escape(file.original_filename or file.location)} was flipped on the disk")
+    report.say(
+        f"one bit of {escape(file.original_filename or file.location)} was flipped on the disk"
+    )
     with report.timed("read", "flipped bit refused"):
         try:
             await file.read()
@@ -250,18 +331,27 @@ async def copy_move_and_delete(sessions: Sessions, root: Path, report: Report) -
             giver.video = None
     async with sessions() as session:
         moved = await video_of(session, 3)
-    report.say(f"moved to a third row: {'no byte of it was moved' if moved.ref == copied.ref else 'it was copied'}")
+    report.say(
+        f"moved to a third row: {'no byte of it was moved' if moved.ref == copied.ref else 'it was copied'}"
+    )
     count = len(await objects_in(root))
     with report.timed("DELETE", f"all rows, {count} objects"):
         async with sessions.begin() as session:
             await session.execute(delete(Document))
             await session.execute(delete(Lesson))
-    report.say(f"deleted every row and with them {count} objects, {len(await objects_in(root))} are left")
+    report.say(
+        f"deleted every row and with them {count} objects, {len(await objects_in(root))} are left"
+    )
 
 
 async def first_document(session: AsyncSession) -> Document:
     """Return the first document whose file is not empty."""
-    statement = select(Document).where(Document.file["size"].as_integer() > 0).order_by(Document.id).limit(1)
+    statement = (
+        select(Document)
+        .where(Document.file["size"].as_integer() > 0)
+        .order_by(Document.id)
+        .limit(1)
+    )
     return (await session.scalars(statement)).one()
 
 
@@ -272,7 +362,9 @@ async def video_of(session: AsyncSession, lesson_id: int) -> Attachment:
     return video
 
 
-async def show(root: Path, database: Path, files: Sequence[Path], large: Path, console: Console) -> None:
+async def show(
+    root: Path, database: Path, files: Sequence[Path], large: Path, console: Console
+) -> None:
     report = Report(console)
     engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
     sessions = async_sessionmaker(engine, expire_on_commit=False)
@@ -301,7 +393,11 @@ async def objects_in(root: Path) -> set[Path]:
 
 
 def find_objects(root: Path) -> set[Path]:
-    return {path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    return {
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def make_tree(folder: Path) -> Tree:
@@ -336,17 +432,39 @@ def make_large_file(folder: Path, mebibytes: int) -> Path:
 
 def files_of_the_repository() -> list[Path]:
     here = Path(__file__).parents[1]
-    return [path for path in sorted(here.iterdir()) if path.suffix in {".md", ".toml", ".py"} and path.is_file()]
+    return [
+        path
+        for path in sorted(here.iterdir())
+        if path.suffix in {".md", ".toml", ".py"} and path.is_file()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Keep real files on rows in SQLite: store, stream, roll back, verify, copy, move and delete them."
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files to store")
-    parser.add_argument("--large", type=Path, metavar="FILE", help="a large file to stream; one is made if there is none")
-    parser.add_argument("--mebibytes", type=int, default=256, metavar="N", help="how large to make it (256)")
-    parser.add_argument("--root", type=Path, metavar="FOLDER", help="where to store; a temporary folder if it is not given")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="files to store"
+    )
+    parser.add_argument(
+        "--large",
+        type=Path,
+        metavar="FILE",
+        help="a large file to stream; one is made if there is none",
+    )
+    parser.add_argument(
+        "--mebibytes",
+        type=int,
+        default=256,
+        metavar="N",
+        help="how large to make it (256)",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="FOLDER",
+        help="where to store; a temporary folder if it is not given",
+    )
     options = parser.parse_args()
     for path in filter(None, [*options.files, options.large]):
         if not path.is_file():
@@ -359,7 +477,9 @@ def main() -> None:
         root.mkdir(parents=True, exist_ok=True)
         large = options.large or make_large_file(Path(scratch), options.mebibytes)
         console = Console()
-        console.print("[bold]Granite Storage[/]: files that commit and roll back with your rows")
+        console.print(
+            "[bold]Granite Storage[/]: files that commit and roll back with your rows"
+        )
         asyncio.run(show(root, Path(scratch, "rows.db"), files, large, console))
 
 

@@ -1,4 +1,4 @@
-"""Many files as one zip, made while it is sent: no temporary file, and a few MiB of memory whatever the size."""
+"""Many files as one zip, made while it is sent, in a few MiB of memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CHUNK = 256 * 1024
 class ZipResponse(StreamingResponse):
     """Sends files as a zip, with a length, so that browsers show the progress.
 
-    The zip is made in a thread of its own, at the pace of the client. A download that is
-    aborted closes what it has opened.
+    The zip is made in a thread of its own, at the pace of the client. A download that
+    is aborted closes what it has opened.
 
     Args:
         files: The stored files.

@@ -60,7 +60,7 @@ from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy, load_gate
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
-from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only, require_scanned
+from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only, require_scanned, storable
 from granite_storage.signing import UrlSigner, signed_urls
 from granite_storage.streams import (
     BytesLike,
@@ -161,9 +161,8 @@ class PreparedUpload:
     def derived_as(self, content_type: str | None, filename: str | None, media: Mapping[str, Any] | None) -> PreparedUpload:
         """Return a variant with what its recipe says of the content, now that it is made."""
         require_content_type(content_type or None)
-        return replace(
-            self, content_type=content_type or None, original_filename=clean_filename(filename), media=media or self.media
-        )
+        kept = storable(media, "media") if media else self.media
+        return replace(self, content_type=content_type or None, original_filename=clean_filename(filename), media=kept)
 
     def receipt(
         self, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None = None

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from granite_storage._tasks import contained
 from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, StorageFullError, UnknownBackendError
 from granite_storage.orm._interfaces import find_binding
@@ -169,7 +170,10 @@ async def run_in_order(
 
     async def one(item: Item) -> tuple[Item, Result] | None:
         async with slots:
-            return None if is_stopped() else (item, await work(item))
+            if is_stopped():
+                return None
+            with contained("processing a row"):
+                return item, await work(item)
 
     try:
         async with aclosing(items):

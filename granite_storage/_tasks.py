@@ -1,7 +1,8 @@
 """Concurrent and repeated work, and clean-up under cancellation.
 
 A cancelled task that has work in progress waits for it before it lets the cancellation through; otherwise that work could publish
-what the task has already cleaned up. No cancellation is lost on the way.
+what the task has already cleaned up. No cancellation is lost on the way, and none is made up: code of the application may raise
+a CancelledError though its task is not being cancelled, and that is a failure like any other.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import functools
 import inspect
 import logging
 import random
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 logger = logging.getLogger("granite_storage")
@@ -25,6 +25,68 @@ CLEANUP_TIMEOUT = 30.0
 """The longest that a clean-up holds up the error or cancellation that made it necessary, in seconds."""
 
 
+def is_cancellation(error: BaseException) -> bool:
+    """Return whether an error is the cancellation of the current task.
+
+    A CancelledError may come from elsewhere, as from a task that was cancelled by other code, and that this one awaits. Each
+    request to cancel a task, by `asyncio.timeout`, a task group or a cancel scope of anyio as well, counts in `cancelling`.
+    """
+    task = _current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+class UnaskedEndError(RuntimeError):
+    """Code of others has raised what ends a task or a generator, though no caller asked for its end."""
+
+
+def contained(what: str) -> AbstractContextManager[None]:
+    """Turn what ends a task or a generator into an error where code of others raises it unasked, in the block.
+
+    A CancelledError while the task is not being cancelled, a GeneratorExit while the coroutine is not being closed and any other
+    `BaseException` become an UnaskedEndError, a RuntimeError as for a StopIteration inside a generator (PEP 479).
+    KeyboardInterrupt and SystemExit pass through, also out of a group of errors. The block must not contain a `yield`, at which
+    a generator is closed.
+
+    Args:
+        what: What is called in the block, for the message.
+    """
+    return _Contained(what)
+
+
+class _Contained:
+    __slots__ = ("_task", "_what")
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._task = _current_task()
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None or isinstance(error, Exception):
+            return
+        if (end := _end_of_program(error)) is not None:
+            if end is error:
+                return
+            raise end from error
+        is_closed = isinstance(error, GeneratorExit) and _current_task() is not self._task
+        if not is_closed and not is_cancellation(error):
+            raise UnaskedEndError(f"{self._what} raised {type(error).__name__}, which was not asked for") from error
+
+
+def _end_of_program(error: BaseException) -> BaseException | None:
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_end_of_program, error.exceptions)), None)
+    return error if isinstance(error, KeyboardInterrupt | SystemExit) else None
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # a thread without a running loop
+        return None
+
+
 async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], limit: int) -> list[R]:
     """Run work on each item, at most `limit` at a time, and return the results in the order of the items.
 
@@ -34,7 +96,8 @@ async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], lim
 
     async def run(item: T) -> R:
         async with places:
-            return await work(item)
+            with contained("concurrent work"):  # a task group ignores a CancelledError
+                return await work(item)
 
     async with task_group() as group:
         tasks = [group.create_task(run(item)) for item in items]
@@ -60,28 +123,6 @@ async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
         del first  # or it would hold this frame, and the frame it
 
 
-class Turn:
-    """Lets other tasks run, from time to time, in work that never waits.
-
-    Args:
-        seconds: How long the work may go on before the others have their turn.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._ends = time.monotonic() + seconds
-
-    @property
-    def is_due(self) -> bool:
-        """Whether this task has run for long enough."""
-        return time.monotonic() > self._ends
-
-    async def end(self) -> None:
-        """Let other tasks run."""
-        await asyncio.sleep(0)
-        self._ends = time.monotonic() + self._seconds
-
-
 @asynccontextmanager
 async def background(*works: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
     """Run coroutines while the block runs, each in a task; at its end they are cancelled, and have ended when it is left."""
@@ -105,6 +146,8 @@ async def repeat(
 ) -> NoReturn:
     """Run work again and again, until the task is cancelled; an error is logged, and the next run comes all the same.
 
+    So is a CancelledError, or another `BaseException`, that was not asked for.
+
     Args:
         work: The work.
         interval: The time from the end of a run to the next one, in seconds.
@@ -120,7 +163,12 @@ async def repeat(
         if wake is not None:
             wake.clear()
         try:
-            await work()
+            with contained(what):
+                await work()
+        except asyncio.CancelledError:
+            if task is None or task.cancelling() > cancelled:
+                raise
+            logger.exception("%s failed and will be retried", what)
         except Exception:
             logger.exception("%s failed and will be retried", what)
         if task is not None and task.cancelling() > cancelled:

@@ -261,7 +261,7 @@ class _Result(_Job, Generic[T]):
     def __init__(self, function: Callable[..., T], args: tuple[Any, ...], mailbox: _Mailbox) -> None:
         super().__init__(function, args)
         self.error: BaseException | None = None
-        self.future: asyncio.Future[T] = mailbox.future()
+        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._mailbox = mailbox
         self._begun = self._done = False
         self._lock = threading.Lock()
@@ -300,7 +300,7 @@ class _Result(_Job, Generic[T]):
     def watch(self) -> asyncio.Future[T]:
         """Return another future for the result, after the first was cancelled."""
         with self._lock:
-            self.future = self._mailbox.future()
+            self.future = asyncio.get_running_loop().create_future()
             if self._done:
                 self.deliver()
         return self.future
@@ -334,9 +334,6 @@ class _Mailbox:
         delay = pool.help()
         if delay is not None:
             self.watch(pool, delay)
-
-    def future(self) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().create_future()
 
     def post(self, result: _Result[Any]) -> None:
         with self._lock:

@@ -523,7 +523,7 @@ class _Swap:
         """Return whether another value still refers to the original, in any schema, under whatever backend's key."""
         column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
         try:
-            return bool(find_referenced(connection, column_type.binding().ref_columns(), [self._original.location]))
+            return bool(find_referenced(connection, column_type.binding().ref_columns(), {self._original.location: None}))
         except LookupError:
             return True  # one may be where this role cannot look: the garbage collector decides
 

@@ -34,6 +34,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.references import RowValue, RowValues
+from granite_storage.orm.uploads import on_original_opened
 from granite_storage.orm.variants import Which, is_kept
 from granite_storage.refs import StoredObjectRef
 
@@ -79,7 +80,7 @@ class RederivedVariant:
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        name: The name of the variant or of the effect.
+        name: The name of the variant or of the effect; empty where the row's value cannot be read, so that none can be made.
         ref: The original; None where the column holds something that is no ref.
         message: Why it was not made.
     """
@@ -100,7 +101,8 @@ class RederivationReport(RowReport):
     Attributes:
         counts: How many variants and effects were processed, by what became of them.
         failures: The first thousand that failed.
-        bytes_read: How many bytes the originals have of which variants were made, each counted once for each variant.
+        bytes_read: How many bytes the originals have that were opened to make variants, each counted once for each attempt, also
+            for one that was refused or has failed.
     """
 
     counts: Counter[RederivationStatus] = field(default_factory=Counter)
@@ -142,11 +144,15 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         self._names = frozenset(names)
         self._drop_undeclared = drop_undeclared
         self._budget = budget
+        self._is_of_all_schemas = not schemas
         self._is_whole = after is None and not schemas
         self._effects: Mapping[str, Sequence[str]] = {}
 
     async def waiting(self) -> dict[tuple[str, str, str], int]:
-        """Return the amount of pending work by column, variant or effect, and kind, without changing anything."""
+        """Return the amount of pending work by column, variant or effect, and kind, without changing anything.
+
+        The name of the variant is empty for the kind `unreadable value`: rows whose values are no refs.
+        """
         await self._find_effects()
         found: Counter[tuple[str, str, str]] = Counter()
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
@@ -165,8 +171,13 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             async for item in items:
                 yield item
         report.complete = self._end()
-        if report.complete and self._is_whole and self._effects and self._binding.journal is not None:
-            await self._binding.journal.note_effects(self._effects)
+        journal = self._binding.journal
+        if journal is None or not report.complete:
+            return
+        if self._is_whole and self._effects:
+            await journal.note_effects(self._effects)
+        if self._drop_undeclared and self._is_of_all_schemas and not self._names and not self._columns:
+            await journal.end_undeclared_jobs()
 
     def _record(self, item: RederivedVariant) -> None:
         self.report.counts[item.status] += 1
@@ -192,7 +203,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             return
         if held.ref is None:
             if column_type.variants or held.label in self._effects:
-                yield _Wanted("undecodable", "")
+                yield _Wanted("unreadable value", "")
             return
         for declared in column_type.variants.values():
             if not declared.is_for(held.ref):
@@ -255,14 +266,30 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             message = "" if called else "it is recorded, and a worker of the journal tries it again; its report has the error"
             return _processed(RederivationStatus.CALLED if called else RederivationStatus.FAILED, held, wanted, message)
         seen = (ref.variants or {}).get(wanted.name)
-        now = await retry_unavailable(
-            lambda: self._binding.make_variant(column_type, ref, wanted.name, which=self._which, options=held.options)
-        )
-        self.report.bytes_read += ref.size
-        await self._budget.spend(ref.size)
+        now = await self._make(column_type, held, ref, wanted.name)
         made = (now.variants or {})[wanted.name]
         is_new = made.recipe == column_type.variants[wanted.name].digest and (seen is None or made.location != seen.location)
         return _processed(RederivationStatus.MADE if is_new else RederivationStatus.CHANGED, held, wanted)
+
+    async def _make(self, column_type: AttachmentType, held: RowValue, ref: StoredObjectRef, name: str) -> StoredObjectRef:
+        """Make a variant, and spend the bytes of the originals that were opened for it, also where its recipe fails."""
+        opened: list[int] = []
+        before = on_original_opened.set(opened.append)
+        try:
+            made = await retry_unavailable(
+                lambda: self._binding.make_variant(column_type, ref, name, which=self._which, options=held.options)
+            )
+        except Exception:
+            await self._spend(sum(opened))
+            raise
+        finally:
+            on_original_opened.reset(before)
+        await self._spend(sum(opened))
+        return made
+
+    async def _spend(self, size: int) -> None:
+        self.report.bytes_read += size
+        await self._budget.spend(size)
 
 
 def rederive(

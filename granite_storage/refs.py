@@ -20,6 +20,7 @@ __all__ = [
     "iter_refs",
     "read_only",
     "require_scanned",
+    "storable",
 ]
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
@@ -146,9 +147,10 @@ class StoredObjectRef(_UnknownKeys):
 
     def with_identity(self, identity: str | None) -> Self:
         """Return the same ref with another identity, or with none."""
-        others = {key: value for key, value in self._unknown.items() if key != _IDENTITY}
-        unknown = others if identity is None else {**others, _IDENTITY: identity}
-        return type(self)._rebuilt(tuple(getattr(self, item.name) for item in fields(self)), unknown)
+        unknown = {**self._unknown, _IDENTITY: identity}
+        if identity is None:
+            del unknown[_IDENTITY]
+        return type(self)._rebuilt((getattr(self, item.name) for item in fields(self)), ReadOnlyDict(unknown))
 
     def with_variants(self, variants: Mapping[str, StoredObjectRef] | None) -> Self:
         """Return the same ref with other variants, or with none."""
@@ -297,6 +299,34 @@ def read_only(value: Mapping[str, Any], name: str) -> ReadOnlyDict:
         raise InvalidReferenceError(f"{name} must be a mapping, not {type(value).__name__}")
     frozen: ReadOnlyDict = _Freezer(name).freeze(value, 0)
     return frozen
+
+
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+
+
+def storable(value: Mapping[str, Any], name: str) -> ReadOnlyDict:
+    """Do as `read_only`, and refuse what PostgreSQL cannot store in JSON, on every database.
+
+    Raises:
+        InvalidReferenceError: As `read_only`, or a text contains a NUL character or a lone surrogate.
+    """
+    kept = read_only(value, name)
+    if any(_UNSTORABLE.search(text) for text in _texts(kept)):
+        raise InvalidReferenceError(f"{name} contains a NUL character or a lone surrogate, which PostgreSQL cannot store in JSON")
+    return kept
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for key, item in value.items():
+                yield key
+                yield from _texts(item)
+        case list():
+            for item in value:
+                yield from _texts(item)
 
 
 class _Freezer:

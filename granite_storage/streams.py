@@ -29,10 +29,10 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 from contextlib import AbstractContextManager, aclosing, closing, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeAlias, TypeGuard
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeGuard
 
 from granite_storage._portal import portal
-from granite_storage._tasks import Turn, shielded_cleanup
+from granite_storage._tasks import shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -58,6 +58,7 @@ __all__ = [
     "SizeLimitedStream",
     "SupportsAsyncRead",
     "SupportsRead",
+    "Turn",
     "WholeFile",
     "expected_size",
     "fingerprint",
@@ -673,16 +674,15 @@ class SizeLimitedStream:
         3
     """
 
+    _is_claimed: ClassVar[bool] = False
+
     def __init__(self, stream: ByteSource, max_size: int | None) -> None:
         self.max_size = max_size
         self.bytes_read: int = 0
         self._source = stream
-        self._chunks = self._chunks_of(stream)
+        self._chunks = iter_chunks(stream, claim=_claimed if self._is_claimed else nullcontext)
         self.is_local: bool = is_local(stream)
         self._passes_on: object = stream if _is_read_on(stream) else None
-
-    def _chunks_of(self, stream: ByteSource) -> AsyncGenerator[BytesLike, None]:
-        return iter_chunks(stream)
 
     def __aiter__(self) -> Self:
         return self
@@ -701,8 +701,7 @@ class SizeLimitedStream:
 class ManagedStream(SizeLimitedStream):
     """The stream that a manager stores: limited, and not stored by another call at the same time."""
 
-    def _chunks_of(self, stream: ByteSource) -> AsyncGenerator[BytesLike, None]:
-        return iter_chunks(stream, claim=_claimed)
+    _is_claimed = True
 
 
 def _is_read_on(stream: object) -> bool:
@@ -918,6 +917,28 @@ def _update_inline(sha256: hashlib._Hash, data: bytes) -> None:
 def _fingerprint(content: BytesLike) -> tuple[bytes, str]:
     data = bytes(content)
     return data, f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+class Turn:
+    """Lets other tasks run, from time to time, in work that never waits.
+
+    Args:
+        seconds: How long the work may go on before the others have their turn.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._ends = time.monotonic() + seconds
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this task has run for long enough."""
+        return time.monotonic() > self._ends
+
+    async def end(self) -> None:
+        """Let other tasks run."""
+        await asyncio.sleep(0)
+        self._ends = time.monotonic() + self._seconds
 
 
 async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:

@@ -53,6 +53,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_random_cascades.py": ("",),
     "tests/orm/test_random_derivers.py": ("",),
     "tests/orm/test_shared_objects.py": ("TestDatabases::test_object_that", "TestSchemas", "TestSnapshots"),
+    "tests/orm/test_shared_variants.py": ("test_a_variant_stays", "test_rows_with", "test_shared_after"),
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),

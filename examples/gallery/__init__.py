@@ -1,1 +1,1 @@
-"""A gallery whose files commit and roll back with their rows: `python -m examples.gallery` starts it."""
+"""A gallery, started by `python -m examples.gallery`."""

@@ -10,9 +10,27 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import joinedload, selectinload
 
 from examples.gallery.models import ACCEPTED, MAX_SIZE, Album, AlbumFile, User, sessions
-from examples.gallery.users import AnyUser, SignedIn, get_file, get_own_album, get_own_file, is_owner
-from granite_storage.orm import AttachedFile, Attachment, AttachmentVariant, append_files
-from granite_storage.web import FilePart, StoredObjectResponse, UnsupportedRequestError, UploadLimits, upload_body
+from examples.gallery.users import (
+    AnyUser,
+    SignedIn,
+    get_file,
+    get_own_album,
+    get_own_file,
+    is_owner,
+)
+from granite_storage.orm import (
+    AttachedFile,
+    Attachment,
+    AttachmentVariant,
+    append_files,
+)
+from granite_storage.web import (
+    FilePart,
+    StoredObjectResponse,
+    UnsupportedRequestError,
+    UploadLimits,
+    upload_body,
+)
 
 router = APIRouter()
 OwnAlbum = Annotated[Album, Depends(get_own_album)]
@@ -35,7 +53,7 @@ def show_picture(variant: AttachmentVariant | None) -> PictureOut | None:
 
 
 class FileOut(BaseModel):
-    """A file of an album: its size, media type, name and checksum, never its location."""
+    """A file of an album: size, media type, name and checksum, and no location."""
 
     id: int
     file: Attachment
@@ -51,7 +69,8 @@ class FileOut(BaseModel):
             file=row.file,
             thumb=show_picture(row.file.variants["thumb"]),
             large=large,
-            is_pending=large is None and (row.file.content_type or "").startswith("image/"),
+            is_pending=large is None
+            and (row.file.content_type or "").startswith("image/"),
         )
 
 
@@ -76,17 +95,22 @@ class AlbumOut(BaseModel):
 
 
 async def store(part: FilePart) -> Attachment:
-    """Store a file as it arrives; an unsuitable one is refused before a byte is read."""
+    """Store a file as it arrives, unless its declared type is refused."""
     require_accepted(part.content_type)
     file = Attachment(part, filename=part.filename, content_type=part.content_type)
     return await file.store(AlbumFile.file)
 
 
 def require_accepted(content_type: str | None) -> None:
-    """Refuse by the declared type, before a byte is read; the policy refuses by the content."""
+    """Refuse by the declared type before a byte is read, as the policy does later."""
     media_type = (content_type or "").partition(";")[0].strip().lower()
-    if media_type not in ACCEPTED and f"{media_type.partition('/')[0]}/*" not in ACCEPTED:
-        raise UnsupportedRequestError("the gallery takes pictures, films, sound, plain text, PDF and ZIP")
+    if (
+        media_type not in ACCEPTED
+        and f"{media_type.partition('/')[0]}/*" not in ACCEPTED
+    ):
+        raise UnsupportedRequestError(
+            "the gallery takes pictures, films, sound, plain text, PDF and ZIP"
+        )
 
 
 receive = upload_body(
@@ -105,7 +129,12 @@ async def list_albums(
 ) -> list[AlbumOut]:
     """List the albums that the user may see, the newest first, with their files."""
     readable = or_(Album.is_public, Album.owner_id == (user.id if user else None))
-    query = select(Album).where(readable, Album.id < before).order_by(Album.id.desc()).limit(limit)
+    query = (
+        select(Album)
+        .where(readable, Album.id < before)
+        .order_by(Album.id.desc())
+        .limit(limit)
+    )
     query = query.options(joinedload(Album.owner), selectinload(Album.files))
     async with sessions() as session:
         albums = (await session.scalars(query)).all()
@@ -185,9 +214,13 @@ async def delete_file(row: OwnFile) -> None:
 
 @router.get("/files/{file_id}", response_class=Response)
 @router.head("/files/{file_id}", include_in_schema=False)
-async def show(row: ReadableFile, request: Request, download: bool = False) -> StoredObjectResponse:
-    """Stream a file, whole or in ranges: inline if that is safe, otherwise as a download."""
-    return StoredObjectResponse(row.file, request, disposition="attachment" if download else "inline")
+async def show(
+    row: ReadableFile, request: Request, download: bool = False
+) -> StoredObjectResponse:
+    """Stream a file, whole or in ranges: inline if safe, otherwise as a download."""
+    return StoredObjectResponse(
+        row.file, request, disposition="attachment" if download else "inline"
+    )
 
 
 @router.get("/files/{file_id}/{name}", response_class=Response)
@@ -203,4 +236,6 @@ async def show_variant(
     if variant is None:
         raise HTTPException(404, f"There is no {name} of this file, or not yet.")
     is_exact = v == variant.checksum.removeprefix("sha256:")[:12]
-    return StoredObjectResponse(variant, request, disposition="inline", immutable=is_exact)
+    return StoredObjectResponse(
+        variant, request, disposition="inline", immutable=is_exact
+    )

@@ -1,4 +1,4 @@
-"""Direct uploads: the page asks where to send a file, sends it there, and reports it; the application takes it into an album.
+"""Direct uploads: the page asks where to send a file, sends it there, and reports it.
 
 With a bucket, the bytes do not pass through the application at all.
 """
@@ -20,7 +20,9 @@ from granite_storage.web import DirectUploads
 URL = os.environ.get("GALLERY_URL", "http://127.0.0.1:8000")
 
 router = APIRouter(prefix="/albums/{album_id}/direct")
-uploads = DirectUploads(binding, secret=secrets.token_bytes(32), base_url=f"{URL}/uploads")
+uploads = DirectUploads(
+    binding, secret=secrets.token_bytes(32), base_url=f"{URL}/uploads"
+)
 
 
 class Announcement(BaseModel):
@@ -44,14 +46,18 @@ async def begin(album: OwnAlbum, file: Announcement) -> dict[str, Any]:
         size=file.size,
         owner=f"album {album.id}",
     )
-    url = upload.url.removeprefix(URL)  # a path if it is this server, which localhost reaches too
+    url = upload.url.removeprefix(
+        URL
+    )  # a path if it is this server, which localhost reaches too
     return upload.to_dict() | {"url": url}
 
 
 @router.post("/finish", status_code=201)
 async def finish(album: OwnAlbum, arrival: Arrival) -> FileOut:
     """Add the uploaded file, if it is what was announced for this album."""
-    file = await uploads.finish(arrival.token, AlbumFile.file, owner=f"album {album.id}")
+    file = await uploads.finish(
+        arrival.token, AlbumFile.file, owner=f"album {album.id}"
+    )
     async with sessions.begin() as session:
         session.add(album)
         [row] = append_files(album, Album.files, [file])

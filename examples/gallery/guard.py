@@ -1,4 +1,4 @@
-"""Security headers for the gallery's pages, and protection against requests from other sites."""
+"""Security headers for the pages, and a guard against requests from other sites."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ BUCKET_ORIGIN = os.environ.get("S3_ORIGIN", "")
 HEADERS = {
     "cache-control": "no-cache",
     "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; media-src 'self'; "
-        f"connect-src 'self' {BUCKET_ORIGIN}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; "
+        "img-src 'self'; media-src 'self'; "
+        f"connect-src 'self' {BUCKET_ORIGIN}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
@@ -27,10 +29,10 @@ HEADERS = {
 
 
 class Guard:
-    """Adds the headers above to every response that lacks them, and refuses changes requested by pages of other sites.
+    """Adds the headers above to responses, and refuses changes by pages of other sites.
 
-    A page of another site can send a form here, but no custom header: the browser would send a preflight request, which is
-    never allowed.
+    A page of another site can send a form here, but no custom header: the browser would
+    send a preflight request, which is never allowed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -46,7 +48,9 @@ class Guard:
 
         changes = scope["type"] == "http" and scope["method"] not in ("GET", "HEAD")
         if changes and OUR_OWN_HEADER not in Headers(scope=scope):
-            refusal = JSONResponse({"detail": f"A change needs the header {OUR_OWN_HEADER}."}, 403)
+            refusal = JSONResponse(
+                {"detail": f"A change needs the header {OUR_OWN_HEADER}."}, 403
+            )
             await refusal(scope, receive, with_headers)
         else:
             await self.app(scope, receive, with_headers)

@@ -10,15 +10,37 @@ from sqlalchemy import ForeignKey, String, event
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from granite_storage import StorageBackend, StorageJournal, StorageManager, StoragePolicy, journal_tables
+from granite_storage import (
+    StorageBackend,
+    StorageJournal,
+    StorageManager,
+    StoragePolicy,
+    journal_tables,
+)
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.derived import ImageVariant
 from granite_storage.inspection import ImageLimits
-from granite_storage.orm import Attachment, AttachmentList, attachment, attachments, bind_storage, file_class
+from granite_storage.orm import (
+    Attachment,
+    AttachmentList,
+    attachment,
+    attachments,
+    bind_storage,
+    file_class,
+)
 
 FOLDER = Path(os.environ.get("GALLERY_FOLDER", "data"))
-DATABASE_URL = os.environ.get("DATABASE_URL", f"sqlite+aiosqlite:///{FOLDER / 'gallery.db'}")
-ACCEPTED = ("image/*", "audio/*", "video/*", "text/plain", "application/pdf", "application/zip")
+DATABASE_URL = os.environ.get(
+    "DATABASE_URL", f"sqlite+aiosqlite:///{FOLDER / 'gallery.db'}"
+)
+ACCEPTED = (
+    "image/*",
+    "audio/*",
+    "video/*",
+    "text/plain",
+    "application/pdf",
+    "application/zip",
+)
 MAX_SIZE = int(os.environ.get("MAX_SIZE", "100_000_000"))
 
 
@@ -79,8 +101,10 @@ journal_tables(Base.metadata)
 
 
 def make_backends() -> dict[str, StorageBackend]:
-    """Give each store its own key: rows name the key, and lose their files if it leads to another store later."""
-    backends: dict[str, StorageBackend] = {"disk": LocalStorageBackend(root_dir=FOLDER / "files")}
+    """Give each store its own key: the rows that name it must find their files."""
+    backends: dict[str, StorageBackend] = {
+        "disk": LocalStorageBackend(root_dir=FOLDER / "files")
+    }
     if bucket := os.environ.get("S3_BUCKET"):
         from granite_storage.backends.s3 import S3StorageBackend
 
@@ -114,7 +138,9 @@ if engine.dialect.name == "sqlite":
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: object) -> None:
         connection.execute("PRAGMA busy_timeout = 30000")  # milliseconds
-        connection.execute("PRAGMA journal_mode = WAL")  # requests that read do not wait for those that write
+        connection.execute(
+            "PRAGMA journal_mode = WAL"
+        )  # requests that read do not wait for those that write
         connection.execute("PRAGMA foreign_keys = ON")
 
 

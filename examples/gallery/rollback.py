@@ -1,4 +1,4 @@
-"""A transaction that replaces, deletes and adds files, and then commits or fails; what is stored at each moment."""
+"""A transaction on files that commits or fails, and what is stored at each moment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ one_at_a_time = asyncio.Lock()
 
 def text(title: str, version: int = 1) -> Attachment:
     content = f"This is {title} in version {version}.".encode()
-    return Attachment(content, filename=f"{title}-v{version}.txt", content_type="text/plain")
+    return Attachment(
+        content, filename=f"{title}-v{version}.txt", content_type="text/plain"
+    )
 
 
 async def change_notes(fail: bool, seen: Moments) -> None:
@@ -44,7 +46,7 @@ async def change_notes(fail: bool, seen: Moments) -> None:
 
 @router.post("")
 async def run(fail: bool) -> Moments:
-    """Run the transaction; return what was there before, during and right after it, and the error of the database."""
+    """Run the transaction; return what was there before, during and after it."""
     async with one_at_a_time:
         seen: Moments = {"before": await read_committed(), "error": None}
         try:
@@ -67,9 +69,13 @@ async def read_committed() -> dict[str, Any]:
 
 
 async def read_state(session: AsyncSession) -> dict[str, Any]:
-    """Read the rows as this session sees them, and list the storage itself; nothing is cached or computed."""
-    notes = await session.scalars(select(Note).order_by(Note.id).execution_options(populate_existing=True))
-    rows = [{"title": note.title, "file": name_of(note.file.location)} for note in notes]
+    """Read the rows as this session sees them, and list the storage itself."""
+    notes = await session.scalars(
+        select(Note).order_by(Note.id).execution_options(populate_existing=True)
+    )
+    rows = [
+        {"title": note.title, "file": name_of(note.file.location)} for note in notes
+    ]
     found = [info async for info in storage.backends[WRITTEN_TO].iter_objects("notes")]
     return {"rows": rows, "files": sorted(name_of(info.location) for info in found)}
 
@@ -82,4 +88,6 @@ async def add_two_notes() -> None:
     """Begin with two notes, unless there are some."""
     async with sessions.begin() as session:
         if not await session.scalar(select(func.count()).select_from(Note)):
-            session.add_all([Note(title=title, file=text(title)) for title in ("note-1", "note-2")])
+            session.add_all(
+                [Note(title=title, file=text(title)) for title in ("note-1", "note-2")]
+            )

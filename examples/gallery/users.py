@@ -1,4 +1,4 @@
-"""Users and permissions: who asks, and which albums and files they may see or change."""
+"""Users and permissions: who asks, and what they may see or change."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ Id = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
 def hash_token(token: str) -> str:
-    """Return what is stored of a token; it is long and random, so it needs no slow hash."""
+    """Return what is stored of a token: long and random, it needs no slow hash."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 async def find_user(token: str) -> User | None:
     async with sessions() as session:
-        user: User | None = await session.scalar(select(User).where(User.token_hash == hash_token(token)))
+        user: User | None = await session.scalar(
+            select(User).where(User.token_hash == hash_token(token))
+        )
     return user
 
 
 async def get_user(request: Request) -> User | None:
-    """Return who asks, or None for somebody who has not signed in; put your own login here."""
+    """Return who asks, None if they have not signed in; put your own login here."""
     token = request.cookies.get(COOKIE)
     return None if token is None else await find_user(token)
 
 
 async def require_user(user: Annotated[User | None, Depends(get_user)]) -> User:
     if user is None:
-        raise HTTPException(401, "Sign in first, with a link that the gallery printed when it started.")
+        raise HTTPException(
+            401, "Sign in first, with a link that the gallery printed when it started."
+        )
     return user
 
 
@@ -63,7 +67,9 @@ async def get_album(album_id: Id, user: AnyUser) -> Album:
     return album
 
 
-async def get_own_album(album: Annotated[Album, Depends(get_album)], user: SignedIn) -> Album:
+async def get_own_album(
+    album: Annotated[Album, Depends(get_album)], user: SignedIn
+) -> Album:
     if not is_owner(user, album):
         raise HTTPException(403, "Only its owner changes an album.")
     return album
@@ -78,7 +84,9 @@ async def get_file(file_id: Id, user: AnyUser) -> AttachedFile:
     return file
 
 
-async def get_own_file(file: Annotated[AttachedFile, Depends(get_file)], user: SignedIn) -> AttachedFile:
+async def get_own_file(
+    file: Annotated[AttachedFile, Depends(get_file)], user: SignedIn
+) -> AttachedFile:
     if not is_owner(user, file.parent):
         raise HTTPException(403, "Only its owner changes an album.")
     return file
@@ -97,10 +105,14 @@ async def show_user(user: AnyUser) -> dict[str, str | None]:
 @router.post("", status_code=204)
 async def sign_in(sent: Token, request: Request) -> Response:
     if await find_user(sent.token) is None:
-        raise HTTPException(403, "The link is an old one: the gallery prints new links when it starts.")
+        raise HTTPException(
+            403, "The link is an old one: the gallery prints new links when it starts."
+        )
     response = Response(status_code=204)
     is_https = request.url.scheme == "https"
-    response.set_cookie(COOKIE, sent.token, httponly=True, samesite="strict", secure=is_https)
+    response.set_cookie(
+        COOKIE, sent.token, httponly=True, samesite="strict", secure=is_https
+    )
     return response
 
 
@@ -112,7 +124,7 @@ async def sign_out() -> Response:
 
 
 async def add_users(tokens: Mapping[str, str]) -> None:
-    """Give users their tokens, by name; a new user begins with an empty album of their own."""
+    """Give users their tokens, by name; a new user begins with an empty album."""
     async with sessions.begin() as session:
         for name, token in tokens.items():
             user = await session.scalar(select(User).where(User.name == name))

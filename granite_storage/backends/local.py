@@ -17,8 +17,7 @@ from aiofiles.threadpool.binary import AsyncFileIO
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.backends._identity import folder_places
-from granite_storage.backends._local_tree import Tree, translated
-from granite_storage.backends._local_write import AtomicFile, FileWriter
+from granite_storage.backends._local_tree import AtomicFile, Tree, translated
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError
 from granite_storage.locations import check_location
@@ -88,7 +87,6 @@ class LocalStorageBackend:
             raise ConfigurationError(f"max_threads must be at least 1, not {max_threads}")
         self.root_dir: Path = Path(os.path.normpath(Path(root_dir).absolute()))
         self._tree = Tree(self.root_dir, fsync=fsync, file_mode=file_mode, dir_mode=dir_mode, create_root=create_root)
-        self._writer = FileWriter(self._tree)
         self._threads = ThreadPool("granite-local", max_threads)
 
     def __repr__(self) -> str:
@@ -97,7 +95,7 @@ class LocalStorageBackend:
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> None:
         """Create an object, in one visit to a thread; see `StorageBackend.put_bytes`. The content type is the ref's to keep."""
         check_location(location)
-        await self._threads.run(self._writer.write, location, content, undo=lambda _: self._tree.delete(location))
+        await self._threads.run(AtomicFile.create, self._tree, location, content, undo=lambda _: self._tree.delete(location))
 
     async def put_stream(self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None) -> None:
         """Create an object from a stream; see `StorageBackend.put_stream`."""
@@ -193,7 +191,7 @@ class LocalStorageBackend:
     @asynccontextmanager
     async def _atomic_file(self, location: str) -> AsyncIterator[AtomicFile]:
         """Yield an unfinished file, and publish it at the end of the block; if anything fails, nothing of it is left."""
-        file = await self._threads.run(self._writer.begin, location, undo=AtomicFile.discard)
+        file = await self._threads.run(AtomicFile.begin, self._tree, location, undo=AtomicFile.discard)
         try:
             yield file
             await self._threads.run(file.publish)

@@ -317,7 +317,7 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
         if said:
             yield Check(CheckResult.BAD if report.failed else CheckResult.NOTE, "jobs", "; ".join(said))
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
-        yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
+        yield Check(CheckResult.BAD, "journal", in_options(f"{type(error).__name__}: {error}"))
 
 
 async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:

@@ -579,10 +579,13 @@ def derive_command(
     run(settings, work, as_json=as_json)
 
 
+_NO_VARIANT = "(all)"
+
+
 async def _show_underived(context: CommandContext, derivation: Rederivation) -> int:
     waiting = sorted((await derivation.waiting()).items())
     headers = ["column", "variant", "because", "files"]
-    rows = [(*names, number) for names, number in waiting]
+    rows = [(column, name or _NO_VARIANT, kind, number) for (column, name, kind), number in waiting]
     _show_waiting(context, [dict(zip(headers, row, strict=True)) for row in rows], headers, rows, "nothing to make")
     return sum(number for _, number in waiting)
 
@@ -594,8 +597,15 @@ async def _derive(context: CommandContext, derivation: Rederivation) -> None:
         async for item in derivation.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
             if context.output.as_json or item.status in (RederivationStatus.FAILED, RederivationStatus.REFUSED):
                 style = "red" if item.status is RederivationStatus.FAILED else "yellow"
-                where = f"{item.column} {item.name}"
-                _show_row(context, "object", item.status.value, item, style, column=where, variant=item.name)
+                _show_row(
+                    context,
+                    "object",
+                    item.status.value,
+                    item,
+                    style,
+                    column=f"{item.column} {item.name}".rstrip(),
+                    variant=item.name,
+                )
 
 
 def _show_rederivation(context: CommandContext, derivation: Rederivation) -> None:

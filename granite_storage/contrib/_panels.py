@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -12,12 +13,16 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
+from sqlalchemy.orm import object_session
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import StaleDataError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from granite_storage._headers import INLINE_TYPES
+from granite_storage._words import count_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StorageError, UnknownVariantError
 from granite_storage.orm.attachment import Attachment, AttachmentVariant
 from granite_storage.orm.collections import AttachedFile, AttachmentList, declared_collection
@@ -27,17 +32,23 @@ from granite_storage.web.errors import client_message
 from granite_storage.web.responses import StoredObjectResponse
 
 __all__ = [
+    "GONE",
     "FileAction",
     "FileView",
     "FormFile",
     "FormFiles",
+    "Known",
     "RefusedError",
+    "blame",
     "discarded_unless_assigned",
     "existing",
     "form_of",
     "is_attached",
+    "load",
     "readable",
+    "remember",
     "render_files",
+    "require_preview",
     "serve",
     "views_of",
 ]
@@ -49,6 +60,20 @@ _PREVIEWS = ("preview", "thumb", "thumbnail")
 def is_attached(attribute: object) -> bool:
     """Tell whether an attribute of a model has attachments: one, or a collection of them."""
     return isinstance(getattr(attribute, "type", None), AttachmentType)
+
+
+def require_preview(attribute: Any, preview: str | None) -> None:
+    """Raise if an attribute cannot be shown by a variant; None is the one that the adapter chooses.
+
+    Raises:
+        ConfigurationError: The attribute has no attachments.
+        UnknownVariantError: It declares no such variant.
+    """
+    if not is_attached(attribute):
+        raise ConfigurationError(f"{attribute} has no attachments that {preview!r} could be a preview of")
+    if preview is not None and preview not in attribute.type.variants:
+        known = ", ".join(attribute.type.variants) or "none"
+        raise UnknownVariantError(f"{attribute} declares no variant {preview!r} to show as its preview (there are: {known})")
 
 
 # How a file is shown.
@@ -132,7 +157,7 @@ def _format_size(size: int) -> str:
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
+    return count_of(size, "byte")
 
 
 # Forms.
@@ -205,6 +230,9 @@ class _Form:
         return stored[first:]
 
 
+GONE = "Another user has deleted this row, or a file of it, meanwhile: open it again."
+
+
 class RefusedError(ValueError):
     """What a form asks for is refused; the message is for the reader of the form."""
 
@@ -219,11 +247,30 @@ def readable() -> Iterator[None]:
     except StorageError as error:
         raise RefusedError(client_message(error)) from error
     except StaleDataError as error:
-        raise RefusedError("Another user has deleted this row, or a file of it, meanwhile: open it again.") from error
+        raise RefusedError(GONE) from error
     except (StatementError, OverflowError, UnicodeEncodeError) as error:
         if (reason := _reason_of(error)) is None:
             raise
         raise RefusedError(f"The database refuses this row: {reason}") from error
+
+
+def blame(model: Any, fields: Sequence[Any], refusal: Exception) -> str:
+    """Return the name of the field whose attribute, or its column, a refusal names; of the first one otherwise."""
+
+    def is_named(name: str) -> bool:
+        columns = getattr(getattr(getattr(model, name, None), "property", None), "columns", ())
+        return any(re.search(rf"\b{re.escape(one)}\b", str(refusal)) for one in (name, *(str(c.name) for c in columns)))
+
+    names: list[str] = [field.name for field in fields]
+    return next(filter(is_named, names), names[0])
+
+
+def load(row: Any, name: str) -> Any:
+    """Return the value of an attribute of a row, which is loaded where it is not yet, whatever its `lazy=` says."""
+    state, session = instance_state(row), object_session(row)
+    if session is not None and state.persistent and name in state.unloaded:
+        session.refresh(row, [name])
+    return getattr(row, name)
 
 
 async def existing(finding: Awaitable[T]) -> T:
@@ -384,6 +431,27 @@ async def discarded_unless_assigned(stored: list[Attachment]) -> AsyncIterator[N
         raise
     finally:
         await discard(stored, cancelled=cancelled)
+
+
+@dataclass
+class Known:
+    """What is known of a request: the rows that it has found, first that of its page, what it has stored, and its forms."""
+
+    plugin: Any
+    rows: list[Any] = field(default_factory=list)
+    stored: list[Attachment] = field(default_factory=list)
+    forms: dict[str, FormFile | FormFiles] = field(default_factory=dict)
+
+
+def remember(app: ASGIApp, plugin: Any) -> ASGIApp:
+    """Return an application that has a `Known` in the state of each request, and deletes what a request stores for no row."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        known = scope.setdefault("state", {})["granite_storage"] = Known(plugin)
+        async with discarded_unless_assigned(known.stored):
+            await app(scope, receive, send)
+
+    return call
 
 
 # Files as responses.

@@ -64,6 +64,9 @@ def send_attachment(
         if not _is_one_range(request.range):  # werkzeug answers 416 where RFC 9110 has the field ignored
             asked = {key: value for key, value in asked.items() if key != "HTTP_RANGE"}
         response.make_conditional(asked, accept_ranges=True, complete_length=ref.size)
+        if response.status_code == 412:  # whose body werkzeug would make of the whole file
+            reader.close()
+            return Response(status=412, headers={"Cache-Control": "no-store"})
     except BaseException:
         reader.close()
         raise

@@ -35,10 +35,10 @@ except ImportError as _error:
         "granite_storage.contrib.litestar needs Litestar: pip install 'granite-storage[litestar]'"
     ) from _error
 
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as ReceivedRequest
+from starlette import requests
 
 from granite_storage.web import FileTarget, UploadForm, UploadLimits, problem_response, stream_upload, upload_form
+from granite_storage.web._openapi import only_body
 from granite_storage.web.errors import RETRY_AFTER
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
     """Adds support for attachments to a Litestar application: `Litestar(..., plugins=[StoragePlugin(storage)])`.
 
     - Handlers return rows, attachments, their variants and collections, through `SQLAlchemyDTO`, the serialization plugin or in a
-      dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can
-      supply one: exclude a collection from the DTO of a body, as every relationship that is not sent.
+      dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. They are read-only
+      for DTOs: no body of a request can supply, clear or omit one.
     - The OpenAPI document describes the forms that `provide_upload_form` receives.
     - A handler that returns rows with attachments as nothing can encode them is refused when it is registered.
     - Errors of the library are answered as `install_error_handlers` does, with problem details.
@@ -90,7 +90,8 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
 
     Raises:
         ConfigurationError: `storage` is no manager. The application raises it for a handler whose annotation names a model with
-            attachments, and that has neither a `return_dto` nor a plugin, an encoder or a response for the model.
+            attachments, and that has neither a `return_dto` nor a plugin, an encoder or a response for the model; and for one
+            that receives several forms.
 
     Example:
         ```python
@@ -118,7 +119,7 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
         app_config.type_encoders = {**_ENCODERS, **(app_config.type_encoders or {})}
         app_config.exception_handlers = {
             StorageError: self._answer,
-            ClientDisconnect: lambda *_: Response(b"", status_code=400),
+            requests.ClientDisconnect: lambda *_: Response(b"", status_code=400),
             **app_config.exception_handlers,
         }
         provided = Provide(lambda: self._storage, sync_to_thread=False)
@@ -131,7 +132,7 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
         """Describe what the handlers of a route receive, and refuse those whose rows cannot be shown; Litestar calls it."""
         for handler in route.route_handlers if isinstance(route, HTTPRoute) else ():
             _require_encodable(handler)
-            body = next(_bodies_of(handler.parsed_fn_signature, handler.resolve_dependencies()), None)
+            body = only_body(_bodies_of(handler.parsed_fn_signature, handler.resolve_dependencies()), handler.handler_name)
             if body is not None:
                 handler.operation_class = _describing(handler.operation_class, body)
 
@@ -241,11 +242,10 @@ def provide_upload_form(
     """
 
     async def provide(request: Request[Any, Any, Any]) -> AsyncGenerator[UploadForm, None]:
-        received = ReceivedRequest(request.scope, request.receive)  # type: ignore[arg-type]  # the same, by other types
+        received = requests.Request(request.scope, request.receive)  # type: ignore[arg-type]  # the same, by other types
         async with await stream_upload(received, files, required=required, limits=limits or UploadLimits()) as form:
             yield form
 
-    described = upload_form(files, fields=fields, required=required).openapi_extra["requestBody"]
     provider = _FormProvider(provide)
-    provider.body = RequestBody(**described)
+    provider.body = RequestBody(**upload_form(files, fields=fields, required=required).openapi_extra["requestBody"])
     return provider

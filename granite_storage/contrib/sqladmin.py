@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 from markupsafe import Markup
 from sqladmin import ModelView, expose
 from sqladmin.forms import ModelConverter, ModelConverterBase
 from sqladmin.helpers import get_object_identifier
-from sqlalchemy import event
-from sqlalchemy.orm import object_session
+from sqlalchemy.orm import selectinload
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -100,6 +100,8 @@ class AttachmentAdmin(ModelView):
         attributes = [getattr(self.model, key) for key in self._prop_names]
         self._attached = [one.key for one in attributes if _panels.is_attached(one)]
         self._collections = [one.key for one in attributes if declared_collection(one) is not None]
+        for name, preview in self.attachment_previews.items():
+            _panels.require_preview(getattr(self.model, name, name), preview)
         self._non_link_related_fields = [*self._non_link_related_fields, *self._collections]
         for formatters, with_request in (
             (self._list_formatters, self._list_formatter_accepts_request),
@@ -109,6 +111,10 @@ class AttachmentAdmin(ModelView):
                 formatters[name], with_request[name] = self._show, True
         # On the instance, so that a hook of the application need not call this one.
         vars(self)["on_model_change"] = self._assign_collections
+
+    def _stmt_by_identifier(self, identifier: str) -> Any:
+        collections = (selectinload(getattr(self.model, key)) for key in self._collections)  # whatever their `lazy=` says
+        return super()._stmt_by_identifier(identifier).options(*collections)
 
     async def create_context(self, request: Request) -> dict[str, Any]:
         """Read the files of the form before sqladmin does."""
@@ -179,7 +185,7 @@ class AttachmentAdmin(ModelView):
         value, url = getattr(row, name, None), ""
         if request is not None and value and (self.can_view_details or self.can_edit):
             route = f"admin:view-{self.identity}-serve_attachment"
-            url = str(request.url_for(route, column=name, pk=str(get_object_identifier(row))))
+            url = str(request.url_for(route, column=name, pk=quote(str(get_object_identifier(row)))))
         return _panels.views_of(value, url, self.attachment_previews.get(name))
 
     def _show(self, row: Any, name: str, request: Request | None = None) -> Markup:
@@ -208,18 +214,9 @@ class AttachmentAdmin(ModelView):
                 yield values
 
     async def _assign_collections(self, data: dict[str, Any], model: Any, is_created: bool, request: Request) -> None:
+        if model is None:
+            raise _panels.RefusedError(_panels.GONE)
         for key in [name for name in self._collections if name in data]:
-            if is_created:
-                setattr(model, key, data.pop(key))
-            else:
-                _assign_at_commit(model, key, *data.pop(key))
+            files = data.pop(key)
+            setattr(model, key, files if is_created else files[0].arrange(getattr(model, key), files[1]))
         await type(self).on_model_change(self, data, model, is_created, request)
-
-
-def _assign_at_commit(row: Any, key: str, form: FormFiles, new: list[Attachment]) -> None:
-    """Change the files of a row where its session may load them: in the thread of a synchronous one."""
-
-    def assign(_: Any) -> None:
-        setattr(row, key, form.arrange(getattr(row, key), new))
-
-    event.listen(object_session(row), "before_commit", assign, once=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from anyio.to_thread import run_sync
 from markupsafe import Markup
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette_admin.base import BaseAdmin
 from starlette_admin.contrib.sqla import ModelView
 from starlette_admin.contrib.sqla.converters import register_converter
@@ -64,12 +63,13 @@ class AttachmentField(FileField):
         **options: The options of a field of starlette-admin.
 
     Raises:
-        ConfigurationError: The attribute has no attachments.
+        ConfigurationError: The attribute has no attachments, or declares no variant `preview`.
     """
 
     def __init__(self, attribute: Any, *, preview: str | None = None, **options: Any) -> None:
         if not _panels.is_attached(attribute):
             raise ConfigurationError(f"AttachmentField takes an attribute of attachments such as User.avatar, not {attribute}")
+        _panels.require_preview(attribute, preview)
         self.attribute = attribute
         self.preview = preview
         page, template = (f"plugins/{AttachmentPlugin.name}/{name}.html" for name in ("file", "form"))
@@ -85,7 +85,7 @@ class AttachmentField(FileField):
         Raises:
             ValueError: It is the form of a row within the form of another one, and takes several files.
         """
-        known: _Known = request.state.granite_storage
+        known: _panels.Known = request.state.granite_storage
         if self.id == self.name:
             value, views = await self.read(request, known.rows[0]) if known.rows else (None, [])
         elif self.multiple:
@@ -120,7 +120,7 @@ class AttachmentField(FileField):
         """Return the value of the attribute of a row, which is loaded where it is not yet, and what is shown of it."""
         session = request.state.session
         run = session.run_sync if isinstance(session, AsyncSession) else run_sync
-        value = await run(lambda *_: getattr(row, self.name))
+        value = await run(lambda *_: _panels.load(row, self.name))
         url = await request.state.granite_storage.plugin.url(request, row, self.name) if value else ""
         return value, _panels.views_of(value, url, self.preview)
 
@@ -142,17 +142,7 @@ class AttachmentField(FileField):
         return form.render(self.id, required=bool(self.required), invalid=error is not None)
 
 
-@dataclass
-class _Known:
-    """What is known of a request: the rows that it has found, first that of its page, what it has stored, and its forms."""
-
-    plugin: AttachmentPlugin
-    rows: list[Any] = field(default_factory=list)
-    stored: list[Attachment] = field(default_factory=list)
-    forms: dict[str, _panels.FormFile | _panels.FormFiles] = field(default_factory=dict)
-
-
-async def _find(find: Callable[..., Any], request: Request, pk: Any) -> Any:
+async def _find_by_pk(view: ModelView, find: Callable[..., Any], request: Request, pk: Any) -> Any:
     row = await _panels.existing(find(request, pk))
     if row is None:  # it may have been deleted while the form was received
         raise HTTPException(404)
@@ -160,30 +150,30 @@ async def _find(find: Callable[..., Any], request: Request, pk: Any) -> Any:
     return row
 
 
-async def _handle_exception(view: ModelView, handle: Callable[..., Any], request: Request, error: Exception) -> None:
-    """Call the hook of a view, and let the form say what the storage or the database refuses."""
+async def _find_by_pks(view: ModelView, find: Callable[..., Any], request: Request, pks: list[Any]) -> Any:
+    return await _panels.existing(find(request, pks))
+
+
+def _query(view: ModelView, query: Callable[..., Any], request: Request) -> Any:
+    """Return a query that also loads the collections that are shown, whatever their `lazy=` says."""
+    names = [one.name for one in view.get_fields_list(request) if isinstance(one, AttachmentField) and one.multiple]
+    return query(request).options(*(selectinload(getattr(view.model, name)) for name in names))
+
+
+async def _say(view: ModelView, call: Callable[..., Any], request: Request, argument: Any) -> Any:
+    """Call a method of a view, and let the form, or the list, say what the storage or the database refuses."""
     try:
         with _panels.readable():
-            await handle(request, error)
+            return await call(request, argument)
     except _panels.RefusedError as refusal:
-        raise _at_field(view, request, refusal) from refusal
+        if request.state.action in (RequestAction.ACTION, RequestAction.ROW_ACTION):
+            raise ActionFailed(str(refusal)) from refusal
+        name = _panels.blame(view.model, view.get_fields_list(request), refusal)
+        raise FormValidationError({name: str(refusal)}) from refusal
 
 
-def _at_field(view: ModelView, request: Request, refusal: Exception) -> FormValidationError:
-    """Return the error of the field that a refusal names, or else of the first one."""
-    names = [field.name for field in view.get_fields_list(request)]
-    blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
-    return FormValidationError({blamed: str(refusal)})
-
-
-async def _delete(view: ModelView, delete: Callable[..., Any], request: Request, keys: list[Any]) -> Any:
-    """Delete rows, and let the list, or the form that they are within, say what the database refuses."""
-    try:
-        with _panels.readable():
-            return await delete(request, keys)
-    except _panels.RefusedError as refusal:
-        is_alone = request.state.action in (RequestAction.ACTION, RequestAction.ROW_ACTION)
-        raise ActionFailed(str(refusal)) if is_alone else _at_field(view, request, refusal) from refusal
+_WRAPPERS: dict[str, Callable[..., Any]] = {"find_by_pk": _find_by_pk, "find_by_pks": _find_by_pks}
+_WRAPPERS |= dict.fromkeys(("delete", "handle_exception"), _say) | dict.fromkeys(("get_list_query", "get_detail_query"), _query)
 
 
 class AttachmentPlugin(BasePlugin):
@@ -203,25 +193,28 @@ class AttachmentPlugin(BasePlugin):
 
     def on_mount(self, admin: BaseAdmin) -> None:
         """Let the forms of views with attachments say what the storage or the database refuses, and no key be an error."""
-        for view in admin._model_views:
-            for one in (view, *view._inline_instances):
-                if isinstance(one, ModelView) and any(isinstance(field, AttachmentField) for field in one._all_fields):
-                    # On the instance, which the application's class may have hooks of its own for.
-                    vars(one)["find_by_pk"] = partial(_find, one.find_by_pk)
-                    vars(one)["handle_exception"] = partial(_handle_exception, one, one.handle_exception)
-                    vars(one)["delete"] = partial(_delete, one, one.delete)
+        for view in (one for each in admin._model_views for one in (each, *each._inline_instances)):
+            if isinstance(view, ModelView) and any(isinstance(field, AttachmentField) for field in view._all_fields):
+                # On the instance, which the application's class may have hooks of its own for.
+                vars(view).update({name: partial(wrap, view, getattr(view, name)) for name, wrap in _WRAPPERS.items()})
 
     def middlewares(self) -> Sequence[Middleware]:
         """Return what deletes the files of forms that were refused."""
-        return [Middleware(_discarding, plugin=self)]
+        return [Middleware(_panels.remember, plugin=self)]
 
     def routes(self) -> Sequence[Route | Mount]:
         """Return the route of the files."""
         return [Route("/{key}/{field}", self._serve, name="file")]
 
     async def url(self, request: Request, row: Any, name: str) -> str:
-        """Return where a file of a row is served; an empty string where no view of the row's model is registered."""
-        view = next((one for one in self._admin._model_views if getattr(one, "model", None) is type(row)), None)
+        """Return where a file of a row is served: by the view of the page, or by another one where the page is of another model.
+
+        Returns:
+            An empty string where no view serves it to the user.
+        """
+        views = [one for one in self._admin._model_views if isinstance(row, getattr(one, "model", ()))]
+        own = [one for one in views if one.key == request.path_params.get("key")]
+        view = next((one for one in own or views if name in (_served(one, request) or ())), None)
         if view is None:
             return ""
         pk, route = await view.get_pk_value(request, row), f"{request.app.state.ROUTE_NAME}:plugin:{self.name}:file"
@@ -230,21 +223,17 @@ class AttachmentPlugin(BasePlugin):
     async def _serve(self, request: Request) -> Response:
         request.state.action = RequestAction.DETAIL  # what `find_by_pk` and the fields look at
         view = self._admin._find_view_by_key(request.path_params["key"])
-        checks = ((RequestAction.DETAIL, view.can_view_detail), (RequestAction.EDIT, view.can_edit))
-        fields = [one for action, may in checks if may(request) for one in view.get_fields_list(request, action=action)]
-        if not fields or not view.is_accessible(request):
+        if (fields := _served(view, request)) is None:
             raise HTTPException(403)
-        named = (one for one in fields if isinstance(one, AttachmentField) and one.name == request.path_params["field"])
-        if (found := next(named, None)) is None:
+        if (found := fields.get(request.path_params["field"])) is None:
             raise HTTPException(404)
         row = await view.find_by_pk(request, request.query_params.get("pk"))
         return _panels.serve((await found.read(request, row))[0], request)
 
 
-def _discarding(app: ASGIApp, plugin: AttachmentPlugin) -> ASGIApp:
-    async def call(scope: Scope, receive: Receive, send: Send) -> None:
-        known = scope.setdefault("state", {})["granite_storage"] = _Known(plugin)
-        async with _panels.discarded_unless_assigned(known.stored):
-            await app(scope, receive, send)
-
-    return call
+def _served(view: Any, request: Request) -> dict[str, AttachmentField] | None:
+    """Return the attributes whose files a view serves to the user; None where the user may see no row of it."""
+    checks = ((RequestAction.DETAIL, view.can_view_detail), (RequestAction.EDIT, view.can_edit))
+    allowed = [action for action, may in checks if may(request)] if view.is_accessible(request) else []
+    fields = [one for action in allowed for one in view.get_fields_list(request, action=action)]
+    return {one.name: one for one in fields if isinstance(one, AttachmentField)} if fields else None

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from granite_storage._documentation import Page
+from granite_storage._tasks import UnaskedEndError, contained
 from granite_storage.derived.base import (
     Derivation,
     DerivationSource,
     Missing,
     When,
     check_accepted_types,
+    describe_exception,
     make_digest,
     require_choice,
 )
@@ -112,18 +116,45 @@ class Derived:
 
     async def _await(self, source: DerivationSource) -> Derivation:
         function: Any = self.function
+        limits, limit = self._limits, asyncio.timeout(self._limits.timeout)
         try:
-            async with asyncio.timeout(self._limits.timeout):
-                value = await function(source)
+            with contained(self.identity):
+                async with limit:
+                    value = await function(source)
         except StorageError:
             raise
-        except Exception as error:
-            raise DerivationFailedError(f"the derivation failed: {self.identity} raised {type(error).__name__}") from error
-        made = value if isinstance(value, Derivation) else Derivation(value.encode() if isinstance(value, str) else bytes(value))
-        if isinstance(made.content, bytes) and len(made.content) > self._limits.max_size:
-            size = len(made.content)
-            raise DerivationFailedError(f"the derivation failed: its result has {size} bytes, more than {self._limits.max_size}")
+        except UnaskedEndError as error:
+            raise DerivationFailedError(f"the derivation failed: {error}") from error
+        except Exception as error:  # its message may have the secrets of the service that it calls
+            what = f"took longer than {limits.timeout:g} s" if limit.expired() else f"raised {type(error).__name__}"
+            raise DerivationFailedError(f"the derivation failed: {self.identity} {what}") from error
+        try:
+            made, size = await _measure(value)
+        except (TypeError, ValueError, OSError) as error:
+            message = f"the derivation failed: {self.identity} raised {describe_exception(error)}"
+            raise DerivationFailedError(message) from error
+        if size > limits.max_size:
+            raise DerivationFailedError(f"the derivation failed: its result has {size} bytes, more than {limits.max_size}")
         return made
+
+
+async def _measure(value: object) -> tuple[Derivation, int]:
+    """Return what a coroutine function has returned as a derivation, with its size; raise as a worker process does."""
+    if inspect.iscoroutine(value):
+        value.close()
+    made = value if isinstance(value, Derivation) else Derivation(b"")
+    content: object = made.content if isinstance(value, Derivation) else value
+    if isinstance(content, Path):
+        return made, await asyncio.to_thread(_size_of, content)
+    if not isinstance(content, bytes | bytearray | memoryview | str):
+        raise TypeError(f"it must return bytes, text or a Derivation, not {type(content).__name__}")
+    data = content.encode() if isinstance(content, str) else bytes(content)
+    return replace(made, content=data), len(data)
+
+
+def _size_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def _identify(function: Any) -> str:

@@ -24,7 +24,7 @@ from granite_storage._documentation import Page
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import background, run_bounded
+from granite_storage._tasks import background, contained, run_bounded
 from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
 from granite_storage._words import count_of
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
@@ -37,7 +37,7 @@ from granite_storage.exceptions import (
     StorageError,
 )
 from granite_storage.gc.database import DatabaseReferences
-from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
+from granite_storage.gc.merge import PAGE, Spool, join_pages, temporary_file
 from granite_storage.gc.periodic import repeat_as_leader
 from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
 from granite_storage.locations import check_location, generated_time, matches_generated_name
@@ -313,7 +313,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self._allow_no_references = allow_no_references
         self._missing: list[str] = []
         self._unmentioned = 0
-        self._has_references = False
+        self._misses_objects = False
 
     def _items(self) -> AsyncGenerator[CollectedObject, None]:
         return self._observe() if is_active() else self._collect()
@@ -392,7 +392,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         report = self.report
         page: list[tuple[str, int]] = []
         async with self._source.in_order(report.backend) as references:
-            async for stretch in join_pages(listed.pages(), self._watch_references(references)):
+            async for stretch in join_pages(listed.pages(), references):
                 report.referenced += len(stretch.referenced)
                 report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
                 self._note_missing(stretch.missing)
@@ -465,11 +465,6 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 extra=fields_of(report),
             )
 
-    async def _watch_references(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
-        async for page in references:
-            self._has_references = self._has_references or any(is_here for _, is_here in page)
-            yield page
-
     def _select_nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
         """Return what may be an orphan; count objects with names of others, and those within the grace period."""
         report, nominees = self.report, []
@@ -485,6 +480,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         return nominees
 
     def _note_missing(self, locations: set[str]) -> None:
+        self._misses_objects = self._misses_objects or bool(locations)
         room = _MOST_MISSING - len(self._missing)
         if room > 0 and locations:
             concerned = [item for item in sorted(locations) if self._scope.has(item) or not is_valid(item)]
@@ -492,7 +488,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
 
     async def _require_mounted(self) -> None:
         """Refuse a local folder without its marker, unless nothing was ever stored in it."""
-        if not self.report.scanned and not self._has_references:
+        if not self.report.scanned and not self._misses_objects:  # without objects, any reference misses one
             return
         try:
             await require_mounted(self.report.backend, self._backend)
@@ -827,7 +823,8 @@ class StorageGarbageCollector:
 
     async def _collect_and_log(self, storage_key: str, *, dry_run: bool) -> None:
         try:
-            report = await self.collect(storage_key=storage_key, dry_run=dry_run)
+            with contained("a collection"):
+                report = await self.collect(storage_key=storage_key, dry_run=dry_run)
         except Exception:
             said = fields_of(storage_key=storage_key)
             logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=said)

@@ -628,11 +628,10 @@ class DatabaseReferences:
             async with self._connection(translated=True) as connection:
                 self._dialect = connection.dialect.name
                 self._encoding = await connection.run_sync(text_encoding)
-                await require_fit(connection, [])
+                await require_fit(connection)
                 self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
                 self._journals = await connection.run_sync(_journals_in, declared, self._columns)
-            async with self._connection() as connection:
-                await require_fit(connection, [item.column for item in self._ref_columns if item.is_declared])
+                await _require_all_rows(connection, [item.column for item in self._ref_columns if item.is_declared])
         except ProgrammingError as error:
             raise _refuse_unreadable(error) from error
 
@@ -759,12 +758,11 @@ def _refuse_unreadable(error: DBAPIError) -> CollectionRefusedError:
 _BEGUN = text("SELECT transaction_timestamp()")
 
 
-async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
+async def require_fit(connection: AsyncConnection) -> None:
     """Refuse a connection or a database that the collector cannot rely on.
 
     Args:
         connection: One of the application's sessions.
-        columns: The columns that may refer to objects.
 
     Raises:
         CollectionRefusedError: The message says what to do.
@@ -776,7 +774,7 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
         )
     match connection.dialect.name:
         case "postgresql":
-            await _require_fit_postgresql(connection, columns)
+            await _require_fit_postgresql(connection)
         case "mysql" | "mariadb":
             await _require_fit_mariadb(connection)
         case "sqlite":
@@ -804,7 +802,7 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, 
         )
 
 
-async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
+async def _require_fit_postgresql(connection: AsyncConnection) -> None:
     begun = [(await connection.execute(_BEGUN)).scalar_one() for _ in range(2)]
     if begun[0] != begun[1]:
         raise CollectionRefusedError("the sessions use AUTOCOMMIT: give the binding sessions that use transactions")
@@ -812,6 +810,16 @@ async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence
         raise CollectionRefusedError(
             "the database is a standby, which may lag behind the primary: give the binding sessions on the primary"
         )
+
+
+async def _require_all_rows(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
+    """Refuse columns some of whose rows may be hidden from this role.
+
+    Raises:
+        CollectionRefusedError: PostgreSQL's row-level security may hide some.
+    """
+    if connection.dialect.name != "postgresql":
+        return
     preparer = connection.dialect.identifier_preparer
     for table in dict.fromkeys(column.table for column in columns):
         name = preparer.format_table(table)

@@ -86,7 +86,9 @@ class Spool:
 
 
 class SortedSpool:
-    """Strings, each with a mark, in the order of their code points, which is the byte order of UTF-8: sorted on disk.
+    """Strings, each with a mark, in the order of their code points, which is the byte order of UTF-8.
+
+    They are sorted on disk, but for the last 50,000, which stay in memory.
 
     Args:
         file: An empty file, which stays the caller's to close.
@@ -101,19 +103,15 @@ class SortedSpool:
         """Add a string."""
         self._waiting.append((item, mark))
         if len(self._waiting) >= _IN_MEMORY:
-            await self._write_run()
+            waiting, self._waiting = self._waiting, []
+            self._runs.append(await shielded(asyncio.to_thread(_sort_to, self._file, waiting)))
 
     async def pages(self) -> AsyncIterator[list[tuple[str, bool]]]:
         """Yield all strings in order, each with its mark; nothing may be added any more."""
-        await self._write_run()
-        merged = heapq.merge(*(_read_run(self._file, start, stop) for start, stop in self._runs))
+        runs = [_read_run(self._file, start, stop) for start, stop in self._runs]
+        merged = heapq.merge(*runs, _sort(self._waiting))
         while page := await shielded(asyncio.to_thread(take_page, merged)):
             yield page
-
-    async def _write_run(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if waiting:
-            self._runs.append(await shielded(asyncio.to_thread(_sort_to, self._file, waiting)))
 
 
 def _write(file: IO[bytes], page: Page) -> None:
@@ -125,6 +123,12 @@ def _read(file: IO[bytes], position: int) -> tuple[Page | None, int]:
     file.seek(position)
     line = file.readline()
     return (json.loads(line) if line else None), file.tell()
+
+
+def _sort(items: list[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Yield items in order; they are sorted where the first one is asked for."""
+    items.sort()
+    yield from items
 
 
 def _sort_to(file: IO[bytes], items: list[tuple[str, bool]]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import contained, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
     ConfigurationError,
@@ -39,7 +39,7 @@ from granite_storage.inspection.base import (
 from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, fit_location, judge_type
 from granite_storage.inspection.scanning import ScannedContent, judge_outcome
 from granite_storage.inspection.stripping import Stripper, can_strip
-from granite_storage.refs import ReadOnlyDict, canonical_timestamp, read_only
+from granite_storage.refs import ReadOnlyDict, canonical_timestamp, storable
 
 __all__ = ["Gate", "Pieces", "Verdict", "fit_location", "fit_public", "judge_bytes", "validate"]
 
@@ -360,7 +360,7 @@ class _Judge:
             found |= own or {}
         found.pop("type", None)
         own_type = {} if self._type is None else {"type": self._type}
-        self.verdict.media = read_only({**own_type, **found}, "what the inspectors found") or None
+        self.verdict.media = storable({**own_type, **found}, "what the inspectors found") or None
 
 
 async def validate(checks: Checks, preview: UploadPreview) -> None:
@@ -375,12 +375,13 @@ async def validate(checks: Checks, preview: UploadPreview) -> None:
 
 async def _validate(validator: Validator, preview: UploadPreview) -> None:
     try:
-        if inspect.iscoroutinefunction(validator):
-            result: object = await validator(preview)
-        else:
-            result = await _threads.run(copy_context().run, validator, preview)
-            if inspect.isawaitable(result):
-                result = await result
+        with contained("the validator"):
+            if inspect.iscoroutinefunction(validator):
+                result: object = await validator(preview)
+            else:
+                result = await _threads.run(copy_context().run, validator, preview)
+                if inspect.isawaitable(result):
+                    result = await result
     except ValueError as error:
         if type(error) is not ValueError:  # what decoding or parsing raises is a bug of the validator, not a refusal
             raise

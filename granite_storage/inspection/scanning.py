@@ -8,6 +8,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
 
+from granite_storage._tasks import contained
 from granite_storage.exceptions import ScannerUnavailableError
 from granite_storage.inspection.base import Scanner, ScanResult
 from granite_storage.refs import canonical_timestamp
@@ -80,7 +81,8 @@ class ScannedContent:
         """Return what the scanner returns, or the error that it raises."""
         try:
             async with aclosing(self._pieces()) as pieces:
-                return await scanner.scan(pieces)
+                with contained("the scanner"):
+                    return await scanner.scan(pieces)
         except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
             return error
 

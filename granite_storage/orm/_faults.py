@@ -6,13 +6,15 @@ statement comes first, with an error of the driver's own that names no remedy.
 
 from __future__ import annotations
 
+import errno
 import re
+import sqlite3
 from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, StorageError
 from granite_storage.orm._util import codes_of
 
 _MISSING: Final = ("42P01", 1146)
@@ -20,6 +22,12 @@ _DENIED: Final = ("42501", 1142, 1143)
 """The codes of PostgreSQL and of MariaDB; SQLite has none of its own for a table that is missing, and no rights."""
 
 _MISSING_ON_SQLITE: Final = "no such table"
+_DAMAGED: Final = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+_OUT_OF_ORDER: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_OUT_OF_ORDER_TOO: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_NOT_WRITABLE: Final = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH)
+"""What SQLite and the operating system say of a file, by their codes."""
+
 _TABLE: Final = re.compile(r'(?:([\w$-]+)[`"]?\.[`"]?)?\b(granite_storage_(?:intent|reclaim|decision|meta|job))\b')
 """The name of one of the journal's tables, quoted or not, perhaps with its schema."""
 
@@ -54,9 +62,7 @@ def explain_missing(error: BaseException | None, *, sidecar: str | None = None) 
     named = f"the journal's table {_name_of(found)} is missing"
     if sidecar is not None:
         return ConfigurationError(
-            f"{named} from the sidecar {sidecar}, which the library alone writes: stop the processes that use it, restore the"
-            " file, or remove it, so that the library creates another one; then run the garbage collector, which finds the"
-            " objects of uploads that were in progress",
+            f"{named} from the sidecar {sidecar}, which the library alone writes: {_replace(sidecar)}",
             see=Page.JOURNAL_ON_SQLITE,
         )
     return ConfigurationError(
@@ -64,6 +70,49 @@ def explain_missing(error: BaseException | None, *, sidecar: str | None = None) 
         " Base.metadata.create_all or a migration after journal_tables(Base.metadata), and run the garbage collector, which finds"
         " the objects that its rows were about. On PostgreSQL a search_path may lead the connection past it",
         see=Page.JOURNAL,
+    )
+
+
+def explain_sidecar(error: BaseException, path: str) -> StorageError | None:
+    """Return what to raise for an error about the sidecar as a file: it is damaged, not writable, or its disk is full.
+
+    Args:
+        error: The error of the driver, of SQLAlchemy or of the operating system.
+        path: Where the file is.
+
+    Returns:
+        The error to raise from it; None if it is about something else.
+    """
+    original = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(original, "sqlite_errorcode", 0) & 0xFF
+    if code in _DAMAGED:
+        return damaged_sidecar(original, path)
+    if code in _OUT_OF_ORDER or (isinstance(original, OSError) and original.errno in _OUT_OF_ORDER_TOO):
+        return BackendUnavailableError(
+            f"the journal's sidecar {path} cannot be written ({original}), so that nothing is stored: make room on its disk, or"
+            " repair that. The transaction may be tried again then"
+        )
+    if code in _NOT_WRITABLE or isinstance(original, OSError):
+        return ConfigurationError(
+            f"the journal's sidecar {path} cannot be opened, created or written: {original}. Let the application's user write to"
+            " it and to its folder, or pass StorageJournal(..., sidecar=...) a path on the same machine, the same one in every"
+            " process",
+            see=Page.JOURNAL_ON_SQLITE,
+        )
+    return None
+
+
+def damaged_sidecar(error: BaseException | None, path: str) -> ConfigurationError:
+    """Return what to raise where the sidecar is not what the library has written."""
+    return ConfigurationError(f"the journal's sidecar {path} is damaged ({error}): {_replace(path)}", see=Page.JOURNAL_ON_SQLITE)
+
+
+def _replace(sidecar: str) -> str:
+    """Return in words how a sidecar is replaced, and what that loses."""
+    return (
+        f"stop the processes that use it; then restore the file, or remove it with {sidecar}-wal and {sidecar}-shm, so that the"
+        " library creates another one. Rows keep their files; uploads that were in progress cannot be committed, and the garbage"
+        " collector finds the objects that only this file knew of"
     )
 
 

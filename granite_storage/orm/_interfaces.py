@@ -7,7 +7,7 @@ force are listed here too.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -43,7 +43,7 @@ CLAIMING_KEY = "granite_storage.claiming"
 FORGET_CLAIMS = "SET @granite_storage_claimed = NULL"
 """Clears that variable."""
 
-REFUSAL = ("granite_storage: the object ", " is gone or going")
+REFUSAL = ("granite_storage: the object ", " is gone or going, or only rows of other models or schemas hold it")
 """The error of a trigger that refuses a ref, before and after what names its object, by which a session knows it."""
 
 
@@ -286,8 +286,10 @@ class JournalIntents(Protocol):
         """Raise `StaleAttachmentError` if a worker is about to delete an object that a transaction restores."""
         ...
 
-    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
-        """Return the intents of the pending deletes of objects, by their locations."""
+    def find_deletes(
+        self, connection: Connection, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False
+    ) -> dict[str, UUID]:
+        """Return the intents of the pending deletes of objects that a transaction sees or others have committed, by location."""
         ...
 
 
@@ -369,12 +371,14 @@ class StoredObject:
         ref: The ref of the object, with those of its variants.
         intent: Its intent.
         variant_intents: The intents of the variants that the transaction stores with it.
+        source: The location of its original, for a variant by itself.
     """
 
     manager: StorageManager
     ref: StoredObjectRef
     intent: Intent | None = None
     variant_intents: tuple[Intent, ...] = ()
+    source: str | None = None
 
     @property
     def key(self) -> ObjectKey:
@@ -385,6 +389,23 @@ class StoredObject:
     def intents(self) -> tuple[Intent, ...]:
         """Its intent and those of its variants."""
         return self.variant_intents if self.intent is None else (self.intent, *self.variant_intents)
+
+    @property
+    def parts(self) -> list[StoredObject]:
+        """The object and each of its variants by itself, without intents: rows may refer to one of them and not to another."""
+        if not self.ref.variants:
+            return [StoredObject(self.manager, self.ref, source=self.source)]
+        variants = (StoredObject(self.manager, ref, source=self.ref.location) for ref in self.ref.variants.values())
+        return [StoredObject(self.manager, self.ref.with_variants(None), source=self.source), *variants]
+
+
+def leave_out(stored: Iterable[StoredObject], locations: Collection[str]) -> list[StoredObject]:
+    """Return what is left of objects and their variants without those at some locations.
+
+    Those with an intent are returned as they are: their journal looks for references by itself.
+    """
+    parts = (part for item in stored for part in ([item] if item.intent else item.parts))
+    return [part for part in parts if part.intent or part.ref.location not in locations]
 
 
 # The bindings in force.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -267,6 +268,13 @@ def codes_of(error: DBAPIError) -> set[str | int]:
     original = error.orig
     found = {getattr(original, "sqlstate", None), getattr(original, "pgcode", None), *getattr(original, "args", ())[:1]}
     return {code for code in found if isinstance(code, str | int)}
+
+
+def is_busy(error: object) -> bool:
+    """Return whether SQLite's driver has raised an error because another connection has the lock."""
+    code = getattr(error, "sqlite_errorcode", None)
+    # The low byte is the error, and the rest says more of it.
+    return "locked" in str(error) if code is None else code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def executed_statement(state: ORMExecuteState) -> Any:

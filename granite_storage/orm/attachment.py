@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from granite_storage.exceptions import (
 from granite_storage.locations import clean_filename
 from granite_storage.orm._interfaces import ColumnType, Intent, active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader, SyncObjectReader
-from granite_storage.refs import StoredObjectRef, read_only
+from granite_storage.refs import StoredObjectRef, storable
 from granite_storage.streams import (
     BytesLike,
     ByteSource,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema, SchemaSerializer
+    from pydantic_core.core_schema import SerSchema
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage._headers import Disposition
@@ -114,7 +114,18 @@ def core_schema_of(file: type[_StoredFile]) -> CoreSchema:
 
     shown = core_schema.nullable_schema(fields_schema())
     serialization = core_schema.plain_serializer_function_ser_schema(shown_fields, return_schema=shown, when_used="json")
-    return core_schema.is_instance_schema(file, serialization=serialization)
+    return instance_schema(file, serialization)
+
+
+def instance_schema(kind: type[Any], serialization: SerSchema) -> CoreSchema:
+    """Return the pydantic schema of objects that JSON cannot represent; the error of a request body is for its client."""
+    from pydantic_core import core_schema
+
+    is_instance = core_schema.is_instance_schema(kind)
+    in_json = core_schema.custom_error_schema(
+        is_instance, "file_in_json", custom_error_message="A file cannot be given as JSON: upload it, and leave this field out"
+    )
+    return core_schema.json_or_python_schema(in_json, is_instance, serialization=serialization)
 
 
 class LazySerializer:
@@ -161,9 +172,6 @@ def shown_fields(value: _StoredFile) -> dict[str, Any] | None:
             "the attachment is not stored yet; flush the session before it is shown", see=Page.ATTACHMENTS
         )
     return value.describe()
-
-
-_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 # The states of an attachment, and every change from one to another.
@@ -697,7 +705,7 @@ class Attachment(_StoredFile):
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
-        self._state.fill(content, filename, content_type, None if extra is None else _storable(extra))
+        self._state.fill(content, filename, content_type, None if extra is None else storable(extra, "extra"))
 
     @classmethod
     def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
@@ -821,8 +829,8 @@ class Attachment(_StoredFile):
         """Return the variant of a name; a missing one is made now, and recorded in the row.
 
         A variant that an older recipe made is not missing. The variant is recorded in a separate transaction, which waits for
-        others that have changed the row: commit yours first. Concurrent calls for the same variant in one process share the
-        work.
+        others that have changed or locked the row, on SQLite for any that has written: end yours first. Concurrent calls for the
+        same variant in one process share the work.
 
         Args:
             name: One of the names that the column declares.
@@ -830,7 +838,8 @@ class Attachment(_StoredFile):
         Raises:
             UnknownVariantError: The column declares no such name.
             ConfigurationError: The base is bound with neither a journal nor sessions.
-            StaleAttachmentError: No committed row refers to the file: it is not committed yet, or the row has another one now.
+            StaleAttachmentError: No committed row refers to the file: it is not committed yet, or the row has another one now; or
+                a transaction, perhaps the caller's own, has locked the row for long.
             DerivationRefusedError: The variant can never be made from this file, or the recipe is not for files of its type.
             DerivationFailedError: The variant could not be made; it may be tried again.
             ScanPendingError: A virus scanner has not scanned the file yet.
@@ -1135,27 +1144,6 @@ def _is_left_empty(upload: object) -> bool:
     if not (is_file(upload) and is_form_upload(upload)):
         return False
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
-
-
-def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the extra keys, frozen, or raise before an upload whose ref the database would refuse."""
-    kept = read_only(extra, "extra")
-    if any(_UNSTORABLE.search(text) for text in _texts(kept)):
-        raise InvalidReferenceError("extra contains a NUL character or a lone surrogate, which PostgreSQL cannot store in JSON")
-    return kept
-
-
-def _texts(value: Any) -> Iterator[str]:
-    match value:
-        case str():
-            yield value
-        case Mapping():
-            for key, item in value.items():
-                yield key
-                yield from _texts(item)
-        case list():
-            for item in value:
-                yield from _texts(item)
 
 
 def _home_of(column: InstrumentedAttribute[Any]) -> ColumnType:

@@ -36,8 +36,8 @@ from granite_storage.derived import Effect, Recipe
 from granite_storage.exceptions import CollectionFullError, ConfigurationError
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._util import connection_of
-from granite_storage.orm.attachment import Attachment, LazySerializer, UploadFile, core_schema_of, fields_schema
-from granite_storage.orm.columns import AttachmentType, primary_key_of, value_in
+from granite_storage.orm.attachment import Attachment, LazySerializer, UploadFile, core_schema_of, fields_schema, instance_schema
+from granite_storage.orm.columns import READ_ONLY_FOR_DTOS, AttachmentType, primary_key_of, value_in
 from granite_storage.orm.locking import read_rows, take_write_lock
 from granite_storage.streams import ByteSource
 
@@ -228,7 +228,7 @@ class AttachedFile:
         serialization = core_schema.plain_serializer_function_ser_schema(
             show, return_schema=_shown(core_schema_of(Attachment)), when_used="json"
         )
-        return core_schema.is_instance_schema(cls, serialization=serialization)
+        return instance_schema(cls, serialization)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -339,7 +339,7 @@ class AttachmentList(list[AttachedFile]):
 
         files = core_schema.list_schema(handler.generate_schema(AttachedFile))
         serialization = core_schema.plain_serializer_function_ser_schema(list, return_schema=files, when_used="json")
-        return core_schema.is_instance_schema(cls, serialization=serialization)
+        return instance_schema(cls, serialization)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -566,7 +566,7 @@ def attachments(
         cascade="all, delete-orphan",
         collection_class=AttachmentList,
         comparator_factory=_Comparator,
-        info={_INFO_KEY: declared},
+        info={**READ_ONLY_FOR_DTOS, **(relationship_arguments.pop("info", None) or {}), _INFO_KEY: declared},
         order_by=lambda: (cast(Any, declared.file_class).position, cast(Any, declared.file_class).id),
         **relationship_arguments,
     )

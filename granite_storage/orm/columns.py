@@ -34,6 +34,7 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy import column as named_column
+from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DontWrapMixin
@@ -176,6 +177,26 @@ class _RefJSON(TypeDecorator[T]):
 
     def _broken(self, error: InvalidReferenceError) -> T:
         raise error
+
+
+class _ReadOnly:
+    """Is Litestar's `DTOField("read-only")`, without an import of Litestar until one of its DTOs asks."""
+
+    @property
+    def mark(self) -> Any:
+        from litestar.dto import Mark
+
+        return Mark.READ_ONLY
+
+
+# A body that leaves a file out would set the attribute to None, or to an empty list, and the commit would delete the file.
+READ_ONLY_FOR_DTOS: Mapping[str, Any] = {"__dto__": _ReadOnly()}
+
+
+@sqlalchemy_event.listens_for(Column, "after_parent_attach")
+def _protect_from_dtos(column: Column[Any], _: object) -> None:
+    if isinstance(column.type, _RefJSON):  # the application's own mark has precedence
+        column.info.update({**READ_ONLY_FOR_DTOS, **column.info})
 
 
 class RefusedReferenceError(InvalidReferenceError, DontWrapMixin):

@@ -248,11 +248,12 @@ def restore_deleted(unit: UnitOfWork, change: Change) -> None:
             "restoring an attachment needs a journal, and this base is bound without one: bind_storage(..., journal=...)",
             see=Page.JOURNAL,
         )
-    found = wait(journal.intents.find_deletes([ref]))
+    connection = unit.flush.connections[journal]
+    found = journal.intents.find_deletes(connection, [ref])
     if ref.location not in found:
         raise StaleAttachmentError(f"the object at {ref.location!r} has no pending delete, so it cannot be restored")
     if ref.variants is not None:
-        waiting = wait(journal.intents.find_deletes(list(ref.variants.values()), without_fenced=True))
+        waiting = journal.intents.find_deletes(connection, list(ref.variants.values()), without_fenced=True)
         kept = {name: variant for name, variant in ref.variants.items() if variant.location in waiting}
         found |= waiting
         state.correct(ref.with_variants(kept))

@@ -46,6 +46,7 @@ from sqlalchemy import table as named_table
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._telemetry import fields_of
+from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._interfaces import StoredObject, active_bindings
 from granite_storage.orm._util import (
@@ -66,6 +67,8 @@ from granite_storage.orm.columns import (
     attachment_tables,
     location_column_name,
     location_of,
+    variant_locations,
+    variants_in,
     where_json,
 )
 from granite_storage.refs import StoredObjectRef
@@ -358,9 +361,10 @@ _LOCK_TIMEOUT = 3
 
 
 def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[str]:
-    """Return the locations of displaced objects that a row refers to, or may refer to.
+    """Return the locations of displaced objects, and of their variants, that a row refers to, or may refer to.
 
-    The tables of every base are searched for every object, whatever its manager: two managers may lead to the same place. If the
+    The tables of every base are searched for every object, whatever its manager: two managers may lead to the same place. Of an
+    object and its variants each is searched for by itself: the ref in a row may nest a variant, or be a variant's own. If the
     database cannot tell, an object counts as referenced: an orphan is better than a lost file.
     """
     bindings = active_bindings()
@@ -369,19 +373,19 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
     required = {
         column for binding in bindings if binding.manager in managers for column in attachment_tables(binding.metadata).refs()
     }
-    locations = list(dict.fromkeys(item.ref.location for item in objects))
+    sources = {part.ref.location: part.source for item in objects for part in item.parts}
     try:
-        shared = find_referenced(connection, columns, locations, required=required)
-    except (DBAPIError, LookupError) as error:
+        shared = find_referenced(connection, columns, sources, required=required)
+    except (DBAPIError, LookupError, InvalidReferenceError) as error:
         if isinstance(error, DBAPIError) and _ends_transaction(connection, error):
             raise
         logger.warning(
             "it is unknown whether other rows refer to %d displaced objects; they are left to the garbage collector: %s",
-            len(locations),
-            ", ".join(map(repr, locations)),
+            len(sources),
+            ", ".join(map(repr, sources)),
             exc_info=True,
         )
-        return set(locations)
+        return set(sources)
     for location in shared:
         logger.info("the object %r is kept, because another row refers to it", location, extra=fields_of(location=location))
     return shared
@@ -416,14 +420,18 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
             logger.warning(
                 "%d objects of an ended transaction are kept, since rows may refer to them", len(objects), exc_info=True
             )
-            return {item.ref.location for item in objects}
+            return {part.ref.location for item in objects for part in item.parts}
     return shared
 
 
 def find_referenced(
-    connection: Connection, columns: Sequence[Column[Any]], locations: Iterable[str], *, required: Collection[Column[Any]] = ()
+    connection: Connection,
+    columns: Sequence[Column[Any]],
+    objects: Mapping[str, str | None],
+    *,
+    required: Collection[Column[Any]] = (),
 ) -> set[str]:
-    """Return which of these locations rows refer to, as the connection's transaction sees them.
+    """Return the locations of those of some objects that rows refer to, as the connection's transaction sees them.
 
     The columns are searched where the connection resolves them, and those of the same name in every other schema. Tables that the
     database does not have are ignored: a base may have tables in several databases. MariaDB and MySQL read from a snapshot, in
@@ -433,15 +441,15 @@ def find_referenced(
     Args:
         connection: The connection.
         columns: Columns of refs.
-        locations: The locations.
+        objects: The locations of the objects; a variant's with that of its original, in whose rows alone it is nested.
         required: Those of the columns that existing tables must have.
 
     Raises:
         DBAPIError: The search failed; the transaction continues unless the error has ended it.
         LookupError: A table lacks a column, or this role may not read it.
+        InvalidReferenceError: A row that holds an original has variants that this version cannot read.
     """
-    wanted = list(dict.fromkeys(locations))
-    if not columns or not wanted:
+    if not columns or not objects:
         return set()
 
     def look() -> dict[Place, Sequence[Column[Any]]]:
@@ -451,7 +459,7 @@ def find_referenced(
     try:
         with _savepoint(connection):
             places = _places(connection, columns, required)
-            found = _answers(connection, tuple(places), wanted)
+            found = _answers(connection, tuple(places), objects)
     except DBAPIError as error:
         if _ends_transaction(connection, error):
             raise
@@ -459,12 +467,13 @@ def find_referenced(
         places = look()
         found = set()
         for place in places:
-            ask = partial(_answers, connection, (place,), wanted, is_guarded=True)
+            ask = partial(_answers, connection, (place,), objects, is_guarded=True)
             found |= _tolerantly(connection, place, ask, look)
     if found and connection.dialect.name in ("mysql", "mariadb"):
         confirmed: set[str] = set()
+        doubted = {location: objects[location] for location in sorted(found)}
         for place, key in places.items():
-            confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, found), look)
+            confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, doubted), look)
         return confirmed
     return found
 
@@ -503,32 +512,62 @@ def _places(
 
 
 @lru_cache(maxsize=256)  # transactions share the statements, and so their compiled forms
-def _question(places: tuple[Place, ...], dialect: str, is_guarded: bool) -> CompoundSelect[Any]:
+def _question(places: tuple[Place, ...], dialect: str, is_guarded: bool, has_variants: bool) -> CompoundSelect[Any]:
     wanted = bindparam("locations", expanding=True, type_=Text())
     parts = []
     for place in places:
         column = place.column
         _, location = location_of(column, dialect, is_generated=place.is_generated)
+        selected = _selected(column, location, dialect, has_variants=has_variants)
         if is_guarded and dialect == "sqlite":
             # One row whose JSON is damaged would fail the whole statement; an index has only valid ones.
-            location = where_json(column, location)
-        parts.append(select(location.label("location")).select_from(column.table).where(location.in_(wanted)))
+            location, *selected = (where_json(column, value) for value in (location, *selected))
+        parts.append(select(*_labelled(selected)).select_from(column.table).where(location.in_(wanted)))
     return union_all(*parts)
 
 
+def _selected(column: Column[Any], location: ColumnElement[str], dialect: str, *, has_variants: bool) -> list[ColumnElement[Any]]:
+    """Return what `_named` reads of the rows of a column: the location, and the variants where some are in question."""
+    return [location, variants_in(column, dialect)] if has_variants else [location]
+
+
+def _labelled(selected: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+    return [value.label(name) for value, name in zip(selected, ("location", "variants"), strict=False)]
+
+
+def _asked(objects: Mapping[str, str | None]) -> list[str]:
+    """Return the locations by which rows are found: those of the objects, and of the originals that nest some of them."""
+    return list(dict.fromkeys([*objects, *(source for source in objects.values() if source is not None)]))
+
+
+def _has_variants(objects: Mapping[str, str | None]) -> bool:
+    return any(source is not None for source in objects.values())
+
+
+def _named(rows: Iterable[Row[Any]], objects: Mapping[str, str | None]) -> set[str]:
+    """Return which of some objects rows refer to, each of which is a location and the variants beside it."""
+    named: set[str] = set()
+    for row in rows:
+        named.add(row.location)
+        if len(row) > 1:
+            named |= variant_locations(row.variants)
+    return named & objects.keys()
+
+
 def _answers(
-    connection: Connection, places: tuple[Place, ...], locations: Sequence[str], *, is_guarded: bool = False
+    connection: Connection, places: tuple[Place, ...], objects: Mapping[str, str | None], *, is_guarded: bool = False
 ) -> set[str]:
     found: set[str] = set()
+    asked_for, has_variants = _asked(objects), _has_variants(objects)
     texts = [place for place in places if place.is_text]
-    mentions = [one for place in texts for one in mentions_at(place, connection.dialect.name, locations)]
+    mentions = [one for place in texts for one in mentions_at(place, connection.dialect.name, objects)]
     for mentioned in batches(mentions, _MOST_COLUMNS):
         asked = union_all(*(select(location.label("location")).where(is_there) for location, is_there in mentioned))
         found |= set(connection.execute(asked, execution_options=UNTRANSLATED).scalars())
     for some in batches([place for place in places if not place.is_text], _MOST_COLUMNS):
-        question = _question(tuple(some), connection.dialect.name, is_guarded)
-        for batch in batches(locations, max(1, _MOST_PARAMETERS // len(some))):
-            found |= set(connection.execute(question, {"locations": batch}, execution_options=UNTRANSLATED).scalars())
+        question = _question(tuple(some), connection.dialect.name, is_guarded, has_variants)
+        for batch in batches(asked_for, max(1, _MOST_PARAMETERS // len(some))):
+            found |= _named(connection.execute(question, {"locations": batch}, execution_options=UNTRANSLATED), objects)
     return found
 
 
@@ -547,25 +586,29 @@ def _tolerantly(
         raise
 
 
-def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Column[Any]], locations: set[str]) -> set[str]:
-    """Return which of these locations, all found in the snapshot of the transaction, rows at a place refer to now.
+def _confirmed(
+    connection: Connection, place: Place, primary_key: Sequence[Column[Any]], objects: Mapping[str, str | None]
+) -> set[str]:
+    """Return which of these objects, all found in the snapshot of the transaction, rows at a place refer to now.
 
     Mentions in the text of a column are not re-checked.
     """
     if place.is_text:
-        return _answers(connection, (place,), sorted(locations))
+        return _answers(connection, (place,), objects)
     column = as_found(str(place.schema), place.table, place.name, keys=tuple(primary_key))
     table, keys = column.table, list(column.table.primary_key)
     _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)
-    is_wanted = location.in_(sorted(locations))
+    is_wanted = location.in_(_asked(objects))
+    selected = _selected(column, location, connection.dialect.name, has_variants=_has_variants(objects))
+    found = select(*_labelled(selected)).select_from(table)
     if not keys:
-        return set(connection.scalars(select(location).select_from(table).where(is_wanted), execution_options=UNTRANSLATED))
+        return _named(connection.execute(found.where(is_wanted), execution_options=UNTRANSLATED), objects)
     unlocked = select(*keys).where(is_wanted).order_by(*keys)
     rows = [tuple(row) for row in connection.execute(unlocked, execution_options=UNTRANSLATED)]
     confirmed: set[str] = set()
     for batch in batches(rows, _MOST_ROWS):
-        locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
-        confirmed |= set(connection.scalars(locked, execution_options=UNTRANSLATED))
+        locked = found.where(among(table, batch), is_wanted).with_for_update(read=True)
+        confirmed |= _named(connection.execute(locked, execution_options=UNTRANSLATED), objects)
     return confirmed
 
 

@@ -45,6 +45,7 @@ from granite_storage.orm._interfaces import (
     StoredObject,
     active_bindings,
     are_triggers_declared,
+    leave_out,
 )
 from granite_storage.orm._util import TRANSLATE_MAP, codes_of, deferred_cancellation, in_greenlet, is_async, root_engine
 from granite_storage.orm.locking import CountedDeletes, RowRef, find_shared, find_shared_afresh
@@ -208,7 +209,7 @@ class UnitOfWork:
         self.frames: weakref.WeakKeyDictionary[SessionTransaction, Frame] = weakref.WeakKeyDictionary()
         self.to_delete: list[StoredObject] = []
         self.flush: FlushState = FlushState()
-        # Locations of displaced objects that other rows refer to, as the database said before the COMMIT.
+        # Locations of displaced objects and variants that other rows refer to, as the database said before the COMMIT.
         self.shared: set[str] = set()
         # The savepoints of each connection that it has worked in.
         self.spans: dict[ConnectionWatch, SavepointSpan] = {}
@@ -314,8 +315,7 @@ class UnitOfWork:
                 attachment._state.settle()
         match outcome:
             case Outcome.COMMITTED:
-                lost = self._without_row([frame])
-                return [stored for stored in lost if stored.intent or stored.ref.location not in self.shared]
+                return leave_out(self._without_row([frame]), self.shared)
             case Outcome.ROLLED_BACK:
                 return [*(stored for stored, _ in frame.puts), *self.to_delete]
             case Outcome.UNKNOWN:
@@ -443,7 +443,7 @@ class ConnectionWatch:
             self.has_snapshot = connection.dialect.name != "sqlite" and connection.get_isolation_level() != "READ COMMITTED"
             for concerned in units:
                 concerned.shared |= shared
-            self.to_delete = [stored for stored in self.to_delete if stored.intent or stored.ref.location not in shared]
+            self.to_delete = leave_out(self.to_delete, shared)
 
     def reset(self) -> None:
         """Forget the transaction that has ended."""
@@ -807,8 +807,8 @@ def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
         if not is_of_guard or codes_of(error).isdisjoint(_CONFLICTS):
             return None
     return StaleAttachmentError(
-        f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no row and no pending delete"
-        " vouches for it; the transaction may be tried again"
+        f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no pending delete and no row"
+        " of the same metadata and schema vouches for it; the transaction may be tried again"
     )
 
 

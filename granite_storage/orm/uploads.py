@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
 from sqlalchemy.util import greenlet_spawn
 
-from granite_storage._tasks import run_bounded, shielded, shielded_cleanup, task_group
+from granite_storage._tasks import (
+    UnaskedEndError,
+    contained,
+    is_cancellation,
+    run_bounded,
+    shielded,
+    shielded_cleanup,
+    task_group,
+)
 from granite_storage._telemetry import fields_of, traced
-from granite_storage.derived import DerivationSource, Recipe
-from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
+from granite_storage.derived import DerivationSource
+from granite_storage.exceptions import DerivationFailedError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Intent, Journal, StoredObject, UploadLease
 from granite_storage.orm._util import can_wait, group, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
+    from granite_storage.readers import OpeningReader
 
 
 # Deletion after a transaction: a failure is logged and never raised.
@@ -55,9 +66,12 @@ def remove_now(
         is_async: Whether the session or connection is an asynchronous one.
         keep: Given the objects without an intent, returns the locations of those to keep; it may use SQLAlchemy.
     """
-    objects = list({item.key: item for item in stored}.values())
-    plain = [item for item in objects if item.intent is None]
-    intents = [intent for item in objects for intent in item.intents]
+    given = list(stored)
+    objects = {item.key: item for item in given}
+    # Rows that have shared an original may have had variants of their own.
+    parts = [part for item in given if objects[item.key].intent is None for part in item.parts]
+    plain = list({part.key: part for part in parts}.values())
+    intents = [intent for item in objects.values() for intent in item.intents]
     for journal in {intent.journal for intent in intents}:
         journal.wake_workers()
     intents = [intent for intent in intents if not intent.deletes]
@@ -115,7 +129,8 @@ def ids_by_journal(intents: Iterable[Intent]) -> dict[Journal, list[UUID]]:
 async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:
     manager, ref = stored
     try:
-        await manager._engine.delete(ref, while_closing=True)
+        with contained("the backend"):
+            await manager._engine.delete(ref, while_closing=True)
     except asyncio.CancelledError:
         logger.warning(
             "deleting the object %r was cancelled; it is left to the garbage collector", ref.location, extra=fields_of(ref)
@@ -131,7 +146,8 @@ async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:
 
 async def _settle(journal: Journal, ids: list[UUID]) -> None:
     try:
-        await journal.settle(ids)
+        with contained("the journal"):
+            await journal.settle(ids)
     except Exception:
         logger.warning("%d objects of an ended transaction are left to the journal's worker", len(ids), exc_info=True)
 
@@ -241,9 +257,10 @@ async def store(uploads: Sequence[Upload]) -> None:
     items = [_Item.of(upload) for upload in uploads]
     leases = await _begin(items)
     try:
-        await _put_all(items, leases)
+        with contained("storing attachments"):
+            await _put_all(items, leases)
     except BaseException as error:
-        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError), items)
+        await _undo([upload.attachment for upload in uploads], is_cancellation(error), items)
         raise
     for item in items:
         item.complete()
@@ -332,10 +349,10 @@ async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> Non
     def keep(ref: StoredObjectRef) -> None:
         item.made[name] = ref
 
-    recipe = upload.column_type.variants[name].recipe
+    declared = upload.column_type.variants[name]
     try:
         with _begun(lease, intent):
-            await make_variant(upload.binding.manager, source, item.variants[name], recipe, keep)
+            await make_variant(upload.binding.manager, source, item.variants[name], declared, keep)
     except DerivationFailedError as error:
         if intent is None:
             raise
@@ -386,6 +403,10 @@ async def _undo(attachments: Sequence[Attachment], cancelled: bool, items: Seque
 # Variants: each has a location and an intent of its own, and is derived from what was stored.
 
 
+on_original_opened: ContextVar[Callable[[int], None] | None] = ContextVar("granite_storage_original_opened", default=None)
+"""Called with the size of an original in bytes whenever a recipe opens it, for a limit of bytes per second."""
+
+
 def prepare_variant(
     manager: StorageManager, column_type: ColumnType, entity_id: str, source: str, storage_key: str, declared: DeclaredVariant
 ) -> PreparedUpload:
@@ -415,7 +436,7 @@ async def make_variant(
     manager: StorageManager,
     source: StoredObjectRef,
     prepared: PreparedUpload,
-    recipe: Recipe,
+    declared: DeclaredVariant,
     keep: Callable[[StoredObjectRef], None],
 ) -> None:
     """Make a variant of a stored object, and store it.
@@ -424,20 +445,56 @@ async def make_variant(
         manager: The manager.
         source: The original.
         prepared: Where the variant will be.
-        recipe: What makes it.
+        declared: What the column says of it, with the recipe that makes it.
         keep: Called with its ref as soon as it is stored: a cancellation that comes then has to find it.
+
+    Raises:
+        DerivationRefusedError: The recipe refuses the original.
+        DerivationFailedError: The recipe failed, or has returned what cannot be stored.
+        StorageError: The original could not be read, or the variant not be stored.
     """
-    engine = manager._engine
-    async with recipe.make(DerivationSource(source, partial(engine.open, source, verify=True))) as derived:
-        prepared = prepared.derived_as(derived.content_type, derived.filename, derived.media)
-        if isinstance(derived.content, bytes | bytearray | memoryview):
-            keep(await engine.put(prepared, derived.content))
-            return
-        file = await shielded(asyncio.to_thread(derived.content.open, "rb"), undo=_close)
-        try:
-            keep(await engine.put(prepared, file))
-        finally:
-            await shielded_cleanup(_close(file), "closing the file of a variant")
+    engine, note = manager._engine, on_original_opened.get()
+
+    def open_original() -> OpeningReader:
+        if note is not None:
+            note(source.size)
+        return engine.open(source, verify=True)
+
+    async with AsyncExitStack() as stack:
+        with _recipe_errors(declared):
+            derived = await stack.enter_async_context(declared.recipe.make(DerivationSource(source, open_original)))
+            try:
+                prepared = prepared.derived_as(derived.content_type, derived.filename, derived.media)
+            except (InvalidReferenceError, TypeError) as error:
+                raise DerivationFailedError(f"the variant {declared.name!r} cannot be stored: {error}") from error
+            content: bytes | IO[bytes]
+            if isinstance(derived.content, Path):
+                content = await _open_file(derived.content, declared)
+                stack.push_async_callback(_close_file, content)
+            else:
+                content = derived.content
+        keep(await engine.put(prepared, content))
+
+
+@contextmanager
+def _recipe_errors(declared: DeclaredVariant) -> Iterator[None]:
+    try:
+        with contained(f"the recipe of the variant {declared.name!r}"):
+            yield
+    except UnaskedEndError as error:
+        raise DerivationFailedError(f"the derivation failed: {error}") from error
+
+
+async def _open_file(path: Path, declared: DeclaredVariant) -> IO[bytes]:
+    try:
+        return await shielded(asyncio.to_thread(path.open, "rb"), undo=_close)
+    except OSError as error:
+        message = f"the derivation failed: the file of the variant {declared.name!r} cannot be read: {error.strerror}"
+        raise DerivationFailedError(message) from error
+
+
+async def _close_file(file: IO[bytes]) -> None:
+    await shielded_cleanup(_close(file), "closing the file of a variant")
 
 
 async def _close(file: IO[bytes]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,16 +19,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
+from granite_storage._tasks import contained, shielded, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import matches_generated_name, uuid7_hex
-from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, StoredObject
+from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, StoredObject, leave_out
+from granite_storage.orm._util import is_busy
 from granite_storage.orm.columns import AttachmentType, location_of, portable_storage_ref_type, where_json
-from granite_storage.orm.locking import among, refers, take_write_lock
+from granite_storage.orm.flush import current_transaction
+from granite_storage.orm.locking import among, find_shared, take_write_lock
 from granite_storage.orm.references import as_stored, find_location_columns, keeping_other_columns
+from granite_storage.orm.transactions import require_transactions, unit_of, watch
 from granite_storage.orm.uploads import make_variant, prepare_variant, remove
 from granite_storage.refs import StoredObjectRef, require_scanned
 
@@ -237,6 +243,15 @@ def not_committed(source: StoredObjectRef) -> StaleAttachmentError:
     )
 
 
+def locked_for_long(location: str, seconds: float) -> StaleAttachmentError:
+    """Return the error for rows of an original that stayed locked; the transaction that has locked them is not known."""
+    return StaleAttachmentError(
+        f"a transaction has locked the rows of the object at {location!r} for {seconds:.0f} s. It may be the caller's own: end"
+        " one that has written or locked such a row, or on SQLite anything, before you await the variant. If it is another one,"
+        " try again"
+    )
+
+
 def value_of(raw: Any, place: tuple[str, str]) -> dict[str, Any] | None:
     """Return a value of a column as it is, if it holds the object at a place."""
     try:
@@ -263,7 +278,7 @@ async def share(key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     in_progress = _shared.setdefault(asyncio.get_running_loop(), {})
     entry = in_progress.get(key)
     if entry is None:
-        entry = in_progress[key] = _Shared(asyncio.create_task(work()))
+        entry = in_progress[key] = _Shared(asyncio.create_task(_contain(work)))
         entry.task.add_done_callback(lambda _: _forget(in_progress, key, entry))
     entry.waiting += 1
     try:
@@ -277,6 +292,11 @@ async def share(key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     finally:
         entry.waiting -= 1
     return result
+
+
+async def _contain(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    with contained("making a variant"):  # callers that share it are not being cancelled
+        return await work()
 
 
 def _forget(in_progress: dict[Hashable, _Shared], key: Hashable, entry: _Shared) -> None:
@@ -321,7 +341,8 @@ async def make_without_journal(
         DerivationFailedError: It could not be made now.
         StorageError: It could not be stored.
     """
-    setting = _Setting(_require_sessions(binding), column_type, source, declared.name, options)
+    manager = column_type.manager_in(binding)
+    setting = _Setting(_require_sessions(binding), column_type, manager, source, declared.name, options)
     holdings = await shielded(setting.read())
     if not holdings:
         raise not_committed(source)
@@ -329,12 +350,11 @@ async def make_without_journal(
     if is_kept(held, declared, which):
         return held
     require_scanned(held)
-    manager = column_type.manager_in(binding)
     prepared = prepare_variant(manager, column_type, entity_of(held), held.location, held.storage_key, declared)
     seen = frozenset(holding.location_of(declared.name) for holding in holdings)
     stored: list[StoredObjectRef] = []
     try:
-        await make_variant(manager, held, prepared, declared.recipe, stored.append)
+        await make_variant(manager, held, prepared, declared, stored.append)
         await shielded(setting.run({declared.name: MadeVariant(stored[0], seen, which == "all")}))
     finally:
         if setting.fate is _Fate.IN_DOUBT:
@@ -342,9 +362,7 @@ async def make_without_journal(
                 "it is unknown whether a row has the variant %r, which stays", prepared.location, extra=fields_of(prepared)
             )
         elif setting.fate is _Fate.UNSET and stored:
-            what = "deleting a variant that no row has taken"
-            await shielded_cleanup(remove([StoredObject(manager, ref) for ref in stored], []), what)
-        await setting.delete_displaced(manager)
+            await shielded_cleanup(setting.remove_unless_taken(stored), "deleting a variant that no row has taken")
     if setting.held is None or declared.name not in (setting.held.variants or {}):
         raise not_committed(source)
     return setting.held
@@ -359,11 +377,8 @@ async def drop_without_journal(
         ConfigurationError: The base was bound without a session factory.
         StaleAttachmentError: Others have locked the row for long.
     """
-    setting = _Setting(_require_sessions(binding), column_type, source, name, options)
-    try:
-        await shielded(setting.run({}))
-    finally:
-        await setting.delete_displaced(column_type.manager_in(binding))
+    setting = _Setting(_require_sessions(binding), column_type, column_type.manager_in(binding), source, name, options)
+    await shielded(setting.run({}))
     return setting.fate is _Fate.SET
 
 
@@ -386,9 +401,13 @@ def _find(
 class _Setting:
     """Sets a variant in the rows of its original, or takes it out, in a transaction of its own.
 
+    What rows no longer have is displaced as by a flush: the end of the transaction decides whether it is deleted, after every
+    other row that may refer to it was searched.
+
     Args:
         sessions: The sessions.
         column_type: The column of the rows.
+        manager: The manager.
         source: The original.
         name: The name of the variant.
         options: The execution options of the connection, which lead to the table of the rows.
@@ -402,16 +421,18 @@ class _Setting:
         self,
         sessions: async_sessionmaker[AsyncSession],
         column_type: ColumnType,
+        manager: StorageManager,
         source: StoredObjectRef,
         name: str,
         options: Mapping[str, Any],
     ) -> None:
         self._sessions = sessions
         self._column_type = column_type
+        self._manager = manager
         self._source = source
         self._name = name
         self._options = options
-        self._displaced: list[StoredObjectRef] = []
+        self._has_written = False
         self.fate = _Fate.UNSET
         self.held: StoredObjectRef | None = None
 
@@ -427,41 +448,57 @@ class _Setting:
             connection = await self._connect(session)
             # SQLite bounds the wait itself, and a statement that is cut off there leaves the file locked.
             limit = None if connection.dialect.name == "sqlite" else LONGEST_WAIT
+            began = time.monotonic()
             try:
                 async with asyncio.timeout(limit):
-                    is_set = await connection.run_sync(self._write, made)
+                    is_set = await session.run_sync(self._write, made)
             except TimeoutError:
-                raise StaleAttachmentError(
-                    f"other transactions have locked the row of the object at {self._source.location!r} for {LONGEST_WAIT:g} s:"
-                    " try again, and commit a transaction of your own that has changed it first"
-                ) from None
+                raise locked_for_long(self._source.location, LONGEST_WAIT) from None
+            except DBAPIError as error:
+                if connection.dialect.name != "sqlite" or not is_busy(error.orig):
+                    raise
+                raise locked_for_long(self._source.location, time.monotonic() - began) from error
             if is_set:
                 self.fate = _Fate.IN_DOUBT
                 await session.commit()
                 self.fate = _Fate.SET
 
     async def _connect(self, session: AsyncSession) -> AsyncConnection:
-        return await session.connection(
-            bind_arguments={"clause": self._column_type.table}, execution_options=dict(self._options) or None
-        )
+        return await session.connection(bind_arguments=self._leading, execution_options=dict(self._options) or None)
 
-    async def delete_displaced(self, manager: StorageManager) -> None:
-        """Delete what no row has any more; where that is unknown, it stays, for the garbage collector."""
-        if self.fate is _Fate.SET and self._displaced:
-            await shielded_cleanup(
-                remove([StoredObject(manager, ref) for ref in self._displaced], []), "deleting variants that rows no longer have"
-            )
+    async def remove_unless_taken(self, stored: Sequence[StoredObjectRef]) -> None:
+        """Delete variants after a transaction that did not commit; they stay where a row has them nevertheless.
 
-    def _write(self, connection: Connection, made: Mapping[str, MadeVariant]) -> bool:
-        column = self._column_type.column
+        A table that knows no transactions keeps what was written into it.
+        """
+        objects = self._objects(stored)
+        if self._has_written:
+            async with self._sessions() as session:
+                kept = await session.run_sync(self._find_shared, objects)
+            objects = leave_out(objects, kept)
+        await remove(objects, [])
+
+    def _find_shared(self, session: Session, objects: Sequence[StoredObject]) -> set[str]:
+        return find_shared(session.connection(bind_arguments=self._leading), objects)
+
+    def _objects(self, refs: Iterable[StoredObjectRef]) -> list[StoredObject]:
+        return [StoredObject(self._manager, ref, source=self._source.location) for ref in refs]
+
+    @property
+    def _leading(self) -> dict[str, Any]:
+        """The arguments with which a session gives the connection to the table."""
+        return {"clause": self._column_type.table}
+
+    def _write(self, session: Session, made: Mapping[str, MadeVariant]) -> bool:
+        column, connection = self._column_type.column, session.connection(bind_arguments=self._leading)
+        require_transactions(connection)
         take_write_lock(connection, column.table)
         holdings = _find(connection, lock_holdings, column, self._source)
         chosen = choose_rows(holdings, made) if made else undeclared_in(holdings, [self._name])
-        displaced = write_variants(connection, chosen, made)
-        # A row of another column that SQL has copied the value to has the same variants; the collector deletes them in time.
-        others = (item for item in self._column_type.binding().ref_columns() if item is not column)
-        is_shared = bool(displaced) and any(refers(connection, item, self._source) for item in others)
-        self._displaced = [] if is_shared else displaced
+        self._has_written = bool(chosen)
+        if displaced := self._objects(write_variants(connection, chosen, made)):
+            watch(session, connection)
+            unit_of(session).frame(current_transaction(session)).log += [(item, False) for item in displaced]
         held = next((holding.ref for holding in holdings), None)
         new = {name: variant.ref for name, variant in made.items()}
         self.held = held.with_variants({**(held.variants or {}), **new}) if held and chosen else held

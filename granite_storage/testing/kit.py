@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, select
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -113,14 +113,16 @@ class bound_storage:  # noqa: N801  # it is called as a function
 
     Args:
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
-        policies: The policies, such as those of the application, whatever backends they name; None for one without limits for
-            each storage key that the attachments of the base name.
+        policies: The policies by their storage keys, such as those of the application, whatever backends they name; None for one
+            without limits for each storage key that the attachments of the base name.
         engine: An engine, in place of SQLite. Its tables are the caller's to create and to drop, and so is the engine to dispose
             of.
 
+    A table in a schema is created in a database of that name, another SQLite file that each connection attaches.
+
     Raises:
-        ConfigurationError: `bind_storage` refuses the base with these policies, the engine is not of the kind of the block, or
-            `with` is used where an event loop runs.
+        ConfigurationError: The policies are no mapping, `bind_storage` refuses the base with them, the engine is not of the kind
+            of the block, or `with` is used where an event loop runs.
 
     Example:
         ```python
@@ -139,6 +141,11 @@ class bound_storage:  # noqa: N801  # it is called as a function
         policies: Mapping[str, StoragePolicy] | None = None,
         engine: AsyncEngine | Engine | None = None,
     ) -> None:
+        if policies is not None and not isinstance(policies, Mapping):
+            raise ConfigurationError(
+                f"bound_storage takes the policies by their storage keys, as {{'avatars': StoragePolicy('avatars', ...)}}, not"
+                f" {policies!r:.80}"
+            )
         self._base = base
         self._policies = policies
         self._engine = engine
@@ -154,7 +161,7 @@ class bound_storage:  # noqa: N801  # it is called as a function
                 stack.push_async_callback(_remove, folder)
                 engine = create_async_engine(f"sqlite+aiosqlite:///{Path(folder, 'kit.db')}")
                 stack.push_async_callback(engine.dispose)
-                _hasten(engine.sync_engine)
+                _prepare(engine.sync_engine, self._base.metadata, folder)
                 async with engine.begin() as connection:
                     await connection.run_sync(self._base.metadata.create_all)
             kit = BoundStorage(self._base, self._policies, engine)
@@ -172,7 +179,7 @@ class bound_storage:  # noqa: N801  # it is called as a function
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
                 engine = create_engine(f"sqlite:///{Path(folder, 'kit.db')}")
                 stack.callback(engine.dispose)
-                _hasten(engine)
+                _prepare(engine, self._base.metadata, folder)
                 self._base.metadata.create_all(engine)
             kit = SyncBoundStorage(self._base, self._policies, engine)
             stack.callback(kit.storage.sync.close)
@@ -202,12 +209,17 @@ def _declared_by(base: Any) -> dict[str, StoragePolicy]:
     return {key: StoragePolicy(key, _BACKEND, key_prefix=key) for key in keys}
 
 
-def _hasten(engine: Engine) -> None:
-    """Let SQLite not wait for the disk: nothing is to survive the test."""
+def _prepare(engine: Engine, metadata: MetaData, folder: str) -> None:
+    """Let SQLite have the schemas of the tables, and not wait for the disk: nothing is to survive the test."""
+    schemas = sorted({table.schema for table in metadata.tables.values() if table.schema} - {"main", "temp"})
+    quote = engine.dialect.identifier_preparer.quote_identifier
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA synchronous = OFF")
+        for number, schema in enumerate(schemas):
+            connection.execute(f"ATTACH DATABASE ? AS {quote(schema)}", (str(Path(folder, f"kit-{number}.db")),))
+        for schema in ("main", *schemas):
+            connection.execute(f"PRAGMA {quote(schema)}.synchronous = OFF")
         connection.execute("PRAGMA foreign_keys = ON")
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 
+from granite_storage.exceptions import ConfigurationError
+
+T = TypeVar("T")
+
 
 def describe_bodies(app: Starlette) -> None:
-    """Let the OpenAPI document of a FastAPI application show the bodies that its dependencies receive."""
+    """Let the OpenAPI document of a FastAPI application show the bodies that its dependencies receive.
+
+    The application does not start, and has no document, where several dependencies of an endpoint receive its body.
+    """
     generate = getattr(app, "openapi", None)
     if generate is None:
         return
@@ -26,18 +34,51 @@ def describe_bodies(app: Starlette) -> None:
         return schema
 
     setattr(app, "openapi", openapi)  # noqa: B010  # Starlette has no such attribute
+    run = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(started: Any) -> AsyncGenerator[Any, None]:
+        for _ in _described_routes(app):
+            pass
+        async with run(started) as state:
+            yield state
+
+    app.router.lifespan_context = lifespan
 
 
-def _describe(schema: dict[str, Any], app: Starlette) -> None:
+def _described_routes(app: Starlette) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the routes whose bodies dependencies receive, with the descriptions of the bodies."""
     from fastapi import routing
-    from fastapi.openapi.utils import validation_error_definition, validation_error_response_definition
 
     # In earlier versions the routes of routers are among those of the application.
     find_routes: Any = getattr(routing, "iter_route_contexts", iter)
     for route in find_routes(app.routes):
-        body = next(_bodies_of(getattr(route, "dependant", None)), None)
+        body = only_body(_bodies_of(getattr(route, "dependant", None)), getattr(route, "path_format", None))
+        if body is not None:
+            yield route, body
+
+
+def only_body(bodies: Iterable[T], endpoint: object) -> T | None:
+    """Return the description of the body that the dependencies of an endpoint receive; None where they receive none.
+
+    Raises:
+        ConfigurationError: Several of them receive it, and it can be read once.
+    """
+    found = list({id(body): body for body in bodies}.values())
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"{len(found)} dependencies of the endpoint {endpoint!r} receive its body, which can be read once: give it one form"
+            " with all files"
+        )
+    return found[0] if found else None
+
+
+def _describe(schema: dict[str, Any], app: Starlette) -> None:
+    from fastapi.openapi.utils import validation_error_definition, validation_error_response_definition
+
+    for route, body in _described_routes(app):
         operations = schema["paths"].get(getattr(route, "path_format", None), {})
-        for operation in (operations.get(method.lower()) for method in (getattr(route, "methods", None) or ()) if body):
+        for operation in (operations.get(method.lower()) for method in (getattr(route, "methods", None) or ())):
             if operation is None or "requestBody" in operation:  # hidden, or described by the application
                 continue
             operation["requestBody"] = body

@@ -14,9 +14,8 @@ from urllib.parse import unquote_to_bytes
 from starlette.requests import Request
 
 from granite_storage._engine import is_media_type
-from granite_storage._tasks import Turn
 from granite_storage.exceptions import ConfigurationError, ConsumedSourceError
-from granite_storage.streams import BytesLike
+from granite_storage.streams import BytesLike, Turn
 from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
 
 # What a request may bring.
@@ -183,7 +182,8 @@ class RequestBody:
             raise ConsumedSourceError(
                 "the body of the request was read before the library could receive its files: remove the parameters of the"
                 " endpoint and of its dependencies that are declared with Form, File, UploadFile or Body, and what calls"
-                " request.form(), request.body(), request.json() or request.stream(), also in a middleware"
+                " request.form(), request.body(), request.json() or request.stream(), also in a middleware, and receive all files"
+                " by one upload_form or upload_body"
             ) from error
         if self.size is not None and size < self.size:
             raise MalformedRequestError(

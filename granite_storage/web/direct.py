@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from granite_storage._documentation import Page
 from granite_storage._engine import PreparedUpload
 from granite_storage._headers import require_base_url
+from granite_storage._tasks import is_cancellation
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -378,7 +379,7 @@ class DirectUploads:
                 if await claimed.publish(attachment):
                     return attachment
             except BaseException as error:
-                await discard([attachment], cancelled=isinstance(error, asyncio.CancelledError))
+                await discard([attachment], cancelled=is_cancellation(error))
                 raise
             await discard([attachment])
         return None

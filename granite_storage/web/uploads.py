@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from inspect import isawaitable, isgeneratorfunction, signature
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, TypeVar, cast, overload
 
@@ -14,7 +14,7 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import is_cancellation, shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
@@ -143,15 +143,35 @@ def _with_lists(files: Mapping[str, FileTarget], limits: UploadLimits) -> dict[s
     return {name: of(target) for name, target in files.items()}
 
 
-def require_target(target: object) -> None:
-    """Refuse what nothing can be stored in, before a body is read."""
+def require_target(target: object, field: str | None = None) -> None:
+    """Refuse what nothing can be stored in, before a body is read; a function may return something to await without `async`."""
     if (
         isinstance(target, PolicyTarget)
         or _column_type_of(target) is not None
-        or (callable(target) and not isinstance(target, type))
+        or (callable(target) and not isinstance(target, type) and not isgeneratorfunction(target) and _takes_one(target))
     ):
         return
-    raise TypeError(f"a file can be stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
+    where = "a file" if field is None else f"the file of the field {field!r}"
+    named = target if isinstance(target, InstrumentedAttribute) else repr(target)
+    raise TypeError(
+        f"{where} can be stored in an attachment attribute, a PolicyTarget or a coroutine function that takes a FilePart, not in"
+        f" {named}"
+    )
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it is written in C and has no signature
+        return True
+    return True
+
+
+def _require_targets(files: Mapping[str, FileTarget]) -> None:
+    for name, target in files.items():
+        require_target(target.target if isinstance(target, FileList) else target, name)
 
 
 def max_size_of(target: Target) -> int | None:
@@ -187,7 +207,10 @@ class Received:
             pending = Attachment(file, filename=file.filename, content_type=file.content_type)
             stored: Any = await pending.store(target)
         else:
-            stored = await target(file)
+            receiving = target(file)
+            if not isawaitable(receiving):
+                raise TypeError(f"{target!r} takes files, so it must be a coroutine function: it has returned {receiving!r:.80}")
+            stored = await receiving
         if isinstance(stored, Attachment):
             self.attachments.append(stored)
         return stored
@@ -336,7 +359,9 @@ class UploadForm:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        await self._received.discard_attachments(cancelled=isinstance(error, asyncio.CancelledError), but_assigned=error is None)
+        await self._received.discard_attachments(
+            cancelled=error is not None and is_cancellation(error), but_assigned=error is None
+        )
 
 
 async def stream_upload(
@@ -378,8 +403,7 @@ async def stream_upload(
         StorageError: As `StorageManager.put_stream`.
     """
     files = _with_lists(files, limits)
-    for target in files.values():
-        require_target(target.target if isinstance(target, FileList) else target)
+    _require_targets(files)
     require_names("required", required)
     body = RequestBody(request, limits)
     media_type, options = body.media_type()
@@ -533,7 +557,7 @@ async def _receive(form: _MultipartForm) -> UploadForm:
         return form.result()
     except BaseException as error:
         if form.stored:
-            cancelled = isinstance(error, asyncio.CancelledError)
+            cancelled = is_cancellation(error)
             await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
 
@@ -567,7 +591,7 @@ def upload_form(
 
     At the end of the request the attachments that no row has taken are removed. If it ends without an error, those assigned to
     an instance stay, because its row may be flushed later. The endpoint must not have `Form` or `File` parameters: FastAPI
-    would read the body first.
+    would read the body first. It receives all its files by one such dependency.
 
     Args:
         files: Where the file of each field goes; see `stream_upload`.
@@ -576,10 +600,12 @@ def upload_form(
         limits: The limits of the form.
 
     Raises:
-        RequestValidationError: FastAPI's own, whose response is its 422, for what is missing. Other errors are those of
-            `stream_upload`.
+        TypeError: A file cannot be stored where it should go.
+        RequestValidationError: In a request, FastAPI's own, whose response is its 422, for what is missing. Other errors are
+            those of `stream_upload`.
     """
     files = _with_lists(files, limits)
+    _require_targets(files)
 
     async def form(request: Request) -> AsyncIterator[UploadForm]:
         try:
@@ -622,7 +648,11 @@ def upload_body(
         target: Where the file goes.
         filename: Returns the file's name from the request, such as from its path.
         limits: The limits of the body.
+
+    Raises:
+        TypeError: A file cannot be stored there.
     """
+    require_target(target)
 
     async def body(request: Request) -> AsyncIterator[Any]:
         name = None if filename is None else filename(request)

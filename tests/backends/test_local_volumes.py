@@ -22,7 +22,6 @@ import pytest
 
 from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends import _local_tree
-from granite_storage.backends._local_write import AtomicFile
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError
 from granite_storage.locations import RESERVED_PREFIX
@@ -292,7 +291,7 @@ async def test_what_a_killed_write_left_is_removed_where_directories_cannot_be_s
     await LocalStorageBackend(tmp_path).put_bytes("a/kept", b"1")
     with monkeypatch.context() as killed:
         killed.setattr(os, "unlink", lambda path, **options: None)
-        killed.setattr(AtomicFile, "publish", failing(errno.EIO))
+        killed.setattr(_local_tree.AtomicFile, "publish", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
             await LocalStorageBackend(tmp_path).put_bytes("a/one", b"1")
     assert len(list((tmp_path / "a").iterdir())) == 2

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -32,36 +33,39 @@ Work = Callable[[], Awaitable[object]]
 
 
 class Trace:
-    """Notes which functions of the library are called, in every thread and greenlet, while it is on."""
+    """The functions of the library that were called in one operation."""
+
+    newest: ClassVar[Trace | None] = None
 
     def __init__(self) -> None:
         self.functions: set[tuple[str, str]] = set()
-        self.is_on = False
 
     @property
     def files(self) -> list[str]:
         """The files, in order."""
         return sorted({file for file, _ in self.functions})
 
-    def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        """Note a call."""
-        code = frame.f_code
-        if self.is_on and event == "call" and code.co_filename.startswith(ROOT):
-            self.functions.add((code.co_filename[len(ROOT) + 1 :], code.co_qualname))
+
+def note_call(frame: FrameType, event: str, _: object) -> None:
+    """Add a call to the newest trace; in every thread and greenlet, also in threads that an earlier operation has started."""
+    code, found = frame.f_code, Trace.newest
+    if found is not None and event == "call" and code.co_filename.startswith(ROOT):
+        found.functions.add((code.co_filename[len(ROOT) + 1 :], code.co_qualname))
 
 
 async def trace(prepare: Callable[[], Awaitable[Work]]) -> Trace:
     """Trace an operation that was run once before, when all is imported and compiled; what prepares it does not count."""
     found = Trace()
-    threading.setprofile(found)  # for the threads of the library, which the first run begins
-    sys.setprofile(found)
+    threading.setprofile(note_call)
+    sys.setprofile(note_call)
     try:
-        for is_on in (False, True):
+        for is_counted in (False, True):
             work = await prepare()
-            found.is_on = is_on
+            Trace.newest = found if is_counted else None
             await work()
-            found.is_on = False
+            Trace.newest = None
     finally:
+        Trace.newest = None
         sys.setprofile(None)
         threading.setprofile(None)
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 
 import pytest
 
@@ -48,6 +50,18 @@ def test_stale_is_asked_for(shop: Shop) -> None:
     assert (answer.code, answer.report["counts"]) == (0, {"made": 3})
     assert shop.run("recover", "--yes", **changed).code == 0 if shop.journaled else True
     assert variants(shop) == [b"2"] * 3
+
+
+def test_a_value_that_is_no_ref(plain_shop: Shop) -> None:
+    """It is named as what it is, and not as a variant without a name."""
+    plain_shop.fill(2)
+    with contextlib.closing(sqlite3.connect(plain_shop.folder / "shop.db")) as connection, connection:
+        connection.execute("""UPDATE shop_document SET file = '{"broken": true}' WHERE id = 1""")
+    dry = plain_shop.run("derive", "--dry-run", **LOUD)
+    assert ["shop_document.file", "(all)", "unreadable", "value", "1"] in [line.split() for line in dry.out.splitlines()]
+    answer = plain_shop.run("derive", **LOUD)
+    assert answer.code == 1
+    assert "failed: shop_document 1 file: " in answer.out + answer.err
 
 
 def test_all_and_undeclared(plain_shop: Shop) -> None:

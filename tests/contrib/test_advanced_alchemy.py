@@ -23,6 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from granite_storage import Attachment, attachment
 from granite_storage.contrib.advanced_alchemy import AttachmentAsyncRepository, AttachmentSyncRepository
 from granite_storage.exceptions import BackendUnavailableError, InvalidReferenceError
+from granite_storage.orm import AttachmentList, attachments
 from granite_storage.testing import SyncBoundStorage, bound_storage
 from tests.orm.conftest import new_database
 from tests.orm.databases import Database
@@ -38,6 +39,32 @@ class Document(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     title: Mapped[str] = mapped_column(String(50), unique=True)
     file: Mapped[Attachment | None] = attachment("documents", variants={"upper": Upper(when="flush")})
+
+
+class Record(Base):
+    """Attributes whose columns have other names, one of them with a default, and a collection."""
+
+    __tablename__ = "aa_record"
+    id: Mapped[int] = mapped_column("record_id", primary_key=True, autoincrement=False)
+    label: Mapped[str] = mapped_column("label_column", String(50))
+    state: Mapped[str | None] = mapped_column("state_column", String(50), default="open")
+    scan: Mapped[Attachment | None] = attachment("documents", name="scan_column")
+    other: Mapped[Attachment | None] = attachment("documents")
+    pages: Mapped[AttachmentList] = attachments("documents", lazy="raise")
+
+
+class AsyncRecords(SQLAlchemyAsyncRepositoryService[Record, Any]):
+    class Repository(AttachmentAsyncRepository[Record]):
+        model_type = Record
+
+    repository_type = Repository
+
+
+class SyncRecords(SQLAlchemySyncRepositoryService[Record, Any]):
+    class Repository(AttachmentSyncRepository[Record]):
+        model_type = Record
+
+    repository_type = Repository
 
 
 class AsyncService(SQLAlchemyAsyncRepositoryService[Document, Any]):
@@ -146,6 +173,86 @@ async def shelf(request: pytest.FixtureRequest, postgres: Database) -> AsyncIter
         rows = [{"id": 1, "title": "a", "file": file("a1")}, {"id": 2, "title": "b", "file": file("b1")}, {"id": 3, "title": "c"}]
         assert await shelf.run("create_many", rows) == {1: "a1", 2: "b1", 3: None}
         yield shelf
+
+
+class Records(Shelf):
+    async def contents(self) -> dict[int, Any]:
+        read = self.kit.storage.sync.get if isinstance(self.kit, SyncBoundStorage) else self.kit.storage.get
+
+        async def content(one: Attachment | None) -> str | None:
+            return None if one is None else (await call(read, one.ref)).decode()
+
+        async with self.service() as service:
+            found: dict[int, Any] = {}
+            for row in await call(service.get_many, OrderBy("id"), load=[Record.pages]):
+                pages = [await content(page.file) for page in row.pages]
+                found[row.id] = row.label, row.state, await content(row.scan), await content(row.other), pages
+            return found
+
+
+@pytest.fixture(params=["async", "sync"])
+async def records(request: pytest.FixtureRequest) -> AsyncIterator[Records]:
+    """Two records with files."""
+    async with AsyncExitStack() as stack:
+        bound = bound_storage(Base)
+        if request.param == "sync":
+            records = Records(await asyncio.to_thread(bound.__enter__), SyncRecords)
+            stack.push_async_callback(asyncio.to_thread, bound.__exit__, None, None, None)
+        else:
+            records = Records(await stack.enter_async_context(bound), AsyncRecords)
+        both = [Record(id=n, label="a", state="new", scan=file("a"), other=file("o"), pages=[b"p", b"q"]) for n in (1, 2)]
+        await records.run("create_many", both)
+        yield records
+
+
+UNTOUCHED = ("a", "new", "a", "o", ["p", "q"])
+
+
+@pytest.mark.parametrize("way", ["update", "service", "update_many", "instances", "generator", "upsert_many"])
+async def test_all_attributes_are_written(records: Records, way: str) -> None:
+    """Those whose columns have other names, and the files of collections; None does not replace what has a default."""
+    values: dict[str, Any] = {"id": 1, "label": "b", "state": None, "scan": file("b"), "other": file("r"), "pages": [b"x"]}
+    async with records.service() as service:
+        repository = service.repository
+        if way == "service":
+            await call(service.update, values)
+        elif way == "update":
+            await call(repository.update, Record(**values))
+        elif way == "generator":
+            await call(repository.update_many, ({**values, "id": number} for number in (1, 2)))
+        elif way == "upsert_many":
+            new = {"id": 3, "label": "c", "scan": file("c"), "pages": [b"c"]}
+            await call(repository.upsert_many, [Record(**values), Record(**new)])
+        else:
+            await call(repository.update_many, [values if way == "update_many" else Record(**values)])
+        await call(repository.session.commit)
+    written = ("b", "new", "b", "r", ["x"])
+    others = {2: written if way == "generator" else UNTOUCHED}
+    assert await records.contents() == {
+        1: written,
+        **others,
+        **({3: ("c", "open", "c", None, ["c"])} if way == "upsert_many" else {}),
+    }
+
+
+async def test_attributes_that_are_not_set_stay(records: Records) -> None:
+    await records.run("update_many", [Record(id=1, label="b")])
+    assert await records.contents() == {1: ("b", *UNTOUCHED[1:]), 2: UNTOUCHED}
+    await records.run("update_many", [{"id": 1, "pages": [b"x"]}, {"id": 2, "pages": []}])
+    assert await records.contents() == {1: ("b", *UNTOUCHED[1:4], ["x"]), 2: (*UNTOUCHED[:4], [])}
+
+
+async def test_a_row_of_another_session(records: Records) -> None:
+    async with records.service() as service:
+        row = await call(service.get, 1, load=[Record.pages])
+        first = row.pages[0].id
+    row.label = "b"
+    row.pages.pop()
+    async with records.service() as service:
+        await call(service.repository.update, row, auto_commit=True)
+    async with records.service() as service:
+        assert [page.id for page in (await call(service.get, 1, load=[Record.pages])).pages] == [first]
+    assert await records.contents() == {1: ("b", *UNTOUCHED[1:4], ["p"]), 2: UNTOUCHED}
 
 
 async def test_create(shelf: Shelf) -> None:

@@ -151,6 +151,11 @@ def test_conditions(client: FlaskClient, closed: list[SyncObjectReader]) -> None
     with client.get(place, headers={"Range": "bytes=2-4", "If-Range": etag}) as answer:
         assert answer.status_code == 206
     assert len(closed) == 4
+    with client.get(place, headers={"If-Match": '"other"'}) as answer:
+        assert (answer.status_code, answer.data) == (412, b"")
+    with client.get(place, headers={"If-Match": etag}) as answer:
+        assert (answer.status_code, answer.data) == (200, CONTENT)
+    assert len(closed) == 6
 
 
 @pytest.mark.parametrize(("content", "status"), [(b"x" * 2001, 413), (b"", 422)])

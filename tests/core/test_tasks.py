@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import anyio
 import pytest
 
-from granite_storage._tasks import background, repeat, run_bounded
+from granite_storage._tasks import UnaskedEndError, background, contained, is_cancellation, repeat, run_bounded
 from tests.core.support import eventually
 
 
@@ -77,6 +78,112 @@ async def test_a_cancelled_caller_leaves_nothing_running() -> None:
         await task
     assert work.running == 0
     assert len(work.ended) == 3
+
+
+async def await_what_others_cancel() -> None:
+    """Await a task that somebody else has cancelled."""
+    task = asyncio.ensure_future(asyncio.sleep(3600))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+
+
+class TestEndsThatWereNotAskedFor:
+    @pytest.mark.parametrize(
+        "error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x"), BaseExceptionGroup("g", [GeneratorExit()])]
+    )
+    async def test_they_are_errors(self, error: BaseException) -> None:
+        problem = f"the recipe raised {type(error).__name__}, which was not asked for"
+        with pytest.raises(UnaskedEndError, match=problem) as caught, contained("the recipe"):
+            raise error
+        assert caught.value.__cause__ is error
+
+    async def test_a_task_that_others_cancel(self) -> None:
+        with pytest.raises(UnaskedEndError, match="CancelledError"), contained("the recipe"):
+            await await_what_others_cancel()
+
+    @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(3)])
+    async def test_what_passes_through(self, error: BaseException) -> None:
+        with pytest.raises(type(error)) as caught, contained("the recipe"):
+            raise error
+        assert caught.value is error
+
+    async def test_what_ends_the_program_comes_out_of_a_group(self) -> None:
+        end = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt) as caught, contained("the recipe"):
+            raise BaseExceptionGroup("g", [ValueError("x"), BaseExceptionGroup("h", [end])])
+        assert caught.value is end
+
+    async def test_a_thread_has_no_task_that_is_cancelled(self) -> None:
+        def call() -> None:
+            with contained("the function"):
+                raise asyncio.CancelledError
+
+        with pytest.raises(UnaskedEndError):
+            await asyncio.to_thread(call)
+
+    async def test_cancellations_of_the_caller(self) -> None:
+        async def wait() -> bool:
+            try:
+                with contained("the recipe"):
+                    await asyncio.sleep(3600)
+            except asyncio.CancelledError as error:
+                return is_cancellation(error)
+            return False
+
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        task.cancel()
+        assert await task
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                with contained("the recipe"):
+                    await asyncio.sleep(3600)
+        with anyio.move_on_after(0.001) as scope, contained("the recipe"):
+            await asyncio.sleep(3600)
+        assert scope.cancelled_caught
+        assert not is_cancellation(asyncio.CancelledError())
+
+    async def test_a_coroutine_that_is_closed(self) -> None:
+        async def wait() -> None:
+            with contained("the recipe"):
+                await asyncio.sleep(3600)
+
+        coroutine = wait()
+
+        async def begin() -> None:
+            coroutine.send(None)
+
+        await asyncio.create_task(begin())
+        coroutine.close()
+
+    async def test_concurrent_work(self) -> None:
+        """A task group takes no notice of a child that is cancelled, and the caller would be cancelled by its result."""
+
+        async def work(number: int) -> None:
+            if number == 1:
+                await await_what_others_cancel()
+            await asyncio.sleep(3600)
+
+        with pytest.raises(UnaskedEndError):
+            await asyncio.wait_for(run_bounded(range(3), work, 3), 20)
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x")])
+async def test_an_end_that_was_not_asked_for_does_not_end_the_repetition(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = 0
+
+    async def work() -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise error
+
+    async with background(repeat(work, 0.001, "looking")):
+        await eventually(lambda: count >= 4)
+    assert f"looking raised {type(error).__name__}, which was not asked for" in caplog.text
 
 
 class Runs:

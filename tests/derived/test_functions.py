@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import subprocess
 import sys
@@ -147,12 +148,65 @@ class TestCoroutineFunctions:
         with pytest.raises(DerivationFailedError, match=r"raised ValueError$") as caught:
             await derive(recipe(functions.fail_elsewhere), b"")
         assert isinstance(caught.value.__cause__, ValueError)
-        with pytest.raises(DerivationFailedError, match="raised TimeoutError"):
+        with pytest.raises(DerivationFailedError, match=r"functions:hang_elsewhere took longer than 0\.05 s$"):
             await derive(recipe(functions.hang_elsewhere, timeout=0.05), b"")
         with pytest.raises(DerivationFailedError, match="3 bytes, more than 2"):
             await derive(recipe(functions.shout_elsewhere, max_size=2), b"abc")
         with pytest.raises(DerivationRefusedError, match="no poem"):
             await derive(recipe(functions.refuse_elsewhere), b"")
+
+    @pytest.mark.parametrize("made", [None, 3, ["x"], Derivation("x"), Derivation(Path("/none")), Derivation(Path("/"))])  # type: ignore[arg-type]
+    async def test_results_that_are_none(self, made: Any) -> None:
+        """The words are those for a plain function, which a process calls."""
+
+        async def local(_: DerivationSource) -> Any:
+            return made
+
+        local.__qualname__ = "local"
+        if isinstance(made, Derivation) and isinstance(made.content, str):
+            assert (await derive(recipe(local), b"")).content == b"x"
+            return
+        problem = "TypeError: it must return bytes, text or a Derivation, not"
+        if isinstance(made, Derivation):
+            problem = "FileNotFoundError" if made.content == Path("/none") else "IsADirectoryError"
+        with pytest.raises(DerivationFailedError, match=f"test_functions:local raised {problem}"):
+            await derive(recipe(local), b"")
+
+    @pytest.mark.parametrize("content", [bytearray(b"abc"), memoryview(b"abc"), "abc"])
+    async def test_other_content(self, content: Any) -> None:
+        async def local(_: DerivationSource) -> Any:
+            return content
+
+        local.__qualname__ = "local"
+        assert await derive(recipe(local), b"") == Derivation(b"abc", "text/plain")
+
+    async def test_a_file_is_measured(self, tmp_path: Path) -> None:
+        path = tmp_path / "made"
+        path.write_bytes(b"abc")
+
+        async def local(_: DerivationSource) -> Derivation:
+            return Derivation(path)
+
+        local.__qualname__ = "local"
+        assert (await derive(recipe(local), b"")).content == b"abc"
+        with pytest.raises(DerivationFailedError, match="3 bytes, more than 2"):
+            await derive(recipe(local, max_size=2), b"")
+
+    @pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x")])
+    async def test_ends_that_were_not_asked_for(self, error: BaseException) -> None:
+        async def local(_: DerivationSource) -> bytes:
+            raise error
+
+        local.__qualname__ = "local"
+        with pytest.raises(DerivationFailedError, match=f"test_functions:local raised {type(error).__name__}, which was not"):
+            await derive(recipe(local), b"")
+
+    async def test_a_cancelled_caller(self) -> None:
+        deriving = asyncio.create_task(derive(recipe(functions.hang_elsewhere), b""))
+        await asyncio.sleep(0.01)
+        deriving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await deriving
 
 
 class TestStoredOriginals:

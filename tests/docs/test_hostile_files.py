@@ -47,6 +47,9 @@ async def readme(names: Mapping[str, Any]) -> None:
                 assert (await client.delete(f"/documents/{answer.json()['id']}")).status_code == 204
         await post_too_large(client, "/documents", 50 * MIB, media_type="application/pdf", begin=b"%PDF-1.7\n")
         assert (await client.delete("/documents/999999")).status_code == 404
+        for number in (-1, 0, 2**31, 2**63, 10**30):
+            assert (await client.get(f"/documents/{number}/file")).status_code == 422
+            assert (await client.delete(f"/documents/{number}")).status_code == 422
         await names["journal"].recover()
         assert files_below(Path("uploads")) == before
 

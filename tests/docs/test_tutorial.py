@@ -247,6 +247,11 @@ async def test_hostile_files_get_harmless_responses(example: Any) -> None:
             nothing = {"Authorization": "Bearer other"}
             for method, url in (("PUT", "/me/avatar"), ("POST", "/documents"), ("GET", "/documents/1/file")):
                 assert (await client.request(method, url, headers=nothing)).status_code == 401
+            for number in (-1, 0, 2**31, 2**63, 10**30):
+                for url in (f"/documents/{number}/file", f"/documents/{number}/thumb", f"/users/{number}/avatar"):
+                    assert (await client.get(url)).status_code == 422
+                for url in (f"/documents/{number}", f"/users/{number}"):
+                    assert (await client.delete(url)).status_code in (403, 422)
 
 
 @pytest.mark.exhaustive("page 5 runs the same tests, before the journal")
@@ -255,19 +260,35 @@ def test_the_tests_of_the_example_pass_with_its_journal(databases: list[str], tm
     reader.run(Command("DATABASE_URL=... python -m pytest", "8 passed"))
 
 
-def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
+CONTAINERS = (PROJECT / "docs/containers.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "site",
+    [(EXAMPLE / "nginx.conf").read_text(), *re.findall(r"^```nginx\n(.*?)^```", CONTAINERS, re.DOTALL | re.MULTILINE)],
+    ids=["tutorial", "containers"],
+)
+def test_nginx_accepts_its_configuration(tmp_path: Path, site: str) -> None:
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         unavailable("nginx is missing")
-    site = (
-        (EXAMPLE / "nginx.conf").read_text().replace("app:8000", "127.0.0.1:8000").replace("listen 80;", "listen 127.0.0.1:8089;")
-    )
+    site = site.replace("app:8000", "127.0.0.1:8000").replace("listen 80;", "listen 127.0.0.1:8089;")
     (tmp_path / "site.conf").write_text(site)
     logs = f"error_log stderr; pid {tmp_path}/pid;"
     temporary = " ".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (tmp_path / "nginx.conf").write_text(f"{logs} events {{}} http {{ access_log off; {temporary} include site.conf; }}")
     done = subprocess.run([program, "-t", "-c", tmp_path / "nginx.conf"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_volume_is_the_same_for_the_application_and_nginx() -> None:
+    (composed,) = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", CONTAINERS, re.DOTALL | re.MULTILINE))
+    services = composed["services"]
+    assert services["app"]["environment"]["FILES"] == "/files"
+    for name, mounted in (("app", "files:/files"), ("volume", "files:/files"), ("nginx", "files:/srv/uploads:ro")):
+        assert mounted in services[name]["volumes"]
+    assert all(after in services for service in services.values() for after in service.get("depends_on", ()))
+    assert "alias /srv/uploads/;" in CONTAINERS
 
 
 def test_the_containers_get_what_the_application_reads() -> None:

@@ -50,6 +50,25 @@ async def test_a_variant_lives_and_dies_with_its_row(env: GcEnvironment, column:
     assert locations.isdisjoint(ref.location for ref in gone)
 
 
+async def test_rows_that_share_an_original_leave_in_one_transaction(env: GcEnvironment) -> None:
+    """The transaction knows the variants of one of them only, and the collector deletes those of the other."""
+    await env.add(Crate(id=1, file=file("a")))
+    await nest(env, 1, thumb=await env.orphan())
+    columns = ", ".join(column.name for column in Crate.__table__.columns if column.name not in ("id", "file"))
+    await env.sql(f"INSERT INTO gc_crate (id, file, {columns}) SELECT 2, file, {columns} FROM gc_crate")  # noqa: S608
+    await nest(env, 2, thumb=await env.orphan())
+    assert len(await env.locations()) == 3
+    async with env.sessions.begin() as session:
+        for number in (1, 2):
+            await session.delete(await session.get_one(Crate, number))
+    if env.journal is not None:
+        await env.journal.recover()
+    assert len(await env.locations()) == 1
+    env.age()
+    await env.collect(allow_no_references=True)
+    assert await env.locations() == set()
+
+
 @pytest.mark.parametrize("column", ["file", "scan"])
 async def test_a_variant_that_comes_after_the_nomination(
     env: GcEnvironment, monkeypatch: pytest.MonkeyPatch, column: str

@@ -228,6 +228,17 @@ async def test_plain_columns_are_left_to_the_application(env: MigrationEnvironme
         await env.manager.get(one)
 
 
+async def test_a_plain_ref_to_a_variant_alone(env: MigrationEnvironment) -> None:
+    ref = await add(env)
+    thumb = (ref.variants or {})["thumb"]
+    await env.add(Shelf(id=2, scan=thumb))
+    report = await migrate(env.write_to("new"), storage_key="docs", to_backend="new")
+    assert (report.moved, report.manual) == (3, 1)
+    await env.recover()
+    assert await env.manager.get(thumb) == b"thumb of 1"
+    assert await env.objects("old") == {thumb.location}
+
+
 @pytest.mark.parametrize("seconds", [0.001, 0.02, 0.04])
 async def test_cancelled_and_run_again(env: MigrationEnvironment, seconds: float) -> None:
     for number in range(1, 12):

@@ -16,7 +16,7 @@ MUTANTS = [
     Mutant(
         name="local-file-not-synchronised",
         rule="The bytes of a file are on the disk before it gets its name.",
-        path="granite_storage/backends/_local_write.py",
+        path="granite_storage/backends/_local_tree.py",
         old="self._tree.synchronise(self.descriptor, self._location)\n            self._give_name(self._segments[-1])\n",
         new="self._give_name(self._segments[-1])\n            self._tree.synchronise(self.descriptor, self._location)\n",
         tests=("tests/faults/test_power_loss.py",),
@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant(
         name="local-name-not-synchronised",
         rule="The directory that holds a new name is synchronised before the write returns.",
-        path="granite_storage/backends/_local_write.py",
+        path="granite_storage/backends/_local_tree.py",
         old="                self._tree.synchronise_directory(self._directory, self._location)\n",
         new="                pass\n",
         tests=("tests/faults/test_disk.py::test_nothing_that_a_power_loss_can_take_is_left_when_a_write_returns",),
@@ -274,7 +274,7 @@ MUTANTS = [
     Mutant(
         name="local-permissions-set-all-the-same",
         rule="With file_mode=None no file is given permissions.",
-        path="granite_storage/backends/_local_write.py",
+        path="granite_storage/backends/_local_tree.py",
         old="        if mode is None:\n            return\n        with self._tree",
         new="        mode = 0o644 if mode is None else mode\n        with self._tree",
         tests=("tests/backends/test_local_volumes.py::test_permissions_that_are_left_alone_are_never_set",),

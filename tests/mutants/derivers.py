@@ -269,4 +269,72 @@ MUTANTS = [
         new='if item.recipe.when == "never"]:',
         tests=("tests/orm/test_derived_declarations.py::test_later_needs_a_journal",),
     ),
+    Mutant(
+        name="deriver-cancelled-by-others",
+        rule="A recipe that raises a CancelledError, though no caller is cancelled, has failed.",
+        path=_UPLOADS,
+        old='        with contained(f"the recipe of the variant {declared.name!r}"):\n            yield\n',
+        new="        yield\n",
+        tests=(f"{_FLUSH}::TestFailures::test_an_end_that_was_not_asked_for",),
+    ),
+    Mutant(
+        name="deriver-foreign-cancellation-is-the-callers",
+        rule="A CancelledError is the caller's only while its task is being cancelled.",
+        path="granite_storage/_tasks.py",
+        old="isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0",
+        new="isinstance(error, asyncio.CancelledError) and task is not None",
+        tests=("tests/core/test_tasks.py::TestEndsThatWereNotAskedFor",),
+    ),
+    Mutant(
+        name="deriver-cancellation-swallowed",
+        rule="A cancellation of the caller is never turned into an error.",
+        path="granite_storage/_tasks.py",
+        old="        if not is_closed and not is_cancellation(error):\n",
+        new="        if not is_closed:\n",
+        tests=("tests/core/test_tasks.py::TestEndsThatWereNotAskedFor",),
+    ),
+    Mutant(
+        name="deriver-repetition-ends",
+        rule="An end that was not asked for is logged, and repeated work goes on.",
+        path="granite_storage/_tasks.py",
+        old="            with contained(what):\n                await work()\n",
+        new="            await work()\n",
+        tests=("tests/core/test_tasks.py::test_an_end_that_was_not_asked_for_does_not_end_the_repetition",),
+    ),
+    Mutant(
+        name="deriver-dead-jobs-without-rows-stay",
+        rule="Dead jobs end in the pass after the last row of their original is gone.",
+        path=_JOBS,
+        old="                    await self._end(item, has_no_rows=True)\n",
+        new="                    continue\n",
+        tests=(f"{_DERIVER}::TestFailures::test_a_dead_job_of_a_row_that_is_gone[asyncpg]",),
+    ),
+    Mutant(
+        name="deriver-job-ended-unseen",
+        rule="A job ends for want of rows only if there is none either once it is locked.",
+        path=_JOBS,
+        old="                if has_no_rows and await self._references.find_holders(connection, job.location):\n",
+        new="                if False:\n",
+        tests=(f"{_DERIVER}::TestFailures::test_a_row_that_comes_while_its_job_ends[asyncpg]",),
+    ),
+    Mutant(
+        name="deriver-jobs-of-others-ended",
+        rule="A job by a recipe of another version of the application stays for a day.",
+        path=_JOBS,
+        old="""                elif is_others and row.is_abandoned:
+                    await self._end(item, job.c.due <= clock(-_ABANDONED))
+""",
+        new="""                elif is_others:
+                    await self._end(item)
+""",
+        tests=(f"{_DERIVER}::TestUndeclared::test_they_end_after_a_day",),
+    ),
+    Mutant(
+        name="deriver-jobs-of-unknown-columns-ended",
+        rule="A job of a column that this process does not have stays: its rows cannot be found.",
+        path=_JOBS,
+        old="(job.c.backend == backend) & tuple_(job.c.table_name, job.c.column_name).in_(sorted(columns))",
+        new="(job.c.backend == backend)",
+        tests=(f"{_DERIVER}::TestUndeclared::test_those_of_an_unknown_column_stay[asyncpg]",),
+    ),
 ]

@@ -78,8 +78,16 @@ MUTANTS = [
         name="rederived-displaced-left-behind",
         rule="Without a journal, what a variant takes the place of is deleted after the commit.",
         path="granite_storage/orm/variants.py",
-        old="if self.fate is _Fate.SET and self._displaced:",
-        new="if self.fate is _Fate.UNSET and self._displaced:",
+        old="log += [(item, False) for item in displaced]",
+        new="log += [(item, True) for item in displaced]",
         tests=("tests/orm/test_rederivation.py::TestWhich::test_stale[sqlite-begin]",),
+    ),
+    Mutant(
+        name="effects-cancelled-by-others",
+        rule="A handler that raises a CancelledError, though no caller is cancelled, has failed.",
+        path="granite_storage/orm/journal/effects.py",
+        old='                    with contained("the handler"):\n                        await handler(event)\n',
+        new="                    await handler(event)\n",
+        tests=("tests/orm/journal/test_effects.py::TestFailures::test_an_end_that_was_not_asked_for",),
     ),
 ]

@@ -6,6 +6,8 @@ from tests.mutants.mutant import Mutant
 
 _GC = "tests/gc/test_variants.py"
 _MIGRATION = "tests/migration/test_variants.py"
+_SHARED = "tests/orm/test_shared_variants.py"
+_LOCKING = "granite_storage/orm/locking.py"
 
 MUTANTS = [
     Mutant(
@@ -71,6 +73,49 @@ MUTANTS = [
         old="                for one in iter_refs(ref):\n                    yield one\n",
         new="                yield ref\n",
         tests=(f"{_GC}::test_references_that_the_caller_gives",),
+    ),
+    Mutant(
+        name="nested-commit-asks-for-originals",
+        rule="A transaction asks for each variant that it would delete, to which another row may have a plain ref.",
+        path=_LOCKING,
+        old="sources = {part.ref.location: part.source for item in objects for part in item.parts}",
+        new="sources = {item.ref.location: item.source for item in objects}",
+        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-deleted in bulk-a plain ref]",),
+    ),
+    Mutant(
+        name="nested-commit-keeps-all-or-nothing",
+        rule="Of an object and its variants those stay to which rows refer, and the others are deleted.",
+        path="granite_storage/orm/_interfaces.py",
+        old="    parts = (part for item in stored for part in ([item] if item.intent else item.parts))\n",
+        new="    parts = iter(stored)\n",
+        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-deleted in bulk-a plain ref]",),
+    ),
+    Mutant(
+        name="nested-commit-is-blind",
+        rule="A variant that a row of another base or schema nests is not deleted with the one that takes its place.",
+        path=_LOCKING,
+        old="return [location, variants_in(column, dialect)] if has_variants else [location]",
+        new="return [location]",
+        tests=(
+            f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-made again-another base]",
+            f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[sqlite-begin-made again-another schema]",
+        ),
+    ),
+    Mutant(
+        name="nested-variant-of-no-original",
+        rule="A variant that is made again is looked for in the rows that hold its original.",
+        path="granite_storage/orm/variants.py",
+        old="return [StoredObject(self._manager, ref, source=self._source.location) for ref in refs]",
+        new="return [StoredObject(self._manager, ref) for ref in refs]",
+        tests=(f"{_SHARED}::test_a_variant_stays_while_anything_refers_to_it[asyncpg-made again-another base]",),
+    ),
+    Mutant(
+        name="nested-unset-variant-not-asked-for",
+        rule="A variant whose transaction has failed stays where a row has it nevertheless.",
+        path="granite_storage/orm/variants.py",
+        old="        self._has_written = bool(chosen)\n",
+        new="",
+        tests=(f"{_SHARED}::test_a_write_that_a_rollback_leaves",),
     ),
     Mutant(
         name="nested-migration-leaves-variants",

@@ -54,8 +54,8 @@ MUTANTS = [
         name="panels-starlette-refusals-of-owners-only",
         rule="What the database refuses of a row within the form of another is said in that form, too.",
         path="granite_storage/contrib/starlette_admin.py",
-        old="            for one in (view, *view._inline_instances):",
-        new="            for one in (view,):",
+        old="for one in (each, *each._inline_instances)):",
+        new="for one in (each,)):",
         tests=("tests/contrib/test_starlette_admin.py::TestInlineRows::test_row_that_the_database_refuses",),
     ),
     Mutant(
@@ -119,8 +119,8 @@ MUTANTS = [
         name="panels-starlette-file-for-anybody",
         rule="starlette-admin serves a file to those who may see or edit the row.",
         path="granite_storage/contrib/starlette_admin.py",
-        old="        if not fields or not view.is_accessible(request):\n            raise HTTPException(403)\n",
-        new="        fields = fields or list(view.get_fields_list(request))\n",
+        old="        if (fields := _served(view, request)) is None:\n            raise HTTPException(403)\n",
+        new="        fields = _served(view, request) or {one.name: one for one in view._all_fields}\n",
         tests=("tests/contrib/test_panels.py::TestServing::test_permissions_of_the_view",),
     ),
     Mutant(
@@ -167,8 +167,8 @@ MUTANTS = [
         name="panels-deletes-that-are-refused",
         rule="What the database says to a delete is shown in the list.",
         path="granite_storage/contrib/starlette_admin.py",
-        old='                    vars(one)["delete"] = partial(_delete, one, one.delete)\n',
-        new="",
+        old='dict.fromkeys(("delete", "handle_exception"), _say)',
+        new='{"handle_exception": _say}',
         tests=("tests/contrib/test_refused_deletes.py::test_several",),
     ),
 ]

@@ -64,7 +64,8 @@ class Upper:
         self.made: Counter[bytes] = Counter()
         self.refused: set[bytes] = set()
         self.failing: set[bytes] = set()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self.media: dict[str, Any] = {}
         self.gate: Gate | None = None
 
     def digest(self, name: str, /) -> str:
@@ -91,7 +92,7 @@ class Upper:
         self.made[content] += 1
         made = self.result(content)
         if self.folder is None:
-            yield Derivation(made, "text/x-upper", {"letters": len(made)}, f"{self.word or 'upper'}.txt")
+            yield Derivation(made, "text/x-upper", {"letters": len(made), **self.media}, f"{self.word or 'upper'}.txt")
             await asyncio.sleep(0)
             return
         path = self.folder / f"{len(self.made)}-{sum(self.made.values())}"

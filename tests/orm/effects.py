@@ -25,6 +25,7 @@ class SearchIndex:
         self.rows: dict[str, tuple[str, tuple[Any, ...] | None]] = {}
         self.calls: list[tuple[str, str]] = []
         self.failures = 0
+        self.error: BaseException = ConnectionError("the search server is down")
         self.gate: Gate | None = None
         self.overlaps = 0
         self._in_hand: set[str] = set()
@@ -51,7 +52,7 @@ class SearchIndex:
         await asyncio.sleep(0)
         if self.failures:
             self.failures -= 1
-            raise ConnectionError("the search server is down")
+            raise self.error
 
     @contextlib.contextmanager
     def _call(self, verb: str, event: EffectEvent) -> Iterator[None]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete
 
 from granite_storage import Attachment
+from granite_storage.derived import Derivation, DerivationSource
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ContentTooLargeError,
@@ -180,6 +183,62 @@ class TestFailures:
             with pytest.raises(ZeroDivisionError):
                 await env.add(Doc(id=1, file=file("y")))
             await env.check()
+
+    @pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x")])
+    async def test_an_end_that_was_not_asked_for(self, env: OrmEnvironment, error: BaseException) -> None:
+        """It is a failure of the recipe, and no cancellation of the flush."""
+        recipe = Upper(when="flush")
+        recipe.error = error
+        with declared({"thumb": recipe, "text": Upper("b", when="flush")}):
+            if env.journal is None:
+                with pytest.raises(DerivationFailedError, match="the recipe of the variant 'thumb' raised"):
+                    await env.add(Doc(id=1, file=file("y")))
+                await env.check()
+                return
+            await env.add(Doc(id=1, file=file("y")))
+            assert set(await shown(env)) == {"text"}
+
+    async def test_a_source_that_awaits_what_others_cancel(self, env: OrmEnvironment) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"x"
+            raise asyncio.CancelledError
+
+        with pytest.raises(RuntimeError, match="storing attachments raised CancelledError, which was not asked for"):
+            await env.add(Doc(id=1, file=Attachment(chunks())))
+        await env.check()
+
+    @pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+    @pytest.mark.parametrize("place", ["key", "value"])
+    async def test_media_that_no_database_takes(self, env: OrmEnvironment, text: str, place: str) -> None:
+        recipe = Upper(when="flush")
+        recipe.media = {"title": [text]} if place == "value" else {text: 1}
+        problem = "the variant 'thumb' cannot be stored: media contains a NUL character or a lone surrogate"
+        with declared({"thumb": recipe, "text": Upper("b", when="flush")}):
+            if env.journal is None:
+                with pytest.raises(DerivationFailedError, match=problem):
+                    await env.add(Doc(id=1, file=file("y")))
+                await env.check()
+                return
+            await env.add(Doc(id=1, file=file("y")))
+            assert set(await shown(env)) == {"text"}
+            with pytest.raises(DerivationFailedError, match=problem):
+                async with env.sessions() as session:
+                    await (await session.get_one(Doc, 1)).file.variant("thumb")
+
+    async def test_a_file_that_is_not_there(self, env: OrmEnvironment) -> None:
+        class Lost(Upper):
+            @contextlib.asynccontextmanager
+            async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:
+                yield Derivation(Path("/none"), "text/plain")
+
+        with declared({"thumb": Lost(when="flush")}):
+            if env.journal is None:
+                with pytest.raises(DerivationFailedError, match="the file of the variant 'thumb' cannot be read"):
+                    await env.add(Doc(id=1, file=file("y")))
+                await env.check()
+                return
+            await env.add(Doc(id=1, file=file("y")))
+            assert await shown(env) == {}
 
     async def test_failed(self, env: OrmEnvironment) -> None:
         recipe = Upper(when="flush")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from granite_storage import Attachment, ConfigurationError
+from granite_storage.derived import Derived
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.rederivation import RederivationStatus, rederive
 from tests.orm.derivations import Gate, Upper, declared, expected, ref_of, shown
@@ -22,6 +23,11 @@ CHANGED = RederivationStatus.CHANGED
 async def fill(env: OrmEnvironment, count: int = 3) -> None:
     """Add rows whose files have no variants."""
     await env.add(*(Doc(id=number, file=file(f"{number}")) for number in range(1, count + 1)))
+
+
+async def fill_more(env: OrmEnvironment) -> None:
+    """Add one more row."""
+    await env.add(Doc(id=100, file=file("100")))
 
 
 class TestWhich:
@@ -136,6 +142,24 @@ class TestRuns:
             begun = time.monotonic()
             await rederive(env.binding, bytes_per_second=1000, concurrency=3)
             assert time.monotonic() - begun > 0.25
+
+    @pytest.mark.parametrize("outcome", ["refused", "failed"])
+    async def test_the_rate_is_that_of_what_is_read(self, env: OrmEnvironment, outcome: str) -> None:
+        """Also of originals of which no variant can be made."""
+        await env.add(*(Doc(id=number, file=file(b"x" * 100)) for number in (1, 2, 3)))
+        recipe = Upper("a", when="flush")
+        (recipe.refused if outcome == "refused" else recipe.failing).add(b"x" * 100)
+        with declared({"thumb": recipe}):
+            begun = time.monotonic()
+            report = await rederive(env.binding, bytes_per_second=1000, concurrency=3)
+            assert time.monotonic() - begun > 0.25
+        assert (report.counts, report.bytes_read) == ({RederivationStatus(outcome): 3}, 300)
+
+    async def test_what_is_refused_unread_costs_nothing(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file(b"x" * 100)))
+        with declared({"thumb": Derived(str, content_type="text/plain", max_source=10)}):
+            report = await rederive(env.binding, bytes_per_second=1)
+        assert (report.counts, report.bytes_read) == ({REFUSED: 1}, 0)
 
     async def test_failures(self, env: OrmEnvironment) -> None:
         await fill(env)

@@ -20,7 +20,15 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from granite_storage import StorageManager
 from granite_storage.exceptions import InvalidReferenceError
-from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
+from granite_storage.orm import (
+    AttachedFile,
+    Attachment,
+    AttachmentList,
+    AttachmentType,
+    AttachmentVariant,
+    attachment,
+    bind_storage,
+)
 from tests.orm.values import Document, Sessions, add, locations, sqlite, write_raw
 
 SHOWN = {"size", "content_type", "original_filename", "checksum"}
@@ -138,8 +146,18 @@ class TestPydantic:
         assert model.model_copy(deep=True).file is document.file
 
     def test_json_makes_no_attachment(self) -> None:
-        with pytest.raises(ValidationError):
+        with pytest.raises(ValidationError) as caught:
             DocumentOut.model_validate_json('{"id": 1, "file": {"size": 3, "checksum": ""}}')
+        [problem] = caught.value.errors(include_url=False)
+        assert (problem["type"], problem["loc"]) == ("file_in_json", ("file",))
+        assert problem["msg"] == "A file cannot be given as JSON: upload it, and leave this field out"
+
+    @pytest.mark.parametrize("kind", [Attachment, AttachmentVariant, AttachedFile, AttachmentList])
+    def test_json_makes_none_of_them(self, kind: Any) -> None:
+        with pytest.raises(ValidationError, match="A file cannot be given as JSON"):
+            TypeAdapter(kind).validate_json("{}")
+        with pytest.raises(ValidationError, match=f"Input should be an instance of {kind.__name__}"):
+            TypeAdapter(kind).validate_python({})
 
     @pytest.mark.parametrize("mode", ["validation", "serialization"])
     def test_both_schemas_are_the_same(self, mode: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, delete, text
+from sqlalchemy import MetaData, create_engine, delete, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -22,6 +22,7 @@ from granite_storage import (
     StoredObjectRefType,
     attachment,
 )
+from granite_storage.orm import AttachmentList, attachments
 from granite_storage.orm._interfaces import active_bindings
 from granite_storage.testing import bound_storage
 from tests.orm.derivations import Upper
@@ -133,6 +134,44 @@ async def test_policies_of_the_application() -> None:
         async with kit.sessions.begin() as session:
             session.add(Note(id=1, file=Attachment(b"one")))
         assert len(await kit.objects()) == 2
+
+
+@pytest.mark.parametrize("policies", [[StoragePolicy("notes", "s3")], "notes", StoragePolicy("notes", "s3")])
+def test_policies_without_storage_keys(policies: Any) -> None:
+    with pytest.raises(ConfigurationError, match="bound_storage takes the policies by their storage keys, as "):
+        bound_storage(Base, policies=policies)
+
+
+class Sales(DeclarativeBase):
+    metadata = MetaData(schema="sales 'q1'")
+
+
+class Bill(Sales):
+    __tablename__ = "kit_bill"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("bills")
+    pages: Mapped[AttachmentList] = attachments("bills")
+
+
+async def test_schemas(folder: Path) -> None:
+    async with bound_storage(Sales) as kit:
+        for number in (1, 2):  # on two connections
+            async with kit.sessions.begin() as session, kit.sessions() as other:
+                assert await other.get(Bill, number) is None
+                session.add(Bill(id=number, file=Attachment(b"one"), pages=[b"page"]))
+        assert len(await kit.objects()) == 4
+        async with kit.sessions.begin() as session:
+            await session.delete(await session.get_one(Bill, 1))
+        assert len(await kit.objects()) == 2
+        await kit.assert_no_orphans()
+    assert list(folder.iterdir()) == []
+
+
+def test_schemas_of_synchronous_sessions() -> None:
+    with bound_storage(Sales) as kit:
+        with kit.sessions.begin() as session:
+            session.add(Bill(id=1, file=Attachment(b"one")))
+        kit.assert_no_orphans()
 
 
 async def test_an_engine_of_the_caller_keeps_its_tables(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
@@ -19,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from granite_storage import Attachment, attachment
+from granite_storage import Attachment, ConfigurationError, attachment
 from granite_storage.testing import BoundStorage, bound_storage
 from granite_storage.web import (
     FileList,
@@ -125,6 +126,39 @@ class TestDescription:
         assert photos == {"type": "array", "items": FILE, "maxItems": 3, "minItems": 1}
         answer = document["paths"]["/profiles"]["post"]["responses"]["422"]
         assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/HTTPValidationError"}
+
+    async def test_an_endpoint_with_two_forms(self, kit: BoundStorage) -> None:
+        """The body can be read once, so the application does not start, and has no document."""
+        app = FastAPI()
+        install_error_handlers(app)
+        other = Annotated[UploadForm, Depends(upload_form({"photo": Profile.photo}))]
+
+        async def both(form: Form, again: Annotated[UploadForm, Depends(inner)], other: Any) -> None: ...
+
+        both.__annotations__["other"] = other
+        app.add_api_route("/both", both, methods=["POST"])
+        message = "2 dependencies of the endpoint '/both' receive its body, which can be read once"
+        with pytest.raises(ConfigurationError, match=message):
+            app.openapi()
+        with pytest.raises(ConfigurationError, match=message):
+            async with app.router.lifespan_context(app):
+                pass
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test"
+        ) as client:
+            files = {"avatar": b"a"}
+            assert (await client.post("/both", data={"name": "n"}, files=files)).status_code == 500
+        assert await kit.objects() == []
+
+    async def test_an_application_with_a_lifespan_of_its_own(self) -> None:
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, int]]:
+            yield {"own": 1}
+
+        app = FastAPI(lifespan=lifespan)
+        install_error_handlers(app)
+        async with app.router.lifespan_context(app) as state:
+            assert state == {"own": 1}
 
     async def test_bodies(self, client: httpx.AsyncClient) -> None:
         document = (await client.get("/openapi.json")).json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
 import httpx
@@ -10,8 +10,12 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from granite_storage import ConfigurationError
+from granite_storage.contrib.litestar import provide_upload_form
 from granite_storage.exceptions import ConsumedSourceError
 from granite_storage.orm import Attachment
 from granite_storage.web import (
@@ -28,6 +32,10 @@ from granite_storage.web import (
 from tests.web.receiving import BOUNDARY, END, FORM, App, Document, part, stored_in
 
 Serve = Callable[..., httpx.AsyncClient]
+
+
+def iter_nothing(_: FilePart) -> Iterator[None]:
+    yield
 
 
 @pytest.fixture
@@ -130,6 +138,27 @@ class TestSeveralFilesOfOneField:
     async def test_a_list_of_nothing(self) -> None:
         with pytest.raises(TypeError, match="stored in"):
             FileList(Document, 2)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("target", [Document.title, Document, "documents", None, lambda: None, iter_nothing])
+    def test_what_no_file_can_be_stored_in(self, target: Any) -> None:
+        """It is refused where it is declared, not by the first upload."""
+        for declare in (upload_form, provide_upload_form):
+            with pytest.raises(TypeError, match="the file of the field 'scan' can be stored in an attachment attribute"):
+                declare({"scan": target})
+        with pytest.raises(TypeError, match="a file can be stored in an attachment attribute"):
+            upload_body(target)
+        with pytest.raises(TypeError, match=r"not in Document\.title"):
+            upload_form({"scan": Document.title})
+
+    async def test_a_function_that_stores_nothing(self, receiving: App) -> None:
+        async def receive(request: Request) -> Response:
+            with pytest.raises(TypeError, match="must be a coroutine function: it has returned 3"):
+                await stream_upload(request, {"file": lambda _: 3})  # type: ignore[dict-item, return-value]
+            return Response()
+
+        app = Starlette(routes=[Route("/", receive, methods=["POST"])])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            assert (await client.post("/", files={"file": b"abc"})).status_code == 200
 
     @pytest.mark.case("RE-02")
     def test_a_body_is_limited_unless_said_otherwise(self) -> None:

@@ -67,7 +67,7 @@ async def client(request: pytest.FixtureRequest, sessions: Sessions) -> AsyncIte
 
     @post("/papers", **dto)
     async def create(data: Paper) -> Paper:
-        raise AssertionError("a client cannot send an attachment")
+        return data
 
     app = Litestar(
         [one, everything, file, create],
@@ -100,4 +100,4 @@ async def test_openapi(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("sent", [SHOWN, "text", {"location": "papers/x", "backend": "memory"}])
 async def test_none_comes_from_a_client(client: httpx.AsyncClient, sent: Any) -> None:
     answer = await client.post("/papers", json={"id": 3, "title": "t", "file": sent})
-    assert answer.status_code == 400
+    assert (answer.status_code, answer.json()) == (201, {"id": 3, "title": "t", "file": None})

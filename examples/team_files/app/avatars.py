@@ -3,7 +3,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, HTTPException, Request
 from granite_storage.web import StoredObjectResponse, UploadForm, upload_form
 
-from .database import SessionDep
+from .database import Id, SessionDep
 from .models import User
 from .users import CurrentUser
 
@@ -26,7 +26,7 @@ async def delete_avatar(user: CurrentUser, session: SessionDep) -> None:
 
 @router.get("/users/{user_id}/avatar")
 async def show_avatar(
-    user_id: int, user: CurrentUser, session: SessionDep, request: Request
+    user_id: Id, user: CurrentUser, session: SessionDep, request: Request
 ) -> StoredObjectResponse:
     row = await session.get(User, user_id)
     if row is None or row.avatar is None:
@@ -36,7 +36,7 @@ async def show_avatar(
 
 @router.get("/users/{user_id}/icon")
 async def show_icon(
-    user_id: int, user: CurrentUser, session: SessionDep, request: Request
+    user_id: Id, user: CurrentUser, session: SessionDep, request: Request
 ) -> StoredObjectResponse:
     row = await session.get(User, user_id)
     icon = None if row is None or row.avatar is None else row.avatar.variants["icon"]

@@ -13,7 +13,7 @@ from granite_storage.web import (
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import or_, select
 
-from .database import SessionDep
+from .database import Id, SessionDep
 from .models import Document
 from .users import CurrentUser
 
@@ -26,7 +26,7 @@ Form = Annotated[UploadForm, Depends(receive)]
 
 
 async def get_readable(
-    document_id: int, user: CurrentUser, session: SessionDep
+    document_id: Id, user: CurrentUser, session: SessionDep
 ) -> Document:
     document = await session.get(Document, document_id)
     if document is None:

@@ -7,7 +7,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 
-from .database import SessionDep, sessions
+from .database import Id, SessionDep, sessions
 from .models import User
 
 router = APIRouter()
@@ -54,7 +54,7 @@ async def list_users(session: SessionDep) -> Sequence[User]:
 
 
 @router.delete("/users/{user_id}", status_code=204, dependencies=[Depends(get_admin)])
-async def delete_user(user_id: int, session: SessionDep) -> None:
+async def delete_user(user_id: Id, session: SessionDep) -> None:
     user = await session.get(User, user_id)
     if user is None:
         raise HTTPException(404)

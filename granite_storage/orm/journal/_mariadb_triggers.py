@@ -27,6 +27,7 @@ before the row is deleted.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENT
 
 __all__ = ["MariaDBSource", "MariaDBTriggers"]
 
-VERSION = 1
+VERSION = 2
 """The version of the SQL; each trigger has it, with a digest of the rest."""
 
 _PREFIX = "granite_storage_"
@@ -118,6 +119,7 @@ class _Wanted:
         place: The table that it is on.
         moment: When it fires.
         body: Its body.
+        names: The columns that the body names.
         is_first: Whether it must fire before all others of its kind.
     """
 
@@ -125,17 +127,34 @@ class _Wanted:
     place: Place
     moment: tuple[str, str]
     body: str
+    names: Sequence[tuple[Place, str]]
     is_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A trigger of the library's that is there."""
+    """A trigger of the library's that is there.
 
-    schema: str
+    Attributes:
+        place: The table that it is on.
+        name: Its name.
+        label: The table whose files it is for.
+        made: What it was made from.
+        order: Its number among those of its kind on the table.
+        names: The columns that it names.
+    """
+
+    place: Place
     name: str
+    label: str
     made: str
     order: int
+    names: Sequence[tuple[Place, str]]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The schema and the name, by which the database knows it."""
+        return self.place[0], self.name
 
 
 class MariaDBTriggers:
@@ -163,13 +182,30 @@ class MariaDBTriggers:
 
     def drop(self, connection: Connection, schema: str, table: str) -> None:
         """Drop the triggers of a table, and those of its ancestors that read it, and the indexes that no trigger uses now."""
-        for found in _read(connection, (schema, table)):
-            run(connection, f"DROP TRIGGER IF EXISTS {_qualified((found.schema, found.name))}")
+        place = (schema, table)
+        for found in [*_read(connection, place), *_read_left(connection, [place])]:
+            run(connection, f"DROP TRIGGER IF EXISTS {_qualified(found.key)}")
         _drop_unused_indexes(connection, schema)
 
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers, on it or on its ancestors."""
-        return bool(_read(connection, (schema, table)))
+        place = (schema, table)
+        return bool(_read(connection, place) or _read_left(connection, [place]))
+
+    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words which tables or columns triggers name that are gone."""
+        tables: dict[str, list[str]] = {}
+        there: dict[Place, Collection[str]] = {}
+        for found in sorted(_read_all(connection, schemas), key=lambda found: found.place):
+            for place, column in found.names:
+                if place not in there:
+                    there[place] = _columns(connection, place).keys()
+                if column not in there[place]:
+                    table = ".".join(place)
+                    gone = f"the column {column} of {table}" if there[place] else f"the table {table}"
+                    tables.setdefault(gone, []).append(".".join(found.place))
+        consequence = "statements which write their rows fail"
+        return [describe_gone(dict.fromkeys(of), gone, consequence) for gone, of in sorted(tables.items())]
 
     def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
         """Return nothing: triggers name tables that need not be there."""
@@ -203,26 +239,29 @@ class MariaDBSource:
         """
         for holder in self.holders:
             _create_index(connection, holder)
-        found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
+        found = {item.key: item for item in _read(connection, self._place, self._ancestors)}
         wanted = self._wanted
+        left = [item.key for item in _read_left(connection, [self._place, *self._ancestors])]
         with _sql_mode(connection):
             for item in wanted:
                 known = found.pop((item.place[0], item.name), None)
                 if known is None or not self._is_right(known, item):
+                    if known is not None and known.place != item.place:
+                        run(connection, f"DROP TRIGGER IF EXISTS {_qualified(known.key)}")
                     self._create(connection, item)
-            for schema, name in found:  # of cascades that are there no more
-                run(connection, f"DROP TRIGGER IF EXISTS {_qualified((schema, name))}")
+            for key in [*found, *left]:  # of cascades that are there no more, and of tables that were renamed
+                run(connection, f"DROP TRIGGER IF EXISTS {_qualified(key)}")
 
     def is_current(self, connection: Connection) -> bool:
         """Return whether the table and its ancestors have these very triggers."""
-        found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
+        found = {item.key: item for item in _read(connection, self._place, self._ancestors)}
         wanted = {(item.place[0], item.name): item for item in self._wanted}
         return found.keys() == wanted.keys() and all(self._is_right(found[key], item) for key, item in wanted.items())
 
     def find_problems(self, connection: Connection) -> list[str]:
         """Return what is wrong with those that are there, and with the indexes."""
-        found = {(item.schema, item.name): item for item in _read(connection, self._place, self._ancestors)}
-        problems = self._find_gone_columns(connection)
+        found = {item.key: item for item in _read(connection, self._place, self._ancestors)}
+        problems: list[str] = []
         for item in self._wanted:
             known, where = found.get((item.place[0], item.name)), ".".join(item.place)
             if known is None:
@@ -230,7 +269,7 @@ class MariaDBSource:
                     f"{where} lacks the trigger {item.name}, or this role lacks the privilege TRIGGER, without which MariaDB"
                     f" shows none: {CREATE_AGAIN}"
                 )
-            elif known.made != self.digest:
+            elif known.made != self.digest or known.place != item.place:
                 problems.append(f"the trigger {item.name} of {where} is of another version or for other columns: {CREATE_AGAIN}")
             elif not self._is_right(known, item):
                 problems.append(
@@ -244,15 +283,8 @@ class MariaDBSource:
             if not _has_index(connection, holder)
         ]
 
-    def _find_gone_columns(self, connection: Connection) -> list[str]:
-        own = [(self._place, name) for name in (*self.table.keys, *self.table.columns)]
-        named = dict.fromkeys([*own, *(((item.schema, item.table), item.column) for item in self.holders)])
-        there = {place: _columns(connection, place) for place in {place for place, _ in named}}
-        gone = [f"the column {name} of {'.'.join(place)}" for place, name in named if name not in there[place]]
-        return [describe_gone([".".join(self._place)], one, "statements which write its rows fail") for one in gone]
-
     def _is_right(self, found: _Found, wanted: _Wanted) -> bool:
-        return found.made == self.digest and (found.order == 1 or not wanted.is_first)
+        return found.made == self.digest and found.place == wanted.place and (found.order == 1 or not wanted.is_first)
 
     def _create(self, connection: Connection, wanted: _Wanted) -> None:
         others = [name for name in _others(connection, wanted) if name != wanted.name] if wanted.is_first else []
@@ -260,22 +292,23 @@ class MariaDBSource:
         run(
             connection,
             f"CREATE OR REPLACE TRIGGER {_qualified((wanted.place[0], wanted.name))} {' '.join(wanted.moment)}"
-            f" ON {_qualified(wanted.place)} FOR EACH ROW {first}{self._with_digest(wanted.body, self.digest)}",
+            f" ON {_qualified(wanted.place)} FOR EACH ROW {first}{self._with_digest(wanted, self.digest)}",
         )
 
     @property
     def digest(self) -> str:
         """The version and a digest of all of it, by which what is there is known."""
-        parts = "\n".join(f"{item.name} {item.place} {item.moment} {item.body}" for item in self._wanted)
+        parts = "\n".join(f"{item.name} {item.place} {item.moment} {item.body} {item.names}" for item in self._wanted)
         return f"{VERSION}:{sha256(parts.encode()).hexdigest()[:32]}"
 
-    def _with_digest(self, body: str, digest: str) -> str:
-        """Return a body with what it is known by; not in a comment, which clients leave out when they restore a dump.
+    def _with_digest(self, wanted: _Wanted, digest: str) -> str:
+        """Return a body with what it is known by, and what it names; comments would not do, which clients leave out of dumps.
 
-        It stands behind the end of the body, where it is never reached and costs nothing.
+        Both stand behind the end of the body, where they are never reached and cost nothing.
         """
         known_by = f"SET @{_PREFIX}made_of = {literal(f'{digest} {_label(self._place)}')}"
-        return f"g_body: BEGIN\n{body}\n  LEAVE g_body;\n  {known_by};\nEND"
+        names = f"SET @{_PREFIX}names = {literal(json.dumps([[*place, column] for place, column in wanted.names]))}"
+        return f"g_body: BEGIN\n{wanted.body}\n  LEAVE g_body;\n  {known_by};\n  {names};\nEND"
 
     @property
     def _ancestors(self) -> list[Place]:
@@ -285,10 +318,11 @@ class MariaDBSource:
     def _wanted(self) -> list[_Wanted]:
         """Every trigger, the guards first."""
         name = self.table.name
+        own = [(self._place, column) for column in self.table.columns]
+        bodies = {"insert": self._on_insert(), "update": self._on_update(), "delete": self._on_delete()}
         wanted = [
-            _Wanted(fitting_name(f"{_PREFIX}insert_", name), self._place, ("AFTER", "INSERT"), self._on_insert()),
-            _Wanted(fitting_name(f"{_PREFIX}update_", name), self._place, ("AFTER", "UPDATE"), self._on_update()),
-            _Wanted(fitting_name(f"{_PREFIX}delete_", name), self._place, ("AFTER", "DELETE"), self._on_delete()),
+            _Wanted(fitting_name(f"{_PREFIX}{what}_", name), self._place, ("AFTER", what.upper()), body, self._names)
+            for what, body in bodies.items()
         ]
         by_ancestor: dict[Place, list[Path]] = {}
         for path in self._facts.paths:
@@ -296,8 +330,24 @@ class MariaDBSource:
         for ancestor, paths in by_ancestor.items():
             named = fitting_name(f"{_PREFIX}cascade_", f"{ancestor[1]}_{name}")
             body = "\n".join(self._nominate_below(path) for path in paths)
-            wanted.append(_Wanted(named, ancestor, ("BEFORE", "DELETE"), body, is_first=False))
+            names = tuple(dict.fromkeys([*own, *(link for path in paths for link in self._links(path))]))
+            wanted.append(_Wanted(named, ancestor, ("BEFORE", "DELETE"), body, names, is_first=False))
         return wanted
+
+    @property
+    def _names(self) -> Sequence[tuple[Place, str]]:
+        """The columns that the triggers of the table name."""
+        keys = [(place, key.name) for place, columns in self._facts.keys.items() for key in columns]
+        own = [(self._place, name) for name in (*self.table.keys, *self.table.columns)]
+        return tuple(dict.fromkeys([*own, *(((item.schema, item.table), item.column) for item in self.holders), *sorted(keys)]))
+
+    def _links(self, path: Path) -> Iterator[tuple[Place, str]]:
+        """Yield the columns that the SELECT of the rows below a delete names."""
+        own = [loop for step in path for place in (step.parent, step.child) for loop in self._facts.own.get(place, ())]
+        for cascade in (*path, *own):
+            for child, parent in cascade.links:
+                yield cascade.child, child
+                yield cascade.parent, parent
 
     # Nominating.
 
@@ -612,9 +662,13 @@ _CASCADES = text("""
     ORDER BY k.constraint_name, k.ordinal_position
 """)
 _TRIGGERS = text("""
-    SELECT trigger_schema, trigger_name, action_statement, action_order FROM information_schema.triggers
+    SELECT trigger_schema, trigger_name, action_statement, action_order, event_object_table FROM information_schema.triggers
     WHERE event_object_schema IN :schemas AND LOCATE(:prefix, trigger_name) = 1
 """).bindparams(bindparam("schemas", expanding=True), bindparam("prefix", _PREFIX))
+_THERE = text("""
+    SELECT CONCAT(table_schema, '.', table_name) FROM information_schema.tables
+    WHERE CONCAT(table_schema, '.', table_name) IN :labels
+""").bindparams(bindparam("labels", expanding=True))
 _OF_KIND = text("""
     SELECT trigger_name FROM information_schema.triggers
     WHERE event_object_schema = :schema AND event_object_table = :table AND action_timing = :timing
@@ -636,6 +690,9 @@ _MADE_HERE = "for granite_storage triggers"
 
 _MADE_OF = re.compile(r"(?:DECLARE g_made_of TEXT DEFAULT|SET @granite_storage_made_of =) '(\d+:[0-9a-f]+) ((?:[^']|'')*)'")
 """What triggers are known by; in the first form, those of earlier versions."""
+
+_NAMES = re.compile(r"SET @granite_storage_names = '((?:[^']|'')*)'")
+"""The columns that a trigger names; those of earlier versions do not say."""
 
 
 def _require_mariadb(connection: Connection) -> None:
@@ -707,12 +764,30 @@ def _cascades_of(connection: Connection, child: Place) -> list[_Cascade]:
 
 def _read(connection: Connection, place: Place, ancestors: Iterable[Place] = ()) -> list[_Found]:
     """Return the triggers of a table that are there, on it and on others of its schema or of those of its ancestors."""
-    schemas = sorted({place[0], *(schema for schema, _ in ancestors)})
+    schemas = {place[0], *(schema for schema, _ in ancestors)}
+    return [found for found in _read_all(connection, schemas) if found.label == _label(place)]
+
+
+def _read_left(connection: Connection, places: Collection[Place]) -> list[_Found]:
+    """Return the triggers on tables that are for the files of tables which are gone, as after a rename."""
+    found = [item for item in _read_all(connection, {schema for schema, _ in places}) if item.place in places]
+    labels = {item.label for item in found} - {_label(place) for place in places}
+    if not labels:
+        return []
+    there = set(connection.execute(_THERE, {"labels": sorted(labels)}, execution_options=UNTRANSLATED).scalars())
+    return [item for item in found if item.label in labels - there]
+
+
+def _read_all(connection: Connection, schemas: Collection[str]) -> list[_Found]:
+    """Return all of the library's triggers on the tables of schemas."""
     found: list[_Found] = []
-    for schema, name, body, order in connection.execute(_TRIGGERS, {"schemas": schemas}, execution_options=UNTRANSLATED):
-        made = _MADE_OF.search(body)
-        if made is not None and made[2].replace("''", "'") == _label(place):
-            found.append(_Found(schema, name, made[1], order))
+    values = {"schemas": sorted(schemas)}
+    for schema, name, body, order, table in connection.execute(_TRIGGERS, values, execution_options=UNTRANSLATED):
+        made, named = _MADE_OF.search(body), _NAMES.search(body)
+        if made is not None:
+            listed = [] if named is None else json.loads(named[1].replace("''", "'"))
+            names = [((place[0], place[1]), place[2]) for place in listed]
+            found.append(_Found((schema, table), name, made[2].replace("''", "'"), made[1], order, names))
     return found
 
 
@@ -731,10 +806,13 @@ def _has_index(connection: Connection, holder: Holder) -> bool:
 def _create_index(connection: Connection, holder: Holder) -> None:
     if _has_index(connection, holder):
         return
-    place, name = (holder.schema, holder.table), _quoted(location_column_name(holder.column))
-    # Without its index it may be a virtual one, of an earlier version; see `generated_location`.
+    place, column = (holder.schema, holder.table), location_column_name(holder.column)
+    name = _quoted(column)
+    # Without its index it may be a virtual one, of an earlier version; see `generated_location`. With IF EXISTS, drivers print
+    # a warning where it is not there.
+    first = f"DROP COLUMN {name}, " if column in _columns(connection, place) else ""
     generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
-    run(connection, f"ALTER TABLE {_qualified(place)} DROP COLUMN IF EXISTS {name}, ADD COLUMN {name} {generated}")
+    run(connection, f"ALTER TABLE {_qualified(place)} {first}ADD COLUMN {name} {generated}")
     index = _quoted(location_index_name(holder.table, holder.column))
     run(connection, f"CREATE INDEX IF NOT EXISTS {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
 

@@ -33,7 +33,7 @@ from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENT
 
 __all__ = ["CLAIMED", "TRIGGERS", "PostgreSQLSource", "PostgreSQLTriggers"]
 
-VERSION = 1
+VERSION = 2
 """The version of the SQL; the arguments of the triggers begin with it."""
 
 CLAIMED = "granite_storage.claimed"
@@ -101,7 +101,7 @@ class PostgreSQLSource:
 
     def find_problems(self, connection: Connection) -> list[str]:
         """Return what is wrong with those that are there, relation by relation, and with the indexes."""
-        problems = find_gone_columns(connection, self.table.schema)
+        problems: list[str] = []
         for relation, found in _read(connection, self._qualified).items():
             problems += _describe(relation, found, self.digest)
         return problems + [
@@ -464,7 +464,8 @@ END"""
     def _refusal(self, location: str) -> str:
         return f"""RAISE EXCEPTION USING ERRCODE = 'foreign_key_violation',
       MESSAGE = format({literal("%L".join(REFUSAL))}, {location}),
-      HINT = 'Only what another row holds, or what waits to be deleted, can be written; journal.adopt() lets other refs in.';"""
+      HINT = 'Only what waits to be deleted, or what another row of the same metadata holds in the same schema, can be written;'
+        ' journal.adopt() lets other refs in.';"""
 
 
 def _id_of(digest: str) -> str:
@@ -554,6 +555,10 @@ class PostgreSQLTriggers:
     def has_some(self, connection: Connection, schema: str, table: str) -> bool:
         """Return whether a table has any of these triggers."""
         return any(_read(connection, _qualified(schema, table)).values())
+
+    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words which tables or columns functions name that are gone."""
+        return [problem for schema in sorted(schemas) for problem in find_gone_columns(connection, schema)]
 
     def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
         """Return nothing: functions name tables that need not be there."""

@@ -22,6 +22,7 @@ decisions before its rows, where the guard looks, and deletes them afterwards in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -35,6 +36,7 @@ from granite_storage.orm._interfaces import REFUSAL, JournalTables
 from granite_storage.orm._util import UNTRANSLATED
 from granite_storage.orm.columns import location_index_name
 from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, quoted, run
+from granite_storage.orm.journal.gone_columns import describe_gone, describe_made_for
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX
 
 __all__ = ["SQLiteSource", "SQLiteTriggers"]
@@ -336,6 +338,21 @@ class SQLiteTriggers:
         """Return whether a table has any of these triggers."""
         return bool(_read(connection, schema, table))
 
+    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words what is gone that triggers name, or were made for: a rename changes their text as well."""
+        guarded: set[str] = set()
+        naming: dict[str, list[str]] = {}
+        for schema in sorted(schemas):
+            there = _tables(connection, schema)
+            for table, name in _read_named(connection, schema):
+                guarded.add(table)
+                if name.lower() not in there:
+                    naming.setdefault(f"the table {name}", []).append(table)
+        consequence = "statements which write files to their rows fail"
+        problems = [describe_gone(dict.fromkeys(tables), gone, consequence) for gone, tables in naming.items()]
+        of_models = dict.fromkeys(_gone_of_models(connection, declared)) if guarded else {}
+        return problems + [describe_made_for(sorted(guarded), gone) for gone in of_models if gone not in naming]
+
     def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
         """Return the tables whose triggers name one of others.
 
@@ -417,6 +434,10 @@ def _has_variant(ref: str, location: str) -> str:
 # What is there, by the catalogue.
 
 
+_NAMED = re.compile(r'\b(?:FROM|INTO|ON) "((?:[^"]|"")+)"')
+"""A table in the SQL of a trigger."""
+
+
 def _read(connection: Connection, schema: str, table: str) -> dict[str, str]:
     """Return the library's triggers of a table: their SQL by name."""
     found = text(
@@ -425,6 +446,35 @@ def _read(connection: Connection, schema: str, table: str) -> dict[str, str]:
     )
     values = {"table": table, "prefix": _PREFIX, "length": len(_PREFIX)}
     return {row.name: row.sql for row in connection.execute(found, values, execution_options=UNTRANSLATED)}
+
+
+def _read_named(connection: Connection, schema: str) -> list[tuple[str, str]]:
+    """Return the tables that have triggers of the library's, each with every table that these name."""
+    found = text(
+        f"SELECT tbl_name, sql FROM {quoted(schema)}.sqlite_master WHERE type = 'trigger' AND substr(name, 1, :length) = :prefix"
+        " ORDER BY tbl_name, name"
+    )
+    values = {"prefix": _PREFIX, "length": len(_PREFIX)}
+    rows = connection.execute(found, values, execution_options=UNTRANSLATED)
+    named = [(row.tbl_name, name.replace('""', '"')) for row in rows for name in _NAMED.findall(row.sql)]
+    return list(dict.fromkeys(named))
+
+
+def _tables(connection: Connection, schema: str) -> set[str]:
+    found = text(f"SELECT lower(name) FROM {quoted(schema)}.sqlite_master WHERE type IN ('table', 'view')")
+    return set(connection.execute(found, execution_options=UNTRANSLATED).scalars())
+
+
+def _gone_of_models(connection: Connection, declared: Iterable[Holder]) -> Iterable[str]:
+    columns: dict[tuple[str, str], set[str]] = {}
+    for schema, table, column in sorted((item.schema, item.table, item.column) for item in declared):
+        if (schema, table) not in columns:
+            info = connection.exec_driver_sql(f"PRAGMA {quoted(schema)}.table_xinfo({quoted(table)})")
+            columns[schema, table] = {str(row[1]).lower() for row in info}
+        if not columns[schema, table]:
+            yield f"the table {table}"
+        elif column.lower() not in columns[schema, table]:
+            yield f"the column {column} of {table}"
 
 
 def _drop(connection: Connection, schema: str, table: str) -> None:

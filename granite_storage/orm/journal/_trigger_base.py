@@ -89,6 +89,16 @@ class TriggerDialect(Protocol):
         """Return whether a table has any of these triggers."""
         ...
 
+    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words what is gone that triggers name, or were made for, and the tables that have them.
+
+        Args:
+            connection: A connection to the database.
+            schemas: The schemas of the tables of the models.
+            declared: The columns of refs and the primary keys that the models have, whether they are there or not.
+        """
+        ...
+
     def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
         """Return the tables whose triggers name others that a migration changes, and keep it from that.
 

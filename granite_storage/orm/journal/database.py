@@ -24,7 +24,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
 from granite_storage._documentation import Page
 from granite_storage._portal import portal
-from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, StorageError
 from granite_storage.orm._faults import explain_denied, explain_fault
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._threaded import as_async_engine
@@ -234,8 +234,8 @@ class JournalPool:
                 raise
             raise fault from error.orig
 
-    def _explain_fault(self, error: DBAPIError) -> ConfigurationError | None:
-        """Return what to raise for an error of the database about the journal's tables."""
+    def _explain_fault(self, error: BaseException) -> StorageError | None:
+        """Return what to raise for an error of the database about the journal's tables, or about their file."""
         return explain_fault(error, self.role)
 
     @property

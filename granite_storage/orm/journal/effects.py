@@ -29,7 +29,7 @@ from uuid import uuid4
 
 from sqlalchemy import Column, Connection, Delete, Table, Update, case, delete, select, update
 
-from granite_storage._tasks import run_bounded, shielded, task_group
+from granite_storage._tasks import contained, run_bounded, shielded, task_group
 from granite_storage._telemetry import fields_of
 from granite_storage.derived.base import Effect, EffectEvent
 from granite_storage.exceptions import (
@@ -187,18 +187,8 @@ class EffectJobs(JobQueue):
             return False
         effect = effects_of(self._columns)[job.key.removeprefix(EFFECT)]
         try:
-            events = await self._events(job)
-            handler = effect.put if events else effect.remove
-            try:
-                async with asyncio.timeout(effect.timeout), task_group() as group:
-                    holding = group.create_task(self._hold(job))
-                    for event in events or [self._removal(job)]:
-                        await handler(event)
-                    holding.cancel()
-            except TimeoutError as error:
-                raise DerivationFailedError(
-                    f"the handler took longer than {effect.timeout:g} s, or raised a TimeoutError"
-                ) from error
+            with contained("an effect"):
+                await self._handle(job, effect)
         except ScanPendingError as error:
             await self._postpone([job], PAUSE_FOR_OTHERS, error)
             return False
@@ -209,6 +199,20 @@ class EffectJobs(JobQueue):
         # Cancelled in between it would be called once more, for nothing.
         await shielded(self._finish(job))
         return True
+
+    async def _handle(self, job: LeasedJob, effect: Effect) -> None:
+        """Call the handler that fits the rows, while the job stays leased."""
+        events = await self._events(job)
+        handler = effect.put if events else effect.remove
+        try:
+            async with asyncio.timeout(effect.timeout), task_group() as group:
+                holding = group.create_task(self._hold(job))
+                for event in events or [self._removal(job)]:
+                    with contained("the handler"):
+                        await handler(event)
+                holding.cancel()
+        except TimeoutError as error:
+            raise DerivationFailedError(f"the handler took longer than {effect.timeout:g} s, or raised a TimeoutError") from error
 
     async def _events(self, job: LeasedJob) -> list[EffectEvent]:
         """Return the rows that hold the file of a job, without those whose files may not be read.
@@ -250,8 +254,10 @@ class EffectJobs(JobQueue):
             asked = time.monotonic()
             left = renewed + self._lease * _SAFE_SHARE - asked
             try:
-                async with asyncio.timeout(max(left, 0)), self._pool.writing() as connection:
-                    result = await connection.execute(update(self._job).where(self._is_own(job)).values(due=clock(self._lease)))
+                with contained("the database"):
+                    async with asyncio.timeout(max(left, 0)), self._pool.writing() as connection:
+                        renewal = update(self._job).where(self._is_own(job)).values(due=clock(self._lease))
+                        result = await connection.execute(renewal)
             except Exception as error:
                 if left <= 0:
                     raise StaleAttachmentError("the lease of the job could not be renewed in time") from error

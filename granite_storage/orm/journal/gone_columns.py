@@ -1,4 +1,4 @@
-"""Columns that triggers name and that are gone: on PostgreSQL and MariaDB the text of a function follows no rename."""
+"""Tables and columns that triggers name and that are gone: on PostgreSQL and MariaDB their text follows no rename."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 from granite_storage.orm._util import UNTRANSLATED
 
-__all__ = ["comment_of", "describe_gone", "find_gone_columns"]
+__all__ = ["comment_of", "describe_gone", "describe_made_for", "find_gone_columns"]
 
 _BEGINNING = "granite_storage: "
 
@@ -38,11 +38,18 @@ def describe_gone(tables: Iterable[str], gone: str, consequence: str) -> str:
         gone: What is gone.
         consequence: What follows from it.
     """
-    return (
-        f"the triggers of {', '.join(tables)} name {gone}, which is gone, so that {consequence}. Rename it back; or deploy models"
-        " with the new name, and create the triggers again with create_all, or by a migration with"
-        " create_storage_triggers(op, ...)"
-    )
+    return f"the triggers of {', '.join(tables)} name {gone}, which is gone, so that {consequence}. {_REMEDY}"
+
+
+def describe_made_for(tables: Iterable[str], gone: str) -> str:
+    """Return in words that something of the models is gone for which the triggers of tables were made, and what to do."""
+    return f"the triggers of {', '.join(tables)} were made for {gone} of the models, which is gone. {_REMEDY}"
+
+
+_REMEDY = (
+    "Rename it back; or deploy models with the new name, and create the triggers again with create_all, or by a migration with"
+    " create_storage_triggers(op, ...)"
+)
 
 
 _GONE = text("""

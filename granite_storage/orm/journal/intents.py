@@ -26,7 +26,23 @@ from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, Column, Connection, String, Table, any_, bindparam, delete, func, select, text, type_coerce, update
+from sqlalchemy import (
+    ARRAY,
+    Column,
+    Connection,
+    Row,
+    Select,
+    String,
+    Table,
+    any_,
+    bindparam,
+    delete,
+    func,
+    select,
+    text,
+    type_coerce,
+    update,
+)
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
@@ -34,7 +50,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
+from granite_storage._tasks import CLEANUP_TIMEOUT, contained, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
@@ -404,33 +420,47 @@ class Intents:
                     " granite-storage recover says why"
                 )
 
-    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
+    def find_deletes(
+        self, connection: Connection, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False
+    ) -> dict[str, UUID]:
         """Return the intents of the pending deletes of objects, for a restore to consume.
 
-        Those of earlier versions, of which there may be several for an object, become one.
+        They are those that are committed, and those that triggers have recorded in the transaction of the connection. Those of
+        earlier versions, of which there may be several for an object, become one.
 
         Args:
+            connection: The connection of the transaction.
             refs: The objects.
             without_fenced: Whether to leave out those that a worker has taken over as well.
 
         Returns:
             The ids by the locations; an object without a pending delete is missing.
         """
+        found = wait(self._find_committed(refs))
+        # On SQLite the transaction may have given them other ids.
+        unseen = refs if self._has_sidecar else [ref for ref in refs if ref.location not in found]
+        if unseen and self._has_triggers:
+            self._pool.require_here(connection)
+            seen = connection.execute(self._deletes_of(unseen), execution_options=self._pool.options)
+            found |= {row.location: row.id for row in _of_these(unseen, seen)}
+        fenced: set[str] = wait(self._fenced(list(found))) if without_fenced and found else set()
+        return {location: item for location, item in found.items() if location not in fenced}
+
+    async def _find_committed(self, refs: Sequence[StoredObjectRef]) -> dict[str, UUID]:
         intent = self._tables.intent
-        own_ids = {(ref.backend, ref.location): delete_id(ref.backend, ref.location) for ref in refs}
-        same = (intent.c.kind == DELETE, intent.c.location.in_([ref.location for ref in refs]))
         async with self._pool.reading() as connection:
-            rows = [
-                row for row in await connection.execute(select(intent).where(*same)) if (row.backend, row.location) in own_ids
-            ]
+            rows = _of_these(refs, await connection.execute(self._deletes_of(refs)))
         if self._has_sidecar:  # no other process can consume them there, and a session may hold the lock that renumbering needs
-            own_ids |= {(row.backend, row.location): row.id for row in rows}
-        elif others := [row.id for row in rows if has_own_id(row)]:
+            return {row.location: row.id for row in rows}
+        if others := [row.id for row in rows if has_own_id(row)]:
             async with self._pool.durable() as connection:
                 outdated = select(intent).where(intent.c.id.in_(others)).with_for_update(skip_locked=True)
                 await renumber(connection, intent, list(await connection.execute(outdated)))
-        fenced = await self._fenced([ref.location for ref in refs]) if without_fenced and rows else frozenset[str]()
-        return {row.location: own_ids[row.backend, row.location] for row in rows if row.location not in fenced}
+        return {row.location: delete_id(row.backend, row.location) for row in rows}
+
+    def _deletes_of(self, refs: Sequence[StoredObjectRef]) -> Select[Any]:
+        intent = self._tables.intent
+        return select(intent).where(intent.c.kind == DELETE, intent.c.location.in_([ref.location for ref in refs]))
 
     def require_unfenced(self, intents: Iterable[Intent]) -> None:
         """Raise if a worker is about to delete objects whose pending deletes the transaction has just consumed.
@@ -513,6 +543,12 @@ class Intents:
     async def _own_place(self) -> tuple[Any, ...]:
         async with self._pool.reading() as connection:
             return await connection.run_sync(self._place)
+
+
+def _of_these(refs: Sequence[StoredObjectRef], found: Iterable[Row[Any]]) -> list[Row[Any]]:
+    """Return the intents of objects among those of their locations, which other backends may have as well."""
+    places = {(ref.backend, ref.location) for ref in refs}
+    return [row for row in found if (row.backend, row.location) in places]
 
 
 def _reclaimed() -> StaleAttachmentError:
@@ -627,8 +663,9 @@ class Lease:
     async def _renew(self) -> None:
         asked = time.monotonic()
         try:
-            async with asyncio.timeout(self._remaining()):
-                there = await self._intents.renew(self._ids, self._duration)
+            with contained("the database"):
+                async with asyncio.timeout(self._remaining()):
+                    there = await self._intents.renew(self._ids, self._duration)
         except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
             logger.warning("the lease of an upload could not be renewed, which will be retried: %r", error)
             return

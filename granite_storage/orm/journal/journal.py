@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._tasks import is_async_callable, run_bounded
+from granite_storage._tasks import contained, is_async_callable, run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import (
@@ -50,7 +50,7 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport
-from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of, triggers_work
+from granite_storage.orm.journal.triggers import find_trigger_problems, triggers_work
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -71,6 +71,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
+_IDLE_INTERVAL = timedelta(minutes=5)
 _LOOKS_AT_A_TIME = 8
 _ADOPTED_AT_ONCE = 50
 """For how many objects a transaction of `adopt` waits for the storage; on SQLite no other one can write meanwhile."""
@@ -190,11 +191,18 @@ class StorageJournal:
         """Check that the database meets the requirements: tables, versions, privileges, storage engines, settings.
 
         `recover`, `worker` and the first upload call it themselves; call it at start-up to find problems early. Rows of a
-        backend that the manager does not have, because it was renamed or removed, are kept, and logged as a warning.
+        backend that the manager does not have, because it was renamed or removed, are kept, and logged as a warning. On SQLite a
+        database in which no worker ever ran, beside a sidecar with which one did, is refused here, by `recover` and by `worker`;
+        uploads into it go on.
 
         Raises:
             ConfigurationError: A requirement is not met; the message says what to do.
+            BackendUnavailableError: The database does not answer in time, or on SQLite the disk of the sidecar is full.
         """
+        await self._check()
+        await self._require_known_database()
+
+    async def _check(self) -> None:
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
         has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
@@ -224,11 +232,7 @@ class StorageJournal:
 
         def find(connection: Connection) -> list[str]:
             older = find_older_worker(connection, self.tables)
-            found = [
-                problem
-                for item in dict.fromkeys(declared)
-                for problem in find_trigger_problems(connection, sources_of(connection, item))
-            ]
+            found = [problem for item in dict.fromkeys(declared) for problem in find_trigger_problems(connection, item)]
             return list(dict.fromkeys(([] if older is None else [older]) + found))
 
         async with self._bounded.reading() as connection:
@@ -297,6 +301,7 @@ class StorageJournal:
             done = RecoveryReport()
             for work in self._job_passes.values():
                 done.add(await work(backend))
+            await self._jobs(VariantJobs).end_idle(backend)
             return done
 
         works = [partial(work, backend) for work in (self._recover, do_jobs) for backend in self.manager.backends]
@@ -361,11 +366,18 @@ class StorageJournal:
             if backend in self.manager.backends:
                 await self._job_passes[what](backend)
 
+        async def end_idle_jobs(backend: str) -> None:
+            if backend in self.manager.backends:
+                await self._jobs(VariantJobs).end_idle(backend)
+
         loops: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
         loops |= {what: partial(do_jobs, what) for what in self._job_passes}
         async with AsyncExitStack() as stack:
             for what, work in loops.items():
                 await stack.enter_async_context(at_work(self.manager.backends, work, interval, self._alarm, what=what))
+            # No transaction waits for it, and it looks at all of them.
+            rarely, what = max(interval, _IDLE_INTERVAL), "ending the idle jobs"
+            await stack.enter_async_context(at_work(self.manager.backends, end_idle_jobs, rarely, Alarm(), what=what))
             yield
 
     @property
@@ -467,7 +479,8 @@ class StorageJournal:
         self._alarm.ring()
         for callback in self._callbacks:
             try:
-                callback()
+                with contained("a callback of on_work"):
+                    callback()
             except Exception:
                 logger.exception("a callback of on_work failed; the next pass of a worker processes the pending work")
 
@@ -502,6 +515,12 @@ class StorageJournal:
         """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
         await self._ensure_checked()
         return await self._jobs(VariantJobs).drop(source, name)
+
+    async def end_undeclared_jobs(self) -> None:
+        """End the jobs of variants that their columns do not declare any more, dead letters as well."""
+        await self._ensure_checked()
+        for backend in self.manager.backends:
+            await self._jobs(VariantJobs).end_idle(backend, undeclared=True)
 
     async def call_effect(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
         """Call an effect for a file now; see `EffectJobs.call_now`."""
@@ -561,10 +580,13 @@ class StorageJournal:
 
     async def _ensure_checked(self) -> None:
         if not self._checked:
-            await self.check()
+            await self._check()
 
     async def _ensure_fit_for_workers(self) -> None:
         await self._ensure_checked()
+        await self._require_known_database()
+
+    async def _require_known_database(self) -> None:
         if self.sidecar is not None:
             async with self._pool.reading() as connection:
                 await self.sidecar.require_beat(connection, self.tables)
@@ -633,7 +655,7 @@ class SyncJournal:
         self._journal = journal
 
     def check(self) -> None:
-        """See that the database can keep the promise; see `StorageJournal.check`."""
+        """Check that the database meets the journal's requirements; see `StorageJournal.check`."""
         self._run(self._journal.check(), "check")
 
     def recover(self) -> RecoveryReport:

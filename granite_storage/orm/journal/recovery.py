@@ -36,7 +36,7 @@ from sqlalchemy import ColumnElement, Insert, Integer, Row, Table, bindparam, de
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage._tasks import run_bounded
+from granite_storage._tasks import contained, run_bounded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
@@ -367,11 +367,12 @@ class Recovery:
         engine, backend = self._manager._engine, items[0].backend
         try:
             async with asyncio.timeout(_LONGEST_DELETE):
-                if items[0].kind == DELETE:
-                    failures = await engine.delete_many(backend, [item.location for item in items])
-                    return [(item, failures.get(item.location)) for item in items]
-                for item in items:
-                    await engine.delete_upload(backend, item.location, item.upload_id if item.kind == UPLOAD else None)
+                with contained("the backend"):
+                    if items[0].kind == DELETE:
+                        failures = await engine.delete_many(backend, [item.location for item in items])
+                        return [(item, failures.get(item.location)) for item in items]
+                    for item in items:
+                        await engine.delete_upload(backend, item.location, item.upload_id if item.kind == UPLOAD else None)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the row and tried again
             return [(item, error) for item in items]
         return [(item, None) for item in items]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, tuple_, update
 
-from granite_storage._tasks import background, run_bounded
+from granite_storage._tasks import background, contained, run_bounded
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -89,10 +89,11 @@ class ScanJobs(JobQueue):
         if await self._is_deadly(job):
             return 0
         try:
-            async with background(self._renew(job)):
-                verdict = await self._judge(job)
-                async with asyncio.timeout(LONGEST_WAIT):
-                    is_settled = await self._is_settled(job, verdict)
+            with contained("a scan"):
+                async with background(self._renew(job)):
+                    verdict = await self._judge(job)
+                    async with asyncio.timeout(LONGEST_WAIT):
+                        is_settled = await self._is_settled(job, verdict)
         except TimeoutError:
             await self._note(job, f"other transactions have locked its rows for {LONGEST_WAIT:g} s")
             return 0

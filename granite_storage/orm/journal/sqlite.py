@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from uuid import UUID, uuid4
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, MetaData, Row, Select, create_engine, event, null, select, union_all
+from sqlalchemy import Engine, MetaData, Row, Select, create_engine, event, false, null, select, union_all
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, DisconnectionError
@@ -44,9 +44,9 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
-from granite_storage.orm._faults import explain_missing
+from granite_storage.orm._faults import damaged_sidecar, explain_missing, explain_sidecar
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import batches, file_of, wait
+from granite_storage.orm._util import batches, file_of, is_busy, wait, without_pool
 from granite_storage.orm.journal.database import Engines, JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import OF_FENCES, References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
@@ -74,7 +74,6 @@ _BATCH = 20
 """The most objects for which rows are looked through while the lock of writers is held."""
 
 _AT_A_TIME = 500
-_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _OF_CONNECTION: Final = "granite_storage.file"
 _NETWORK_KINDS = frozenset(
     {
@@ -136,7 +135,12 @@ class _LockingPool(JournalPool):
 
     async def _commit(self, connection: AsyncConnection) -> None:
         """Commit; try again where readers hold it up, as in rollback mode: the transaction stays open with its lock."""
-        await self._try_while_busy(partial(connection.run_sync, _commit))
+        try:
+            await self._try_while_busy(partial(connection.run_sync, _commit))
+        except sqlite3.Error as error:
+            if (fault := self._explain_fault(error)) is None:
+                raise
+            raise fault from error
 
     async def _try_while_busy(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do some work, again while another connection has the lock and there is time."""
@@ -145,7 +149,7 @@ class _LockingPool(JournalPool):
             try:
                 return await work()
             except (DBAPIError, sqlite3.OperationalError) as error:
-                if not _is_busy(error.orig if isinstance(error, DBAPIError) else error):
+                if not is_busy(error.orig if isinstance(error, DBAPIError) else error):
                     raise
                 if time.monotonic() >= until:
                     raise TimeoutError from error
@@ -169,18 +173,35 @@ def _begin(connection: Connection, statement: str) -> None:
     connection.exec_driver_sql(statement)
 
 
+def _try_to_lock(connection: Connection) -> bool:
+    """Take the lock of writers if no other connection has it; return whether it was taken.
+
+    Raises:
+        ConfigurationError: The database is read-only.
+    """
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    try:
+        _begin(connection, "BEGIN IMMEDIATE")
+        connection.execute(_TABLES.meta.delete().where(false()))  # BEGIN alone does not fail if the database is read-only
+    except DBAPIError as error:
+        if is_busy(error.orig):
+            return False
+        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
+            raise _refuse(
+                f"it cannot be written to ({error.orig}): leave mode=ro and immutable=1 out of the URL, and let the application's"
+                " user write to the file and to its folder"
+            ) from error
+        if explain_missing(error) is None:  # which is refused later
+            raise
+    return True
+
+
 def _commit(connection: Connection) -> None:
     connection.dialect.do_commit(connection.connection)
 
 
 def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
-
-
-def _is_busy(error: object) -> bool:
-    """Return whether the driver has raised an error because another connection has the lock."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
 
 
 def _put(name: str, value: str) -> Insert:
@@ -291,6 +312,22 @@ class SQLitePool(_LockingPool):
                 "no transaction is atomic: keep the rows with files, and the journal, in the main database"
             )
         await self._require_local(path)
+        await self._require_lock()
+
+    async def _require_lock(self) -> None:
+        """Refuse a database that cannot be written to, or that two connections can write to at once.
+
+        Where the lock is taken already, as by the caller's own session, it is one that excludes.
+        """
+        engine = as_async_engine(without_pool(self._outer))
+        async with self._in_time(), AsyncExitStack() as stack:
+            stack.push_async_callback(engine.dispose)
+            first, second = [await stack.enter_async_context(engine.connect()) for _ in range(2)]
+            if await first.run_sync(_try_to_lock) and await second.run_sync(_try_to_lock):
+                raise _refuse(
+                    "its lock does not keep a second connection from writing, so that commits damage each other: leave nolock=1,"
+                    " and the name of a VFS without locks, such as vfs=unix-none, out of the URL"
+                )
 
     async def _require_local(self, path: str) -> None:
         if not self._one_machine and (kind := await asyncio.to_thread(_network_file_system, path)) is not None:
@@ -350,7 +387,7 @@ class SQLitePool(_LockingPool):
         if not _driver(connection).in_transaction:
             raise ConfigurationError(
                 "the driver commits each statement by itself (isolation_level=None), so that no rollback can restore rows: "
-                "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE",
+                "begin transactions with BEGIN IMMEDIATE, by the recipe on the page SQLAlchemy, section SQLite",
                 see=Page.JOURNAL_ON_SQLITE,
             )
         named = connection.execute(_NAME_OF_SIDECAR, execution_options=self.options).scalar_one_or_none()
@@ -502,7 +539,8 @@ class SidecarPool(_LockingPool):
         if is_known and not await has_beat(main, tables):
             raise error(
                 "no worker has ever run in this database, but one has with the sidecar beside it: the database was lost or"
-                " replaced. Restore it, or confirm that it is the right one: await journal.allow_restored_database()"
+                " replaced, or the journal's tables were dropped and created again. Restore it, or confirm that it is the right"
+                " one: await journal.allow_restored_database()"
             )
 
     @asynccontextmanager
@@ -516,8 +554,9 @@ class SidecarPool(_LockingPool):
             async with self.writing() as connection:
                 yield connection
 
-    def _explain_fault(self, error: DBAPIError) -> ConfigurationError | None:
-        return explain_missing(error, sidecar=str(self._file.path))
+    def _explain_fault(self, error: BaseException) -> StorageError | None:
+        path = str(self._file.path)
+        return explain_missing(error, sidecar=path) or explain_sidecar(error, path)
 
     async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
         while True:
@@ -545,7 +584,8 @@ class SidecarPool(_LockingPool):
         """Open the file in a thread, and create it if it is not there.
 
         Raises:
-            ConfigurationError: It cannot be created there.
+            ConfigurationError: It cannot be created there, or is damaged.
+            BackendUnavailableError: The disk is full.
         """
         path = str(self._file.path)
         while True:
@@ -554,20 +594,18 @@ class SidecarPool(_LockingPool):
                 connection = sqlite3.connect(
                     path, timeout=_BUSY_MILLISECONDS / 1000, check_same_thread=False, factory=_SidecarConnection
                 )
-                connection.isolation_level = None
-                name = _prepare(connection)
-            except (OSError, sqlite3.OperationalError) as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BUSY_CODES:
+                with contextlib.ExitStack() as stack:
+                    stack.callback(connection.close)
+                    connection.isolation_level = None
+                    connection.opened = _Opened(path, before, _prepare(connection))
+                    if connection.opened.is_there():
+                        stack.pop_all()
+                        return connection
+                    # It was replaced meanwhile.
+            except (OSError, sqlite3.Error) as error:
+                if isinstance(error, sqlite3.Error) and is_busy(error):
                     raise
-                raise ConfigurationError(
-                    f"the journal's sidecar {path} cannot be opened or created: {error}. Let the application's user write there,"
-                    " or pass StorageJournal(..., sidecar=...) a path on the same machine, the same one in every process",
-                    see=Page.JOURNAL_ON_SQLITE,
-                ) from error
-            connection.opened = _Opened(path, before, name)
-            if connection.opened.is_there():
-                return connection
-            connection.close()  # it was replaced meanwhile
+                raise explain_sidecar(error, path) or damaged_sidecar(error, path) from error
 
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
@@ -615,7 +653,7 @@ def _create(path: str, *, like: str | None) -> tuple[int, int]:
 def _prepare(connection: sqlite3.Connection) -> str:
     """Set a connection up, create the tables and the name if they are not there, and return the name."""
     if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-        raise sqlite3.OperationalError("it cannot be in WAL mode there")
+        raise OSError("it cannot be in WAL mode there")
     connection.execute("PRAGMA synchronous = FULL")
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (_TABLES.meta.name,)).fetchone() is None:
         connection.execute("BEGIN IMMEDIATE")
@@ -626,8 +664,10 @@ def _prepare(connection: sqlite3.Connection) -> str:
         new = f"INSERT OR IGNORE INTO {_TABLES.meta.name} (name, value, changed) VALUES (?, ?, ?)"  # noqa: S608  # ours
         connection.execute(new, (SIDECAR_NAME, uuid4().hex, "2000-01-01 00:00:00.000000"))
         connection.execute("COMMIT")
-    (name,) = connection.execute(_sql(_NAME_OF_SIDECAR), (SIDECAR_NAME,)).fetchone()
-    return str(name)
+    found = connection.execute(_sql(_NAME_OF_SIDECAR), (SIDECAR_NAME,)).fetchone()
+    if found is None:
+        raise sqlite3.DatabaseError("it has no name, so that something else has written to it")
+    return str(found[0])
 
 
 def _sql(statement: Any) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Final
 
-from sqlalchemy import Column, Connection, MetaData, Table, event
+from sqlalchemy import Column, Connection, MetaData, Table, event, inspect
 
+from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
-from granite_storage.orm._util import group
+from granite_storage.orm._util import group, schema_on
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
@@ -62,9 +63,9 @@ def storage_triggers(metadata: MetaData) -> None:
         metadata: The declarative base's metadata, beside whose models `journal_tables` has declared the journal's tables.
 
     Raises:
-        ConfigurationError: The journal's tables are not declared; on `create_all`: the database is another one, a table has no
-            primary key, a worker of an older version was at work lately, on SQLite the journal's tables are not in the file of
-            the rows, or on MariaDB cascades of several tables lead in a circle.
+        ConfigurationError: The journal's tables are not declared. `create_all` raises it if the database is another one, if a
+            table has no primary key, if a worker of an older version was at work lately, if on SQLite the journal's tables are
+            not in the file of the rows, or if on MariaDB cascades of several tables lead in a circle.
 
     Example:
         ```python
@@ -142,7 +143,10 @@ def find_sources(
     place = resolve(connection, journal.intent)
     if place is None:
         raise ConfigurationError(
-            f"triggers write into {journal.intent.fullname}, which is not there: create the journal's tables"
+            f"triggers write into {journal.intent.fullname}, which is not there: create the journal's tables. If a"
+            " schema_translate_map or a search_path leads past them, as with a schema for each tenant, give them a schema of"
+            " their own: journal_tables(Base.metadata, schema=...)",
+            see=Page.SCHEMAS,
         )
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
@@ -198,9 +202,28 @@ def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
             dialect.drop(connection, *place)
 
 
-def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSource]) -> list[str]:
-    """Return what is wrong with triggers and their indexes, in words, relation by relation."""
-    return list(dict.fromkeys(problem for source in sources for problem in source.find_problems(connection)))
+def find_trigger_problems(connection: Connection, metadata: MetaData) -> list[str]:
+    """Return what is wrong with the triggers of a metadata and their indexes, in words, relation by relation.
+
+    Raises:
+        ConfigurationError: As `sources_of`.
+    """
+    sources = sources_of(connection, metadata)
+    declared = _declared(connection, metadata)
+    gone = _dialect_of(connection).find_gone(connection, {item.schema for item in declared}, declared)
+    return list(dict.fromkeys([*gone, *(problem for source in sources for problem in source.find_problems(connection))]))
+
+
+def _declared(connection: Connection, metadata: MetaData) -> list[Holder]:
+    """Return the columns of refs, and the primary keys of guarded tables, where they are or should be."""
+    tables, usual = attachment_tables(metadata), inspect(connection).default_schema_name or ""
+    keys = [key for table in _guarded_tables(metadata) for key in table.primary_key]
+    columns = dict.fromkeys([*tables.all_attachments(), *tables.refs(), *keys])
+    places = {
+        table: resolve(connection, table) or (schema_on(connection, table) or usual, table.name)
+        for table in {column.table for column in columns}
+    }
+    return [Holder(*places[column.table], column.name) for column in columns]
 
 
 def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, delete, select, tuple_
+from sqlalchemy import ColumnElement, delete, false, select, tuple_
 from sqlalchemy.exc import DBAPIError
 
-from granite_storage._tasks import background, run_bounded, shielded_cleanup
+from granite_storage._tasks import background, contained, is_cancellation, run_bounded, shielded_cleanup
 from granite_storage._telemetry import fields_of
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
+    BackendUnavailableError,
     ConfigurationError,
     ContentError,
     DerivationFailedError,
@@ -42,7 +44,9 @@ from granite_storage.orm.journal.jobs import (
     FIRST_RETRY,
     LONGEST_RETRY,
     PAUSE_FOR_OTHERS,
+    SCAN,
     TRIES,
+    VARIANT,
     JobQueue,
     LeasedJob,
     StillHeldError,
@@ -63,6 +67,7 @@ from granite_storage.orm.variants import (
     entity_of,
     is_kept,
     lock_holdings,
+    locked_for_long,
     not_committed,
     read_holdings,
     undeclared_in,
@@ -79,6 +84,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _MOST_DERIVATIONS = 5
 """How often a recipe may fail: a file that takes too long or too much memory does so each time, and keeps a process busy."""
 _JOBS_AT_A_TIME = 8
+_ABANDONED = 86400.0
+"""Seconds after which a job that is due is known to be of no running process, while some version is being deployed."""
 
 
 class VariantJobs(JobQueue):
@@ -91,11 +98,9 @@ class VariantJobs(JobQueue):
 
         Only those whose recipes are this process's own: another version of the application may have others.
         """
-        report = RecoveryReport()
-        declared = [variant for column in self._columns for variant in variants_of(column).values()]
-        if not declared:
+        report, recipes = RecoveryReport(), self._own_recipes()
+        if not recipes:
             return report
-        recipes = {(variant_key(variant.name), variant.digest) for variant in declared}
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
         for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
@@ -105,6 +110,64 @@ class VariantJobs(JobQueue):
         await self._forget_dead(backend, own)
         report.refused = self._refused
         return report
+
+    def _own_recipes(self) -> set[tuple[str, str]]:
+        """Return the keys and the digests of the recipes that this process declares."""
+        declared = [variant for column in self._columns for variant in variants_of(column).values()]
+        return {(variant_key(variant.name), variant.digest) for variant in declared}
+
+    async def end_idle(self, backend: str, *, undeclared: bool = False) -> None:
+        """End the jobs to make variants that nothing can come of, for objects on one backend; and dead ones to scan an object.
+
+        A job that is dead, or whose recipe this process does not declare, ends where no row holds its object any more. One by a
+        recipe that this process does not declare ends as well when it has been due for a day: a worker that declares it would
+        have taken it over, or looked at it each hour where it is dead. Until then another version of the application may have it.
+        Jobs of columns that this process does not have are left to others, which can find their rows.
+
+        Memory is that of a page of jobs.
+
+        Args:
+            backend: The backend's key.
+            undeclared: Whether those of variants that their columns do not declare end at once.
+        """
+        job, columns = self._job, {(column.table.fullname, column.name): column for column in self._columns}
+        if not columns:
+            return
+        recipes = self._own_recipes()
+        own = tuple_(job.c.key, job.c.recipe).in_(sorted(recipes)) if recipes else false()
+        is_idle = (job.c.key == SCAN) & job.c.dead | job.c.key.startswith(VARIANT) & (job.c.dead | ~own)
+        is_here = (job.c.backend == backend) & tuple_(job.c.table_name, job.c.column_name).in_(sorted(columns))
+        is_abandoned = (job.c.due <= clock(-_ABANDONED)).label("is_abandoned")
+        page = select(job, is_abandoned).where(is_here, is_idle).order_by(job.c.id).limit(AT_A_TIME)
+        after: UUID | None = None
+        while True:
+            async with self._pool.reading() as connection:
+                rows = list(await connection.execute(page if after is None else page.where(job.c.id > after)))
+            held = await self._references.find({row.location for row in rows}) if rows else set()
+            for row in rows:
+                item = LeasedJob.from_row(row, row.takeovers)
+                is_others = item.key != SCAN and (item.key, item.recipe) not in recipes
+                is_undeclared = is_others and item.variant not in variants_of(columns[item.address])
+                if item.location not in held:
+                    await self._end(item, has_no_rows=True)
+                elif undeclared and is_undeclared:
+                    await self._end(item)
+                elif is_others and row.is_abandoned:
+                    await self._end(item, job.c.due <= clock(-_ABANDONED))
+            if len(rows) < AT_A_TIME:
+                return
+            after = rows[-1].id
+
+    @again_after_deadlock
+    async def _end(self, job: LeasedJob, *conditions: ColumnElement[bool], has_no_rows: bool = False) -> None:
+        """Delete a job, unless it is another one meanwhile, or has a row though it had none."""
+        own = (self._job.c.id == job.id) & (self._job.c.recipe == job.recipe)
+        with suppress(StillHeldError):
+            async with self._pool.writing() as connection:
+                await connection.execute(delete(self._job).where(own, *conditions))
+                # Only now, when no flush can record the job: a row that another transaction moved was not found before.
+                if has_no_rows and await self._references.find_holders(connection, job.location):
+                    raise StillHeldError
 
     async def make(
         self, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant, *, which: Which = "missing"
@@ -137,7 +200,7 @@ class VariantJobs(JobQueue):
             async with asyncio.timeout(LONGEST_WAIT):
                 return await self._drop(source, name)
         except TimeoutError:
-            raise _locked_for_long(source.location) from None
+            raise locked_for_long(source.location, LONGEST_WAIT) from None
 
     @again_after_deadlock
     async def _drop(self, source: StoredObjectRef, name: str) -> bool:
@@ -154,23 +217,27 @@ class VariantJobs(JobQueue):
         if not jobs:
             return 0
         try:
-            async with self._pool.reading() as connection:
-                holdings = await self._holdings(connection, jobs[0], read_holdings)
-            wanted: dict[AttachmentType, tuple[StoredObjectRef, list[LeasedJob]]] = {}
-            idle: list[LeasedJob] = []
-            for job in jobs:
-                if lacking := _lacking(job, holdings):
-                    wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
-                else:
-                    idle.append(job)
-            if await self._publish_patiently(idle) is None:
-                await self._postpone(idle, FIRST_RETRY)
-            counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
-            return sum(counts)
+            with contained("making variants"):
+                return await self._derive_all(jobs)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the jobs
             for job in jobs:
                 await self._fail(job, error)
             return 0
+
+    async def _derive_all(self, jobs: Sequence[LeasedJob]) -> int:
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, jobs[0], read_holdings)
+        wanted: dict[AttachmentType, tuple[StoredObjectRef, list[LeasedJob]]] = {}
+        idle: list[LeasedJob] = []
+        for job in jobs:
+            if lacking := _lacking(job, holdings):
+                wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
+            else:
+                idle.append(job)
+        if await self._publish_patiently(idle) is None:
+            await self._postpone(idle, FIRST_RETRY)
+        counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
+        return sum(counts)
 
     async def _make_all(
         self,
@@ -220,9 +287,10 @@ class VariantJobs(JobQueue):
 
             in_background.set(not raises)
             try:
-                with lease.begin(ids[name]):
-                    await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
-                await require_lease(lease, Intent(self._journal, ids[name]), made[name].ref)
+                with contained("making a variant"):
+                    with lease.begin(ids[name]):
+                        await make_variant(self._manager, source, prepared[name], column_type.variants[name], keep)
+                    await require_lease(lease, Intent(self._journal, ids[name]), made[name].ref)
             except Exception as error:
                 made.pop(name, None)
                 if raises:
@@ -234,7 +302,7 @@ class VariantJobs(JobQueue):
                 await run_bounded(jobs, make, CONCURRENCY)
                 published = await self._publish_patiently([job for job in jobs if job.variant in made], made, ids)
         except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):
+            if not is_cancellation(error):
                 await self._settle_uploads(list(ids.values()))
             raise
         await self._settle_uploads([item for name, item in ids.items() if name not in (published or ())])
@@ -248,7 +316,14 @@ class VariantJobs(JobQueue):
     async def _settle_uploads(self, ids: Sequence[UUID]) -> None:
         """Let the journal delete what no row has taken; its worker does it later where that fails."""
         if ids:
-            await shielded_cleanup(self._journal.settle(ids), "deleting variants that no row has taken")
+            await shielded_cleanup(self._settle(ids), "deleting variants that no row has taken")
+
+    async def _settle(self, ids: Sequence[UUID]) -> None:
+        try:
+            await self._journal.settle(ids)
+        except BackendUnavailableError as error:
+            # The transaction that has kept the rows locked on SQLite keeps the journal's tables locked, too.
+            logger.warning("%d variants that no row has taken are left to the journal's worker: %s", len(ids), error)
 
     async def _publish_patiently(
         self, jobs: Sequence[LeasedJob], made: Mapping[str, MadeVariant] | None = None, ids: Mapping[str, UUID] | None = None
@@ -268,7 +343,7 @@ class VariantJobs(JobQueue):
                 if not made:
                     return None
             except TimeoutError:
-                raise _locked_for_long(jobs[0].location) from None
+                raise locked_for_long(jobs[0].location, LONGEST_WAIT) from None
         return None
 
     @again_after_deadlock
@@ -350,7 +425,7 @@ class VariantJobs(JobQueue):
                 await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
 
     async def _forget_dead(self, backend: str, own: ColumnElement[bool]) -> None:
-        """Delete dead jobs to make variants of objects that no row holds any more; look again in an hour at the others."""
+        """Delete dead jobs to make variants that no row lacks any more; look again in an hour at the others."""
         job = self._job
         dead = select(job).where(job.c.backend == backend, job.c.dead, job.c.due <= clock(), own).limit(AT_A_TIME)
         async with self._pool.reading() as connection:
@@ -369,7 +444,3 @@ def _asked_for(source: StoredObjectRef, name: str, recipe: str = "") -> LeasedJo
 def _lacking(job: LeasedJob, holdings: Iterable[Holding]) -> list[Holding]:
     """Return the rows that are still to get the variant of a job."""
     return [holding for holding in holdings if holding.wants(job.variant, job.recipe)]
-
-
-def _locked_for_long(location: str) -> StaleAttachmentError:
-    return StaleAttachmentError(f"other transactions have locked the rows of the object at {location!r} for {LONGEST_WAIT:g} s")

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from granite_storage._engine import Engine
-from granite_storage.backends import _local_write, _s3_upload
+from granite_storage.backends import _local_tree, _s3_upload
 from granite_storage.orm.attachment import AttachmentState
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.jobs import JobQueue
@@ -89,7 +89,7 @@ UPLOADER = [
     Step("the renewal of a lease", Intents, "renew", commits=True, most=1),
     Step("an upload", AttachmentState, "put"),
     Step("a copy", Engine, "copy", most=3),
-    Step("the publication of a file", _local_write.AtomicFile, "publish", needs=_needs("local")),
+    Step("the publication of a file", _local_tree.AtomicFile, "publish", needs=_needs("local")),
     Step("the creation of an upload in parts", _s3_upload.MultipartUpload, "create", needs=_needs("s3"), most=2),
     Step("the note of an upload id", Intents, "note_upload_id", commits=True, needs=_needs("s3"), most=2),
     Step("a part", _s3_upload.MultipartUpload, "_send_part", needs=_needs("s3"), most=3),

@@ -393,7 +393,7 @@ class TestRows:
                 await connection.execute(text("SELECT id FROM doc WHERE id = 1 FOR UPDATE"))
                 assert await derive(env) == 0
             [job] = await jobs(env)
-            assert ("have locked the rows" in job.error, job.attempts, job.dead) == (True, 0, False)
+            assert ("has locked the rows" in job.error, job.attempts, job.dead) == (True, 0, False)
             monkeypatch.undo()
             assert await derive(env) == 1
 
@@ -412,11 +412,76 @@ class TestRows:
             assert len(await env.objects()) == 2
 
 
+async def eventually_attempted(env: OrmEnvironment, attempts: int) -> None:
+    """Wait until each job that is left has been attempted so often."""
+    async with asyncio.timeout(30):
+        while {job.attempts for job in await jobs(env)} != {attempts}:  # noqa: ASYNC110  # it is in the database
+            await asyncio.sleep(0.05)
+
+
 async def hide(env: OrmEnvironment, key: str) -> None:
     """Let a job wait for an hour."""
     job = journal_of(env).tables.job
     async with env.engine.begin() as connection:
         await connection.execute(update(job).where(job.c.key == key).values(due=clock(3600.0)))
+
+
+class TestUndeclared:
+    """Jobs by recipes that this process does not declare: another version of the application may have them."""
+
+    @pytest.mark.parametrize("is_dead", [False, True])
+    @pytest.mark.parametrize("version", [None, 2])
+    async def test_they_end_after_a_day(self, env: OrmEnvironment, version: int | None, is_dead: bool) -> None:
+        recipe = Upper("a")
+        recipe.refused = {b"x"}
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            if is_dead:
+                await journal_of(env).recover()
+        later = {} if version is None else {"thumb": Upper("a", version=version)}
+        with declared(later):
+            await set_due(env, -86_000)
+            report = await journal_of(env).recover()
+            assert (report.underived, report.underivable) == ((0, 1) if is_dead else (1, 0))
+            await set_due(env, -86_500)
+            report = await journal_of(env).recover()
+            assert (report.underived, report.underivable, await jobs(env)) == (0, 0, [])
+
+    async def test_a_process_that_declares_them_keeps_them(self, env: OrmEnvironment) -> None:
+        recipe = Upper("a")
+        recipe.refused = {b"x"}
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            await journal_of(env).recover()
+            await set_due(env, -100_000)
+            assert (await journal_of(env).recover()).underivable == 1
+            await set_due(env, -100_000)
+            await journal_of(env)._jobs(VariantJobs).end_idle("store")
+            assert len(await jobs(env)) == 1
+
+    async def test_those_without_rows_end_at_once(self, env: OrmEnvironment) -> None:
+        with declared({"thumb": Upper("a")}):
+            await env.add(Doc(id=1, file=file("x")))
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Doc))
+        report = await journal_of(env).recover()
+        assert (report.underived, await jobs(env)) == (0, [])
+
+    async def test_those_of_an_unknown_column_stay(self, env: OrmEnvironment) -> None:
+        """This process cannot find their rows."""
+        with declared({"thumb": Upper("a")}):
+            await env.add(Doc(id=1, file=file("x")))
+        async with env.engine.begin() as connection:
+            await connection.execute(update(journal_of(env).tables.job).values(table_name="newer", due=clock(-100_000.0)))
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Doc))
+        assert (await journal_of(env).recover()).underived == 1
+
+
+async def set_due(env: OrmEnvironment, seconds: float) -> None:
+    """Let jobs be due in so many seconds."""
+    async with env.engine.begin() as connection:
+        await connection.execute(update(journal_of(env).tables.job).values(due=clock(float(seconds))))
 
 
 class TestFailures:
@@ -461,10 +526,53 @@ class TestFailures:
             async with env.sessions.begin() as session:
                 await session.execute(delete(Doc))
             report = await journal_of(env).recover()
-            assert report.underivable == 1, "it is looked at again in an hour"
-            await make_due(env)
-            report = await journal_of(env).recover()
             assert (report.underivable, await jobs(env)) == (0, [])
+
+    async def test_dead_jobs_that_rows_still_lack_stay(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of several pages those without rows go, in one pass."""
+        monkeypatch.setattr(variant_jobs, "AT_A_TIME", 2)
+        bad = Upper()
+        bad.refused = {b"x"}
+        with declared({"bad": bad}):
+            await env.add(*(Doc(id=number, file=file("x")) for number in range(1, 8)))
+            await derive(env)
+            async with env.sessions.begin() as session:
+                await session.execute(delete(Doc).where(Doc.id != 4))
+            await journal_of(env).recover()
+            assert [job.location for job in await jobs(env)] == [(await ref_of(env, 4)).location]
+
+    async def test_a_row_that_comes_while_its_job_ends(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It was not found first, because it has moved meanwhile: the job stays."""
+        bad = Upper()
+        bad.refused = {b"x"}
+        with declared({"bad": bad}):
+            await env.add(Doc(id=1, file=file("x")))
+            await derive(env)
+
+            async def find(*_: Any) -> set[str]:
+                return set()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(References, "find", find)
+                await journal_of(env)._jobs(VariantJobs).end_idle("store")
+            assert len(await jobs(env)) == 1
+
+    async def test_an_end_that_was_not_asked_for(self, env: OrmEnvironment) -> None:
+        """A recipe awaits a task that others cancel: an attempt, and no cancellation of the worker."""
+        bad, good = Upper("a"), Upper("b")
+        bad.error = asyncio.CancelledError()
+        with declared({"bad": bad, "good": good}):
+            await env.add(Doc(id=1, file=file("x")), Doc(id=2, file=file("y")))
+            report = await journal_of(env).recover()
+            assert (report.derived, report.underived) == (2, 2)
+            assert {(job.key, job.attempts, job.takeovers) for job in await jobs(env)} == {("variant:bad", 1, 0)}
+            async with journal_of(env).worker(interval=timedelta(seconds=0.05)):
+                await make_due(env)
+                await eventually_attempted(env, 2)
+                await env.add(Doc(id=3, file=file("z")))
+                async with asyncio.timeout(30):
+                    while "good" not in await shown(env, 3):  # noqa: ASYNC110  # it is in the database
+                        await asyncio.sleep(0.05)
 
     async def test_failed(self, env: OrmEnvironment) -> None:
         """An attempt, then a pause that grows; dead after many."""

@@ -10,6 +10,7 @@ from tests.orm.derivations import Upper, declared, jobs, shown
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
 globals().update({name: value for name, value in vars(test_derived_requests).items() if name.startswith("Test")})
+test_moved_to_a_column_with_other_variants = test_derived_requests.test_moved_to_a_column_with_other_variants
 
 
 async def test_one_that_a_worker_would_make(env: OrmEnvironment) -> None:

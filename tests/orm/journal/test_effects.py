@@ -292,6 +292,22 @@ class TestFailures:
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
 
+    @pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x")])
+    async def test_an_end_that_was_not_asked_for(self, env: OrmEnvironment, error: BaseException) -> None:
+        """A handler awaits a task that others cancel: an attempt, and no cancellation of the worker."""
+        index = SearchIndex(env)
+        index.error = error
+        with with_effects({"search": index.effect}):
+            await env.add(Doc(id=1, file=file("x")))
+            index.failures = 1
+            report = await catch_up(env)
+            assert (report.effects, report.pending_effects) == (0, 1)
+            [job] = await jobs(env)
+            assert (job.attempts, job.takeovers) == (1, 0)
+            assert job.error == f"UnaskedEndError: the handler raised {type(error).__name__}, which was not asked for"
+            assert await verbs(env, index) == ["put"]
+            await require_agreement(env, index)
+
     async def test_dead_letters(self, env: OrmEnvironment) -> None:
         index = SearchIndex(env)
         journal_of(env)._max_attempts = 2

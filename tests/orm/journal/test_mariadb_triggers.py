@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -629,7 +630,7 @@ class TestChecks:
         await env.sql("CREATE TRIGGER mine AFTER INSERT ON child FOR EACH ROW PRECEDES granite_storage_insert_child SET @x = 1")
         async with env.engine.connect() as connection:
             body = "SELECT action_statement FROM information_schema.triggers WHERE trigger_name = 'granite_storage_insert_parent'"
-            old = (await connection.scalar(text(body))).replace("'1:", "'0:")
+            old = (await connection.scalar(text(body))).replace("'2:", "'1:")
             await connection.exec_driver_sql(
                 f"CREATE OR REPLACE TRIGGER granite_storage_insert_parent AFTER INSERT ON parent FOR EACH ROW {old}".replace(
                     "%", "%%"
@@ -671,6 +672,17 @@ class TestChecks:
         left += " = 'granite_storage_earlier_doc'"
         async with env.engine.connect() as connection:
             assert await connection.scalar(text(left)) == 0
+
+    async def test_creating_them_warns_of_nothing(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """The driver logs what the server warns of, such as a column that is to be dropped and is not there."""
+        metadata = MetaData()
+        Table("fresh", metadata, Column("id", Integer, primary_key=True), Column("file", AttachmentType("docs")))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        async with env.engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        await env.sql("DROP TABLE fresh")
+        assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
     async def test_a_renamed_column(self, env: OrmEnvironment) -> None:
         """The bodies of triggers follow no rename."""

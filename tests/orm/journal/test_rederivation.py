@@ -26,6 +26,24 @@ async def test_what_it_displaces_waits_for_its_retention(env: OrmEnvironment) ->
     assert len(await env.objects()) == 2
 
 
+async def test_jobs_of_what_is_not_declared_end(env: OrmEnvironment) -> None:
+    """Dead ones as well; those of other variants stay."""
+    recipe = Upper("a")
+    recipe.refused = {b"1"}
+    with declared({"thumb": recipe, "text": Upper("b")}):
+        await test_rederivation.fill(env, 1)
+        await journal_of(env).recover()
+        await test_rederivation.fill_more(env)
+    with declared({"text": Upper("b")}):
+        assert [job.key for job in await jobs(env)] == ["variant:text", "variant:thumb", "variant:thumb"]
+        await rederive(env.binding, drop_undeclared=True, names=["other"])
+        assert len(await jobs(env)) == 3
+        await rederive(env.binding, drop_undeclared=True, columns=["doc.other"])
+        assert len(await jobs(env)) == 3
+        await rederive(env.binding, which="missing", drop_undeclared=True)
+        assert await jobs(env) == []
+
+
 async def test_its_job_is_done_with_it(env: OrmEnvironment) -> None:
     recipe = Upper("a")
     with declared({"thumb": recipe}):

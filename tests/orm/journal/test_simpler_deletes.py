@@ -139,13 +139,13 @@ def with_ids_of_their_own(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(deletes.PendingDelete, "id", property(lambda _: uuid4()))
     patch.setattr(recovery, "has_own_id", lambda _: False)
 
-    async def find_deletes(self: Intents, refs: Any, **_: Any) -> Any:
+    async def find_committed(self: Intents, refs: Any) -> Any:
         intent = self._tables.intent
         async with self._pool.reading() as connection:
             same = (intent.c.kind == DELETE, intent.c.location.in_([ref.location for ref in refs]))
             return {row.location: row.id for row in await connection.execute(select(intent).where(*same))}
 
-    patch.setattr(Intents, "find_deletes", find_deletes)
+    patch.setattr(Intents, "_find_committed", find_committed)
 
 
 def leaving_alone_what_is_there(patch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,7 +29,8 @@ from granite_storage import (
     bind_storage,
     journal_tables,
 )
-from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StaleAttachmentError
+from granite_storage.cli.doctor import CheckResult, _check_journal
+from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StaleAttachmentError, StorageError
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal import sqlite
 from granite_storage.orm.journal.sqlite import SidecarPool
@@ -255,12 +259,77 @@ class TestSidecar:
         await expire(env)
         with pytest.raises(ConfigurationError, match="lost or replaced"):
             await journal_of(env).recover()
+        with pytest.raises(ConfigurationError, match="dropped and created again"):
+            await journal_of(env).check()
+        [told] = [check async for check in _check_journal(env.binding)]
+        assert (told.result, told.what) == (CheckResult.BAD, "journal")
+        assert told.message.endswith("granite-storage gc --allow-restored-database")
         with pytest.raises(CollectionRefusedError, match="lost or replaced"):
             await collect(env)
         assert await env.objects() == before
         await journal_of(env).allow_restored_database()
+        await journal_of(env).check()
         await expire(env)
         await env.check()
+
+    async def test_uploads_into_a_database_that_may_be_another(self, env: OrmEnvironment) -> None:
+        await journal_of(env).recover()
+        await env.sql("DELETE FROM granite_storage_meta WHERE name = 'heartbeat'")
+        async with StorageJournal(env.engine) as journal:
+            binding = bind_storage(Base, env.manager, journal=journal)
+            await env.add(Doc(id=1, file=file("a")))
+            binding.unbind()
+        await journal_of(env).allow_restored_database()
+        await env.check(file_1="a")
+
+    @pytest.mark.parametrize("how", ["overwritten", "without its name"])
+    async def test_a_damaged_one(self, env: OrmEnvironment, how: str) -> None:
+        """The error says where the file is, and what is lost without it."""
+        await env.add(Doc(id=1, file=file("a")))
+        await journal_of(env).aclose()
+        path = sidecar_file(env)
+        if how == "overwritten":
+            env.database.remove_sidecar()
+            path.write_bytes(b"garbage!" * 1000)
+        else:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+                connection.execute("DELETE FROM granite_storage_meta")
+        journal = journal_of(env)
+        said = re.compile(re.escape(f"sidecar {path} is damaged") + ".*remove it.*garbage collector")
+        for work in (journal.check, journal.recover, partial(env.add, Doc(id=2, file=file("b"))), partial(collect, env)):
+            with pytest.raises(ConfigurationError, match=said):
+                await work()
+        env.database.remove_sidecar()
+        await env.add(Doc(id=2, file=file("b")))
+        await expire(env)
+        await env.check(file_1="a", file_2="b")
+
+    @pytest.mark.parametrize(
+        ("pragma", "error", "said"),
+        [
+            ("max_page_count = 1", BackendUnavailableError, "cannot be written .*full.*tried again"),
+            ("query_only = ON", ConfigurationError, "cannot be opened, created or written: .*readonly"),
+        ],
+    )
+    async def test_one_that_cannot_be_written(
+        self, env: OrmEnvironment, pragma: str, error: type[StorageError], said: str
+    ) -> None:
+        """SQLite says so as it does of a full disk, or of a file that belongs to another user."""
+
+        def limit(connection: Any, *_: Any) -> None:
+            connection.execute(f"PRAGMA {pragma}")
+
+        engine = sidecar_of(env)._engine.sync_engine
+        event.listen(engine, "checkout", limit)
+        try:
+            with pytest.raises(error, match=f"{re.escape(str(sidecar_file(env)))} {said}"):
+                await env.add(*[Doc(id=number, file=Attachment(b"x", filename="n" * 200)) for number in range(1, 300)])
+        finally:
+            event.remove(engine, "checkout", limit)
+            await journal_of(env).aclose()
+        await env.add(Doc(id=1, file=file("a")))
+        await expire(env)
+        await env.check(file_1="a")
 
     async def test_at_a_path_of_its_own(self, env: OrmEnvironment, tmp_path: Path) -> None:
         journal = StorageJournal(env.engine, sidecar=tmp_path / "uploads")
@@ -324,6 +393,34 @@ class TestRefusals:
         await require_refused(env, StorageJournal(engine), why)
         await engine.dispose()
 
+    @pytest.mark.parametrize(
+        ("query", "why"),
+        [
+            ("nolock=1", "does not keep a second connection from writing"),
+            ("vfs=unix-none", "does not keep a second connection from writing"),
+            ("mode=ro", "cannot be written to"),
+            ("immutable=1", "cannot be written to"),
+        ],
+    )
+    async def test_without_a_lock_or_without_writes(self, tmp_path: Path, env: OrmEnvironment, query: str, why: str) -> None:
+        path = tmp_path / "a.db"
+        engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        await engine.dispose()
+        engine = create_async_engine(f"sqlite+aiosqlite:///file:{path}?{query}&uri=true")
+        await require_refused(env, StorageJournal(engine), why)
+        await engine.dispose()
+
+    async def test_a_lock_that_is_taken(self, env: OrmEnvironment) -> None:
+        """By the caller's own session perhaps, so it is not waited for."""
+        await journal_of(env).check()
+        with contextlib.closing(sqlite3.connect(str(env.database.url.database), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            await journal_of(env).check()
+            assert time.monotonic() - begun < 5
+
     async def test_a_network_file_system(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         """The kind of this file's own stands for one of them: a test cannot mount another."""
         with monkeypatch.context() as patch:
@@ -336,7 +433,9 @@ class TestRefusals:
             await journal.aclose()
 
     async def test_a_sidecar_that_cannot_be_there(self, env: OrmEnvironment, tmp_path: Path) -> None:
-        await require_refused(env, StorageJournal(env.engine, sidecar=tmp_path / "nowhere" / "x"), "cannot be opened or created")
+        await require_refused(
+            env, StorageJournal(env.engine, sidecar=tmp_path / "nowhere" / "x"), "cannot be opened, created or written"
+        )
 
     async def test_rows_in_an_attached_database(self, env: OrmEnvironment) -> None:
         class Other(DeclarativeBase):

@@ -32,7 +32,7 @@ from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, StoredObjectRefType, attachment, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import _renaming
-from granite_storage.orm.journal.triggers import drop_triggers, find_trigger_problems, sources_of
+from granite_storage.orm.journal.triggers import drop_triggers, find_trigger_problems
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.conftest import new_database
 from tests.orm.databases import Database
@@ -594,7 +594,7 @@ class TestChecks:
         own = text("SELECT tbl_name FROM sqlite_master WHERE type = 'trigger'")
         with engine.begin() as connection:
             Base.metadata.create_all(connection)
-            assert find_trigger_problems(connection, sources_of(connection, Base.metadata)) == []
+            assert find_trigger_problems(connection, Base.metadata) == []
             drop_triggers(connection, [Base.metadata.tables["doc"], Base.metadata.tables["link"]])
             assert "doc" not in set(connection.scalars(own))
             assert "parent" in set(connection.scalars(own))

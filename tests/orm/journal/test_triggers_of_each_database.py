@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Column, Integer, MetaData, Table, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from granite_storage import StoredObjectRef
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
+from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
 from tests.orm.conftest import new_database
 from tests.orm.databases import WITH_JOURNAL, Database
 from tests.orm.environment import OrmEnvironment, file
-from tests.orm.journal.guarded import Doc, Parent, Picture, environment, locations, put, refused, run, stored, stored_with_variant
+from tests.orm.journal.guarded import (
+    Base,
+    Doc,
+    Parent,
+    Picture,
+    environment,
+    locations,
+    put,
+    refused,
+    run,
+    stored,
+    stored_with_variant,
+)
 from tests.orm.journal.sharing import steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, rows
 
@@ -69,6 +84,27 @@ class TestGuard:
             async with worker(env, step):
                 assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_what_a_row_of_another_metadata_holds(self, env: OrmEnvironment) -> None:
+        """The guard does not look there, and says so; an adopted ref may be copied."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        other, copy = with_table("note"), "INSERT INTO note (id, file) SELECT id, file FROM doc"
+        async with env.engine.begin() as connection:
+            await connection.run_sync(other.create_all)
+        try:
+            with pytest.raises(IntegrityError, match="or only rows of other models or schemas hold it"):
+                await run(env, copy)
+            await journal_of(env).adopt([ref])
+            await run(env, copy)
+        finally:
+            await env.sql("DROP TABLE note")
+        assert await nominated(env) == locations(ref)
+
+    async def test_the_tables_of_the_journal_are_elsewhere(self, env: OrmEnvironment) -> None:
+        async with env.engine.connect() as connection:
+            await connection.execution_options(schema_translate_map={None: "nowhere"})
+            with pytest.raises(ConfigurationError, match=r"is not there.*schema of their own: journal_tables"):
+                await connection.run_sync(sources_of, Base.metadata)
 
     async def test_a_location_that_has_a_blank_more(self, env: OrmEnvironment) -> None:
         """Collations of MariaDB ignore blanks at the end; another object is meant all the same."""
@@ -175,6 +211,33 @@ class TestSessions:
         with pytest.raises(IntegrityError, match="gone or going"):
             await run(env, "UPDATE doc SET file = {ref}", ref=unknown)
 
+    @pytest.mark.parametrize("statement", ["DELETE FROM doc", "UPDATE doc SET file = NULL"])
+    @pytest.mark.parametrize("in_savepoint", [False, True])
+    async def test_a_restore_after_sql_in_the_same_transaction(
+        self, env: OrmEnvironment, statement: str, in_savepoint: bool
+    ) -> None:
+        ref = await stored_with_variant(env)
+        async with env.sessions.begin() as session:
+            if in_savepoint:
+                async with session.begin_nested():
+                    await session.execute(text(statement))
+            else:
+                await session.execute(text(statement))
+            session.add(Doc(id=2, file=Attachment.restore(ref)))
+        assert await nominated(env) == set()
+        [restored] = (await env.references()).values()
+        assert locations(restored) == locations(ref)
+
+    async def test_a_restore_after_sql_that_was_rolled_back(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
+            savepoint = await session.begin_nested()
+            await session.execute(text("DELETE FROM doc"))
+            await savepoint.rollback()
+            session.add(Doc(id=2, file=Attachment.restore(ref)))
+            with pytest.raises(StaleAttachmentError, match="has no pending delete"):
+                await session.flush()
+
     async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
         await env.add(Picture(id=1, file=file("a")))
         assert (await journal_of(env).recover()).derived == 1
@@ -184,6 +247,82 @@ class TestSessions:
         async with env.sessions.begin() as session:
             (await session.get_one(Picture, 1)).file = file("b")
         assert await nominated(env) == locations(ref)
+
+
+class TestRenamed:
+    """What the models name is renamed by hand: the checks say what is gone, and whose triggers are about it."""
+
+    @pytest.mark.parametrize(
+        ("there", "back", "gone"),
+        [
+            ("doc RENAME TO docs", "docs RENAME TO doc", "the table {}doc"),
+            ("link RENAME TO links", "links RENAME TO link", "the table {}link"),
+            ("doc RENAME COLUMN file TO document", "doc RENAME COLUMN document TO file", "the column file of {}doc"),
+            ("link RENAME COLUMN ref TO held", "link RENAME COLUMN held TO ref", "the column ref of {}link"),
+        ],
+    )
+    async def test_it_is_named(self, env: OrmEnvironment, there: str, back: str, gone: str) -> None:
+        assert await journal_of(env).find_trigger_problems() == []
+        async with env.engine.connect() as connection:
+            schema = await connection.run_sync(lambda sync: inspect(sync).default_schema_name)
+        prefix = "" if env.database.is_sqlite else f"{schema}."
+        await env.sql(f"ALTER TABLE {there}")
+        try:
+            problems = await journal_of(env).find_trigger_problems()
+            [said] = [one for one in problems if gone.format(prefix) in one and "which is gone" in one]
+            tables, _, _ = said.removeprefix("the triggers of ").partition(gone.format(prefix))
+            now = "docs" if there.startswith("doc RENAME TO") else "doc"
+            for table in ("parent", "child", now):
+                assert f"{prefix}{table}" in re.split(r"[ ,]+", tables), said
+        finally:
+            await env.sql(f"ALTER TABLE {back}")
+        assert await journal_of(env).find_trigger_problems() == []
+
+    async def test_all_tables_with_files(self, env: OrmEnvironment) -> None:
+        """None is left for which triggers could be compared."""
+        models = with_table("note")
+        async with env.engine.begin() as connection:
+            await connection.run_sync(models.create_all)
+            await connection.execute(text("ALTER TABLE note RENAME TO notes"))
+            try:
+                problems = await connection.run_sync(find_trigger_problems, models)
+                assert [one for one in problems if re.search(r"triggers of .*notes\b.*the table \S*note\b", one)] == problems
+                assert len(problems) == 1
+            finally:
+                await connection.execute(text("DROP TABLE notes"))
+
+    async def test_models_with_the_new_name(self, env: OrmEnvironment) -> None:
+        ref = await put(env)
+        before, after = with_table("note"), with_table("notes")
+        async with env.engine.begin() as connection:
+            await connection.run_sync(before.create_all)
+            await connection.execute(text("ALTER TABLE note RENAME TO notes"))
+            await connection.run_sync(after.create_all)
+        try:
+            async with env.engine.connect() as connection:
+                assert await connection.run_sync(find_trigger_problems, after) == []
+            assert await refused(env, "INSERT INTO notes (id, file) VALUES (1, {ref})", ref=ref)
+            await journal_of(env).adopt([ref])
+            await run(env, "INSERT INTO notes (id, file) VALUES (1, {ref})", "DELETE FROM granite_storage_intent", ref=ref)
+            await run(env, "DELETE FROM notes")
+            assert await nominated(env) == locations(ref)
+            async with env.engine.begin() as connection:  # under the earlier name, of which triggers are left
+                await connection.execute(text("ALTER TABLE notes RENAME TO note"))
+                await connection.run_sync(before.create_all)
+                assert await connection.run_sync(find_trigger_problems, before) == []
+                await connection.execute(text("UPDATE note SET id = 2"))
+                await connection.execute(text("ALTER TABLE note RENAME TO notes"))
+        finally:
+            await env.sql("DROP TABLE notes")
+
+
+def with_table(name: str) -> MetaData:
+    """Return models of which one table has files."""
+    metadata = MetaData()
+    Table(name, metadata, Column("id", Integer, primary_key=True), Column("file", AttachmentType("docs")))
+    journal_tables(metadata)
+    storage_triggers(metadata)
+    return metadata
 
 
 class TestAdoption:

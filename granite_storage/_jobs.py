@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from granite_storage._tasks import contained
@@ -87,12 +87,14 @@ class RowReport:
         rows: How many rows were read, in all passes.
         key: The key of the last row of this pass up to which every row is done, for the argument `after` of another run; None
             before the first.
-        complete: Whether it has come to its end.
+        complete: Whether it has come to its end, and could see all rows.
+        unseen: In words what may have refs and could not be read, such as a table in a schema that this role may not read.
     """
 
     rows: int = 0
     key: str | None = None
     complete: bool = False
+    unseen: list[str] = field(default_factory=list)
 
 
 ReportOnRows = TypeVar("ReportOnRows", bound=RowReport)
@@ -105,17 +107,24 @@ class RowRun(Run[Item, ReportOnRows]):
         report: The report, with the key to begin after.
         binding: The binding.
         concurrency: How many rows are processed at a time.
+        schemas: The schemas whose rows are meant, as the database calls them; none for all.
+
+    Attributes:
+        has_ended: Whether it has processed every row that it could see.
     """
 
-    def __init__(self, report: ReportOnRows, binding: StorageBinding, concurrency: int) -> None:
+    def __init__(self, report: ReportOnRows, binding: StorageBinding, concurrency: int, schemas: Collection[str] = ()) -> None:
         super().__init__(report)
         self._binding = binding
-        self._scan = Scan(binding)
+        self._scan = Scan(binding, schemas)
         self._concurrency = concurrency
+        self.has_ended = False
 
     async def count(self) -> int:
         """Return how many rows a pass reads, to show progress."""
-        return await self._scan.count()
+        number = await self._scan.count()
+        self.report.unseen = list(self._scan.unseen)
+        return number
 
     async def _process_rows(
         self,
@@ -133,6 +142,12 @@ class RowRun(Run[Item, ReportOnRows]):
                 self.report.rows += 1
                 self.report.key = row_of(source).key
                 self._on_progress()
+        self.report.unseen = list(self._scan.unseen)
+
+    def _end(self, *, is_whole: bool = True) -> bool:
+        """Note that a pass has ended; return whether it is complete."""
+        self.has_ended = is_whole and not self._stopped
+        return self.has_ended and not self.report.unseen
 
     @abstractmethod
     def _record(self, item: Item) -> None:

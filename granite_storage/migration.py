@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, LargeBinary, Text, Update, bindparam, cast, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from granite_storage._jobs import (
@@ -37,10 +37,11 @@ from granite_storage.exceptions import (
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._interfaces import Intent
+from granite_storage.orm._util import codes_of
 from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import RowRef, among, refers
+from granite_storage.orm.locking import RowRef, among, find_referenced
 from granite_storage.orm.references import RowValue, RowValues, as_stored, asked_to_the_end, keeping_other_columns
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -65,6 +66,8 @@ _CONCURRENCY = 8
 _BATCH = 500
 _TRIES = 5
 _MOST_PASSES = 20
+_REFUSED = ("42501", "42809", 1142, 1143)
+"""The role may not change the table or the column, or it is a materialized view."""
 
 
 class MigrationStatus(StrEnum):
@@ -99,7 +102,7 @@ class MigratedObject:
 
 @dataclass(slots=True)
 class MigrationReport(RowReport):
-    """The results of a migration; `rows` and `key` are those of every job over rows.
+    """The results of a migration; `rows`, `key` and `unseen` are those of every job over rows.
 
     Attributes:
         passes: How many passes were started.
@@ -109,7 +112,7 @@ class MigrationReport(RowReport):
         manual: How many references are in plain columns of refs, which only the application may change.
         failed: How many could not be moved.
         failures: The first thousand of those.
-        complete: Whether it has ended: a whole pass found nothing more that could be moved.
+        complete: Whether it has ended: a whole pass found nothing more that could be moved, and could see all rows.
     """
 
     passes: int = 0
@@ -125,14 +128,21 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
     """The result of `migrate`: iterate over it for the objects that it processes, or await it for the report."""
 
     def __init__(
-        self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
+        self,
+        binding: StorageBinding,
+        storage_key: str,
+        to_backend: str,
+        concurrency: int,
+        after: str | None,
+        budget: Budget,
+        schemas: Collection[str],
     ) -> None:
-        super().__init__(MigrationReport(key=after), binding, concurrency)
+        super().__init__(MigrationReport(key=after), binding, concurrency, schemas)
         self._storage_key = storage_key
         self._to_backend = to_backend
         self._rate_limited = partial(rate_limited, budget=budget)
         self._shared_objects = asyncio.Lock()
-        self._failed: set[tuple[str, tuple[Any, ...], Any]] = set()
+        self._failed: set[tuple[str, str, tuple[Any, ...], Any]] = set()
         self._first_whole_pass = 1 if after is None else 2
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
@@ -145,12 +155,13 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
                         for ref in iter_refs(held.ref):
                             number, size = found.get(ref.backend, (0, 0))
                             found[ref.backend] = number + 1, size + ref.size
+        self.report.unseen = list(self._scan.unseen)
         return found
 
     async def _items(self) -> AsyncGenerator[MigratedObject, None]:
         """Pass over the rows until nothing is left to do: rows may exchange their files behind a pass."""
         report = self.report
-        while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
+        while not (self.has_ended or self._stopped or report.passes == _MOST_PASSES):
             before = report.moved + report.changed
             report.passes += 1
             is_whole = report.passes >= self._first_whole_pass
@@ -158,7 +169,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
             async with aclosing(self._process_rows(batches, self._move_row, itemgetter(0))) as items:
                 async for moved in items:
                     yield moved
-            report.complete = is_whole and not self._stopped and report.moved + report.changed == before
+            report.complete = self._end(is_whole=is_whole and report.moved + report.changed == before)
 
     def _record(self, item: MigratedObject) -> None:
         report = self.report
@@ -198,7 +209,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
 
     def _concerns(self, held: RowValue) -> bool:
         """Return whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
-        if (held.label, held.primary_key, held.raw) in self._failed:
+        if (held.table_name, held.column.name, held.primary_key, held.raw) in self._failed:
             return False
         if not held.is_managed and self.report.passes != self._first_whole_pass:
             return False  # each is reported once
@@ -214,13 +225,15 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
     async def _migrate_value(self, held: RowValue, shared: set[str]) -> MigratedObject:
         dealt_with = await self._try_to_move(held, shared)
         if dealt_with.status is MigrationStatus.FAILED:
-            self._failed.add((held.label, held.primary_key, held.raw))
+            self._failed.add((held.table_name, held.column.name, held.primary_key, held.raw))
         return dealt_with
 
     async def _try_to_move(self, held: RowValue, shared: set[str]) -> MigratedObject:
         """Move what a column contains; where a writer has changed it, what it contains then, unless that needs no move."""
         if not held.is_managed:
             return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
+        if held.home is not None and held.home.doubt:
+            return _to_migrated(MigrationStatus.FAILED, held, held.home.doubt)
         error: Exception | None = None
         for _ in range(_TRIES):
             if held.ref is None:
@@ -259,6 +272,7 @@ def migrate(
     concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
+    schemas: Collection[str] = (),
 ) -> Migration:
     """Move the objects of a storage key to another backend, while the application keeps reading and writing.
 
@@ -274,6 +288,10 @@ def migrate(
     old backend again, and migrate to that. Plain columns of refs are left to the application, because only it knows where else
     a ref is stored.
 
+    Rows are moved in the schema that the sessions lead to, and then in every other schema of the database that has the table,
+    as those of tenants. One whose refs do not say that they are of a store of this application is left unchanged, and each of
+    its rows is a failure, unless `schemas` names it. What cannot be read is in `report.unseen`, and `report.complete` is false.
+
     Args:
         binding: The result of `bind_storage(..., session_factory=...)`; it must be active.
         storage_key: The policy whose objects are moved.
@@ -281,6 +299,8 @@ def migrate(
         concurrency: How many rows are processed at a time.
         after: The `report.key` of an earlier run, to continue after it; the rows before it are re-checked at the end.
         bytes_per_second: The most bytes that are copied per second; None for no limit.
+        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+            application's own.
 
     Returns:
         A job: `async for moved in migrate(...)` yields each object as it is processed, `await migrate(...)` returns the report.
@@ -288,7 +308,7 @@ def migrate(
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The policy writes to another backend, the binding has no sessions or is not active, a table has no
-            primary key, or `after` is no key of it.
+            primary key, or `after` is no key of it; while it runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: the new backend is full.
     """
@@ -299,11 +319,13 @@ def migrate(
             f" there: let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all are moved"
         )
     require_in_force(binding)
-    return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
+    return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second), schemas)
 
 
 def _is_transient(error: Exception) -> bool:
     """Return whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
+    if isinstance(error, DBAPIError) and not codes_of(error).isdisjoint(_REFUSED):
+        return False
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
@@ -320,7 +342,7 @@ def _describe(error: Exception, ref: StoredObjectRef) -> str:
 
 
 def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") -> MigratedObject:
-    return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
+    return MigratedObject(status, held.table_name, held.primary_key, held.column.name, held.ref, str(message))
 
 
 # Moving one object: copy, swap, and only then delete the original.
@@ -479,7 +501,9 @@ class _Swap:
         stored = [stored_object(copy) for copy in self._copies]
         frame.puts += zip(stored, self._copies, strict=True)
         self.is_told = True
-        if connection.execute(_compare_and_set(held, self._ref, connection)).rowcount != 1:
+        statement = _compare_and_set(held, self._ref, connection)
+        # With options of the statement alone: the journal would take a map of the connection for that of a writer.
+        if connection.execute(statement, execution_options=held.options).rowcount != 1:
             return False
         frame.log += [(item, True) for item in stored]
         self._consume_intents(connection, [item.intent for item in stored if item.intent is not None], frame)
@@ -496,9 +520,12 @@ class _Swap:
                 frame.wakes.add(journal)
 
     def _is_referred_to(self, connection: Connection) -> bool:
-        """Return whether another value still refers to the original, under whatever backend's key."""
+        """Return whether another value still refers to the original, in any schema, under whatever backend's key."""
         column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
-        return any(refers(connection, column, self._original) for column in column_type.binding().ref_columns())
+        try:
+            return bool(find_referenced(connection, column_type.binding().ref_columns(), {self._original.location: None}))
+        except LookupError:
+            return True  # one may be where this role cannot look: the garbage collector decides
 
 
 def _compare_and_set(held: RowValue, ref: StoredObjectRef, connection: Connection) -> Update:

@@ -136,14 +136,16 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         concurrency: int,
         after: str | None,
         budget: Budget,
+        schemas: Collection[str],
     ) -> None:
-        super().__init__(RederivationReport(key=after), binding, concurrency)
+        super().__init__(RederivationReport(key=after), binding, concurrency, schemas)
         self._which: Which = which
         self._columns = frozenset(columns)
         self._names = frozenset(names)
         self._drop_undeclared = drop_undeclared
         self._budget = budget
-        self._is_whole = after is None
+        self._is_of_all_schemas = not schemas
+        self._is_whole = after is None and not schemas
         self._effects: Mapping[str, Sequence[str]] = {}
 
     async def waiting(self) -> dict[tuple[str, str, str], int]:
@@ -156,7 +158,9 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
             async for row in rows:
                 for held in row.values:
-                    found.update((held.label, wanted.name, wanted.kind) for wanted in self._wanted(held))
+                    label = f"{held.table_name}.{held.column.name}"
+                    found.update((label, wanted.name, wanted.kind) for wanted in self._wanted(held))
+        self.report.unseen = list(self._scan.unseen)
         return dict(found)
 
     async def _items(self) -> AsyncGenerator[RederivedVariant, None]:
@@ -166,13 +170,13 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         async with aclosing(self._process_rows(rows, self._process_row, lambda row: row)) as items:
             async for item in items:
                 yield item
-        report.complete = not self._stopped
+        report.complete = self._end()
         journal = self._binding.journal
         if journal is None or not report.complete:
             return
         if self._is_whole and self._effects:
             await journal.note_effects(self._effects)
-        if self._drop_undeclared and not self._names and not self._columns:
+        if self._drop_undeclared and self._is_of_all_schemas and not self._names and not self._columns:
             await journal.end_undeclared_jobs()
 
     def _record(self, item: RederivedVariant) -> None:
@@ -227,6 +231,8 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         for _ in range(_TRIES):
             if held.ref is None:
                 return _processed(RederivationStatus.FAILED, held, wanted, held.error)
+            if held.home is not None and held.home.doubt:
+                return _processed(RederivationStatus.FAILED, held, wanted, held.home.doubt)
             try:
                 return await self._do(held, held.ref, wanted)
             except (ScanPendingError, InfectedObjectError) as problem:
@@ -250,7 +256,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
     async def _do(self, held: RowValue, ref: StoredObjectRef, wanted: _Wanted) -> RederivedVariant:
         column_type: AttachmentType = held.column.type  # type: ignore[assignment]  # nothing is wanted of other columns
         if wanted.kind == "undeclared":
-            dropped = await self._binding.drop_variant(column_type, ref, wanted.name)
+            dropped = await self._binding.drop_variant(column_type, ref, wanted.name, options=held.options)
             return _processed(RederivationStatus.DROPPED if dropped else RederivationStatus.CHANGED, held, wanted)
         if wanted.kind == "effect" and self._binding.journal is not None:
             called = await self._binding.journal.call_effect(column_type, ref, wanted.name)
@@ -260,17 +266,19 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             message = "" if called else "it is recorded, and a worker of the journal tries it again; its report has the error"
             return _processed(RederivationStatus.CALLED if called else RederivationStatus.FAILED, held, wanted, message)
         seen = (ref.variants or {}).get(wanted.name)
-        now = await self._make(column_type, ref, wanted.name)
+        now = await self._make(column_type, held, ref, wanted.name)
         made = (now.variants or {})[wanted.name]
         is_new = made.recipe == column_type.variants[wanted.name].digest and (seen is None or made.location != seen.location)
         return _processed(RederivationStatus.MADE if is_new else RederivationStatus.CHANGED, held, wanted)
 
-    async def _make(self, column_type: AttachmentType, ref: StoredObjectRef, name: str) -> StoredObjectRef:
+    async def _make(self, column_type: AttachmentType, held: RowValue, ref: StoredObjectRef, name: str) -> StoredObjectRef:
         """Make a variant, and spend the bytes of the originals that were opened for it, also where its recipe fails."""
         opened: list[int] = []
         before = on_original_opened.set(opened.append)
         try:
-            made = await retry_unavailable(lambda: self._binding.make_variant(column_type, ref, name, which=self._which))
+            made = await retry_unavailable(
+                lambda: self._binding.make_variant(column_type, ref, name, which=self._which, options=held.options)
+            )
         except Exception:
             await self._spend(sum(opened))
             raise
@@ -294,6 +302,7 @@ def rederive(
     concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
+    schemas: Collection[str] = (),
 ) -> Rederivation:
     """Make the variants of existing files, while the application keeps reading and writing.
 
@@ -304,7 +313,13 @@ def rederive(
 
     Effects are called as if their files had just come to the rows: those for which no run over all rows was made yet, with
     `"stale"` those whose version has changed since, with `"all"` all. A run that has begun at the first row and come to its end
-    is noted as one. A call that fails is recorded in the journal, whose worker tries it again.
+    is noted as one, unless it was of chosen schemas or could not see all rows. A call that fails is recorded in the journal,
+    whose worker tries it again.
+
+    The rows are those of the schema that the sessions lead to, and then of every other schema of the database that has the
+    table, as those of tenants. One whose refs do not say that they are of a store of this application is left unchanged, and
+    what its rows lack is a failure, unless `schemas` names it. What cannot be read is in `report.unseen`, and then
+    `report.complete` is false, and no pass is noted.
 
     It may be stopped, cancelled or killed at any time; another run does what is left.
 
@@ -318,13 +333,15 @@ def rederive(
         concurrency: How many rows are processed at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes of originals that are read per second; None for no limit.
+        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+            application's own.
 
     Returns:
         A job: `async for item in rederive(...)` yields each variant as it is processed, `await rederive(...)` returns the report.
 
     Raises:
         ConfigurationError: No column declares what is asked for, the binding has no sessions or is not in force, a table has no
-            primary key, or `after` is no key of it.
+            primary key, or `after` is no key of it; while it runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: a backend is full.
     """
@@ -333,7 +350,7 @@ def rederive(
     require_columns(binding, columns)
     require_names(binding, names, drop_undeclared=drop_undeclared)
     concurrency = require_concurrency(concurrency)
-    return Rederivation(binding, which, columns, names, drop_undeclared, concurrency, after, Budget(bytes_per_second))
+    return Rederivation(binding, which, columns, names, drop_undeclared, concurrency, after, Budget(bytes_per_second), schemas)
 
 
 def require_columns(binding: StorageBinding, columns: Collection[str]) -> None:
@@ -357,4 +374,4 @@ def _attachment_types(binding: StorageBinding) -> list[AttachmentType]:
 
 
 def _processed(status: RederivationStatus, held: RowValue, wanted: _Wanted, message: object = "") -> RederivedVariant:
-    return RederivedVariant(status, held.table.fullname, held.primary_key, held.column.name, wanted.name, held.ref, str(message))
+    return RederivedVariant(status, held.table_name, held.primary_key, held.column.name, wanted.name, held.ref, str(message))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -121,9 +121,16 @@ class Verification(RowRun[Finding, VerificationReport]):
     """The result of `verify`: iterate over it for the findings, or await it for the report."""
 
     def __init__(
-        self, binding: StorageBinding, storage_key: str | None, deep: bool, concurrency: int, after: str | None, budget: Budget
-    ):
-        super().__init__(VerificationReport(key=after), binding, concurrency)
+        self,
+        binding: StorageBinding,
+        storage_key: str | None,
+        deep: bool,
+        concurrency: int,
+        after: str | None,
+        budget: Budget,
+        schemas: Collection[str],
+    ) -> None:
+        super().__init__(VerificationReport(key=after), binding, concurrency, schemas)
         self._manager = binding.manager
         self._storage_key = storage_key
         self._deep = deep
@@ -135,7 +142,7 @@ class Verification(RowRun[Finding, VerificationReport]):
         async with aclosing(self._process_rows(rows, self._verify_row, lambda row: row)) as findings:
             async for finding in findings:
                 yield finding
-        self.report.complete = not self._stopped
+        self.report.complete = self._end()
 
     def _record(self, item: Finding) -> None:
         report = self.report
@@ -213,14 +220,17 @@ def verify(
     concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
+    schemas: Collection[str] = (),
 ) -> Verification:
     """Compare every reference with its object, without changing rows or objects.
 
     Variants are checked like other objects. A finding about a variant names it, and says that it can be made again.
 
-    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. A file
-    that a writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error: an
-    object that could not be checked, or may not be read, is never reported as missing.
+    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys: in the
+    schema that the sessions lead to, and then in every other schema of the database that has the table, as those of tenants.
+    What may have refs and cannot be read is in `report.unseen`, and then `report.complete` is false. A file that a writer
+    replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error: an object that
+    could not be checked, or may not be read, is never reported as missing.
 
     Args:
         binding: The result of `bind_storage(..., session_factory=...)`.
@@ -229,18 +239,21 @@ def verify(
         concurrency: How many rows are checked at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
+        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+            application's own.
 
     Returns:
         A job: `async for finding in verify(...)` yields the findings as they occur, `await verify(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.
-        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it.
+        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it; while it
+            runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
     """
     if storage_key is not None:
         binding.manager.policy(storage_key)
-    return Verification(binding, storage_key, deep, require_concurrency(concurrency), after, Budget(bytes_per_second))
+    return Verification(binding, storage_key, deep, require_concurrency(concurrency), after, Budget(bytes_per_second), schemas)
 
 
 def _problem(error: StorageError) -> Problem:
@@ -268,4 +281,4 @@ def _finding(problem: Problem, held: RowValue, name: str | None, ref: StoredObje
         said = f"the variant {name!r}: {said}"
         if problem is not Problem.UNKNOWN_CHECKSUM:
             said += "; nothing is lost, as it can be made again from its original"
-    return Finding(problem, held.table.fullname, held.primary_key, held.column.name, ref, said, name)
+    return Finding(problem, held.table_name, held.primary_key, held.column.name, ref, said, name)

@@ -12,6 +12,7 @@ import click
 from sqlalchemy import case, func, literal, select
 
 from granite_storage._documentation import Page
+from granite_storage._jobs import RowReport
 from granite_storage._words import count_of
 from granite_storage.cli.output import format_size, option_after
 from granite_storage.cli.runtime import (
@@ -24,7 +25,7 @@ from granite_storage.cli.runtime import (
     Settings,
     in_options,
     of_a_job,
-    require_key,
+    require_rows,
     run,
     usage_of,
 )
@@ -88,6 +89,13 @@ def _show_waiting(
         context.output.line(nothing)
 
 
+def _show_unseen(context: CommandContext, report: RowReport) -> None:
+    """Show what could not be read, which a report of JSON has anyway."""
+    if not context.output.as_json:
+        for said in report.unseen:
+            context.output.line(f"not seen: {in_options(said)}", "red")
+
+
 def _require_policy(context: CommandContext, storage_key: str | None) -> None:
     """Refuse a --storage-key that no policy has."""
     if storage_key is not None:
@@ -118,13 +126,13 @@ def verify_command(
 
     async def work(context: CommandContext) -> Exit | None:
         _require_policy(context, storage_key)
-        require_key(context.binding, job.get("after"))
+        await require_rows(context.binding, job)
         verification = verify(context.binding, storage_key=storage_key, deep=deep, **job)
         try:
             await _verify(context, verification)
         finally:
             _show_verification(context, verification)
-        return Exit.FOUND if verification.report.problems else None
+        return Exit.FOUND if verification.report.problems or verification.report.unseen else None
 
     run(settings, work, as_json=as_json)
 
@@ -143,9 +151,10 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
     report = verification.report
     if context.output.as_json:
         counts = {problem.value: number for problem, number in report.counts.items()}
-        known = {"rows": report.rows, "checked": report.checked, "bytes_read": report.bytes_read}
+        known: dict[str, Any] = {"rows": report.rows, "checked": report.checked, "bytes_read": report.bytes_read}
         known["replaceable"] = report.replaceable
-        context.output.record({"report": {**known, "counts": counts, "key": report.key, "complete": report.complete}})
+        known |= {"counts": counts, "key": report.key, "complete": report.complete, "unseen": report.unseen}
+        context.output.record({"report": known})
     else:
         facts = {"references checked": f"{report.checked:,}", "problems": f"{report.problems:,}"}
         facts |= {f"  {problem.value}": f"{number:,}" for problem, number in sorted(report.counts.items())}
@@ -154,7 +163,8 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
         if report.bytes_read:
             facts["bytes read"] = format_size(report.bytes_read)
         context.output.facts(facts)
-    if not report.complete and report.key is not None:
+        _show_unseen(context, report)
+    if not verification.has_ended and report.key is not None:
         context.output.note(f"not complete; to continue, pass {option_after(report.key)}")
 
 
@@ -445,11 +455,14 @@ def migrate_command(
         _require_policy(context, storage_key)
         with usage_of("--to"):
             context.binding.manager.backend(to_backend)
-        require_key(context.binding, job.get("after"))
+        await require_rows(context.binding, job)
         migration = migrate(context.binding, storage_key=storage_key, to_backend=to_backend, **job)
         if dry_run or not yes:
             count = await _show_plan(context, migration)
-            if dry_run or not count or not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
+            _show_unseen(context, migration.report)
+            if dry_run or not count:
+                return Exit.FOUND if migration.report.unseen else None
+            if not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
                 return None
         try:
             await _move(context, migration)
@@ -490,7 +503,7 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
     report = migration.report
     counts = {name: getattr(report, name) for name in ("moved", "bytes_moved", "changed", "manual", "failed")}
     if context.output.as_json:
-        context.output.record({"report": {**counts, "key": report.key, "complete": report.complete}})
+        context.output.record({"report": {**counts, "key": report.key, "complete": report.complete, "unseen": report.unseen}})
     else:
         facts = {"moved": f"{report.moved:,} ({format_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
         if report.changed:
@@ -498,7 +511,8 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
         if report.manual:
             facts["left to the application"] = f"{report.manual:,} in plain columns of refs"
         context.output.facts(facts)
-    if not report.complete:
+        _show_unseen(context, report)
+    if not migration.has_ended:
         onward = "" if report.key is None else f" and {option_after(report.key)}"
         context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")
 
@@ -547,11 +561,14 @@ def derive_command(
             require_columns(context.binding, columns)
         with usage_of("--variant"):
             require_names(context.binding, names, drop_undeclared=drop_undeclared)
-        require_key(context.binding, job.get("after"))
+        await require_rows(context.binding, job)
         derivation = rederive(context.binding, which=which, columns=columns, names=names, drop_undeclared=drop_undeclared, **job)
         if dry_run or (deletes and not yes):
             count = await _show_underived(context, derivation)
-            if dry_run or not count or not context.confirm("Make these, and delete what they take the places of?", yes=yes):
+            _show_unseen(context, derivation.report)
+            if dry_run or not count:
+                return Exit.FOUND if derivation.report.unseen else None
+            if not context.confirm("Make these, and delete what they take the places of?", yes=yes):
                 return None
         try:
             await _derive(context, derivation)
@@ -595,11 +612,13 @@ def _show_rederivation(context: CommandContext, derivation: Rederivation) -> Non
     report = derivation.report
     counts = {status.value: number for status, number in sorted(report.counts.items())}
     if context.output.as_json:
-        known = {"rows": report.rows, "bytes_read": report.bytes_read, "counts": counts, "failed": report.failed}
-        context.output.record({"report": {**known, "key": report.key, "complete": report.complete}})
+        known: dict[str, Any] = {"rows": report.rows, "bytes_read": report.bytes_read, "counts": counts, "failed": report.failed}
+        known |= {"key": report.key, "complete": report.complete, "unseen": report.unseen}
+        context.output.record({"report": known})
     else:
         shown = {"rows": f"{report.rows:,}", **{name: f"{number:,}" for name, number in counts.items()}}
         context.output.facts({**shown, "originals read": format_size(report.bytes_read)})
-    if not report.complete:
+        _show_unseen(context, report)
+    if not derivation.has_ended:
         onward = "" if report.key is None else f" and {option_after(report.key)}"
         context.output.note(f"not complete; every row is consistent. To continue, run the same command{onward}")

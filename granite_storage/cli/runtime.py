@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,7 +43,7 @@ __all__ = [
     "in_options",
     "load_binding",
     "of_a_job",
-    "require_key",
+    "require_rows",
     "run",
     "usage_of",
 ]
@@ -61,6 +61,7 @@ _OPTIONS = {
     "allow_restored_database=True": "--allow-restored-database",
     "await journal.allow_restored_database()": "granite-storage gc --allow-restored-database",
     "verify()": "granite-storage verify",
+    "name its schema (schemas=...)": "name its schema with --schema",
     "pass iter_references": "collect in Python with iter_references",
 }
 """What messages of the library tell to do, and the command line calls otherwise."""
@@ -286,12 +287,14 @@ def usage_of(option: str) -> Iterator[None]:
         raise click.UsageError(f"{option}: {in_options(str(error))}") from error
 
 
-def require_key(binding: StorageBinding, after: str | None) -> None:
-    """Refuse a key for --after that is none of a row of the application."""
-    scan = Scan(binding)
-    if after is not None:
+async def require_rows(binding: StorageBinding, job: Mapping[str, Any]) -> None:
+    """Refuse a key for --after that is none of a row of the application, and a --schema without its tables."""
+    scan = Scan(binding, job.get("schemas", ()))
+    if (after := job.get("after")) is not None:
         with usage_of("--after"):
             scan.require_key(after)
+    with usage_of("--schema"):
+        await scan.require_schemas()
 
 
 async def _run_command(app: str, work: Work, output: Output) -> int:
@@ -369,9 +372,17 @@ def of_a_job(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
     @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
     @click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")
+    @click.option("--schema", "schemas", multiple=True, metavar="NAME", help="Only this schema; may be repeated.")
     @functools.wraps(command)
-    def collected(*args: Any, after: str | None, concurrency: int | None, rate: float | None, **others: Any) -> None:
-        given = {"after": after, "concurrency": concurrency, "bytes_per_second": rate}
+    def collected(
+        *args: Any,
+        after: str | None,
+        concurrency: int | None,
+        rate: float | None,
+        schemas: Sequence[str],
+        **others: Any,
+    ) -> None:
+        given = {"after": after, "concurrency": concurrency, "bytes_per_second": rate, "schemas": schemas or None}
         command(*args, job={name: value for name, value in given.items() if value is not None}, **others)
 
     return collected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from granite_storage.orm import events
 from granite_storage.orm._interfaces import ColumnType, add_binding, are_triggers_declared, remove_binding
 from granite_storage.orm._loops import as_own_sessions, note_loops
 from granite_storage.orm._threaded import SessionFactory, as_async_sessions
+from granite_storage.orm._util import TRANSLATE_MAP
 from granite_storage.orm.columns import AttachmentType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.locking import refers
@@ -180,21 +181,33 @@ class StorageBinding:
             return None
 
     async def make_variant(
-        self, column_type: ColumnType, source: StoredObjectRef, name: str, *, which: Which = "missing"
+        self,
+        column_type: ColumnType,
+        source: StoredObjectRef,
+        name: str,
+        *,
+        which: Which = "missing",
+        options: Mapping[str, Any] | None = None,
     ) -> StoredObjectRef:
-        """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
+        """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`.
+
+        The options lead to the schema of the row, without a journal; with one the row is found in every schema.
+        """
         declared, journal = column_type.variants[name], self.journal
         if not declared.is_for(source):
             found = (source.media or {}).get("type") or source.content_type
             raise DerivationRefusedError(f"the variant {name!r} is not made for files of the type {found}")
-        make = partial(make_without_journal, self) if journal is None else journal.make_variant
-        key = (self, source.backend, source.location, name, declared.digest, which)
+        make = partial(make_without_journal, self, options=options or {}) if journal is None else journal.make_variant
+        schema = str((options or {}).get(TRANSLATE_MAP))
+        key = (self, source.backend, source.location, name, declared.digest, which, schema)
         return await share(key, lambda: make(column_type, source, declared, which=which))
 
-    async def drop_variant(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool:
+    async def drop_variant(
+        self, column_type: ColumnType, source: StoredObjectRef, name: str, *, options: Mapping[str, Any] | None = None
+    ) -> bool:
         """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
         if self.journal is None:
-            return await drop_without_journal(self, column_type, source, name)
+            return await drop_without_journal(self, column_type, source, name, options=options or {})
         return await self.journal.drop_variant(source, name)
 
     def unbind(self) -> None:

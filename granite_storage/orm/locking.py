@@ -49,7 +49,17 @@ from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._interfaces import StoredObject, active_bindings
-from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, codes_of, file_of, group, schema_on, without_pool
+from granite_storage.orm._util import (
+    UNTRANSLATED,
+    attached_databases,
+    batches,
+    codes_of,
+    file_of,
+    group,
+    quoted_name,
+    schema_on,
+    without_pool,
+)
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import (
     Tables,
@@ -249,9 +259,9 @@ def take_write_lock(connection: Connection, table: Table) -> None:
     statement changes no row and applies no `onupdate`.
     """
     if connection.dialect.name == "sqlite":
-        quote = connection.dialect.identifier_preparer
-        column = quote.quote(next(iter(table.primary_key)).name)
-        connection.exec_driver_sql(f"UPDATE {quote.format_table(table)} SET {column} = {column} WHERE 0")  # noqa: S608  # quoted
+        column = connection.dialect.identifier_preparer.quote(next(iter(table.primary_key)).name)
+        name = quoted_name(connection, schema_on(connection, table), table.name)  # which nothing translates
+        connection.exec_driver_sql(f"UPDATE {name} SET {column} = {column} WHERE 0")  # noqa: S608  # quoted
 
 
 def _read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -38,12 +38,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.horizontal_shard import ShardedSession
 
 from granite_storage._documentation import Page
+from granite_storage._engine import identities_of
 from granite_storage._tasks import shielded
-from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.exceptions import BackendError, ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
-from granite_storage.orm._util import UNTRANSLATED
+from granite_storage.orm._util import UNTRANSLATED, group
 from granite_storage.orm.columns import (
     AttachmentType,
     StoredObjectRefType,
@@ -54,11 +56,13 @@ from granite_storage.orm.columns import (
     where_json,
 )
 from granite_storage.orm.locking import among
+from granite_storage.orm.schemas import FoundTable, Home, Identities, find_in_schemas, judge_namesakes, name_of, options_of
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding, JournalTables
 
 
@@ -162,6 +166,7 @@ class RowValue:
         raw: The value as the database has it; text, unless something else was written there.
         ref: The ref, or None if the value is not one.
         error: Why the value is not a ref, or None.
+        home: The schema of the row; None for the one that the sessions lead to.
     """
 
     table: Table
@@ -170,6 +175,7 @@ class RowValue:
     raw: Any
     ref: StoredObjectRef | None = None
     error: InvalidReferenceError | None = None
+    home: Home | None = None
 
     @property
     def is_managed(self) -> bool:
@@ -178,8 +184,18 @@ class RowValue:
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """The name of the column in the models."""
         return f"{self.table.fullname}.{self.column.name}"
+
+    @property
+    def table_name(self) -> str:
+        """The name of the table in messages, with its schema where the row is in another one than the sessions lead to."""
+        return name_of(self.table, self.home)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The execution options that lead a statement on the table to that of the row."""
+        return options_of(self.table, self.home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,23 +207,33 @@ class RowValues:
 
 
 class Scan:
-    """Reads every row with refs of a binding's base.
+    """Reads every row with refs of a binding's base, in every schema of its databases.
 
     Args:
         binding: What `bind_storage(..., session_factory=...)` returned.
+        schemas: The schemas to read, as the database calls them; none for all.
+
+    Attributes:
+        unseen: In words what may have refs and could not be read when the rows were last looked for.
 
     Raises:
         ConfigurationError: The binding has no sessions, or a table has no primary key to read it by.
     """
 
-    def __init__(self, binding: Binding) -> None:
+    def __init__(self, binding: Binding, schemas: Collection[str] = ()) -> None:
         if (sessions := binding.own_sessions) is None:
             raise ConfigurationError(
                 "reading the rows needs sessions: bind_storage(Base, manager, session_factory=async_sessionmaker(...))",
                 see=Page.BINDING,
             )
+        if isinstance(schemas, str):
+            raise ConfigurationError(f"schemas must be a collection of names, not {schemas!r}")
         self._sessions = sessions
+        self._manager = binding.manager
+        self._schemas = frozenset(schemas)
         self._columns: dict[Table, list[Column[Any]]] = {}
+        self._found: list[FoundTable] = []
+        self.unseen: list[str] = []
         for column in sorted(binding.ref_columns(), key=lambda column: column.table.fullname):
             self._columns.setdefault(column.table, []).append(column)
         for table in self._columns:
@@ -222,20 +248,31 @@ class Scan:
         """
         self._place(key)
 
+    @asked_to_the_end
+    async def require_schemas(self) -> None:
+        """Refuse schemas that have none of the tables.
+
+        Raises:
+            ConfigurationError: There is one.
+        """
+        if self._schemas:
+            await self._look()
+
     async def rows(self, *, after: str | None = None) -> AsyncGenerator[RowValues, None]:
-        """Yield the rows with a value in a column of refs, table by table.
+        """Yield the rows with a value in a column of refs, table by table: first those that the sessions lead to.
 
         Args:
             after: The key of the last row that was processed; None for all rows.
 
         Raises:
-            ConfigurationError: The key is none of this base's.
+            ConfigurationError: The key is none of this base's, or a schema has none of the tables.
         """
-        table, primary_key = (None, None) if after is None else self._place(after)
-        for found in self._columns:
-            if table is None or found.fullname > table.fullname:
+        last, primary_key = (None, None) if after is None else self._place(after)
+        await self._look_for_tables()
+        for found in self._found:
+            if last is None or found.order > last.order:
                 rows = self._rows_of(found, None)
-            elif found is table:
+            elif found.order == last.order:
                 rows = self._rows_of(found, primary_key)
             else:
                 continue
@@ -245,10 +282,12 @@ class Scan:
     @asked_to_the_end
     async def count(self) -> int:
         """Return the number of these rows."""
+        await self._look()
         total = 0
-        for table, columns in self._columns.items():
-            async with self._connection(table) as connection:
-                total += (await connection.execute(select(func.count()).select_from(table).where(_any(columns)))).scalar_one()
+        for found in self._found:
+            async with self._connection(found.table) as connection:
+                statement = select(func.count()).select_from(found.table).where(_any(found.columns))
+                total += (await connection.execute(statement, execution_options=found.options)).scalar_one()
         return total
 
     @asked_to_the_end
@@ -256,56 +295,90 @@ class Scan:
         """Return the current value of a column; None if it is NULL or the row is gone."""
         async with self._connection(held.table) as connection:
             statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
-            found = (await connection.execute(statement)).first()
-            if found is None:
+            row = (await connection.execute(statement, execution_options=held.options)).first()
+            if row is None:
                 return None
             encoding = await connection.run_sync(text_encoding)
-            return _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect), encoding)
+            of = FoundTable(held.table, (held.column,), held.home)
+            return _value(of, held.primary_key, held.column, row[0], _reader(connection.dialect), encoding)
 
     async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
         """Return the locations that more than one value refers to, whatever the backend key."""
         counted: Counter[str] = Counter()
         wanted = sorted({ref.location for ref in refs if is_text(ref.location)})
-        for table, columns in self._columns.items():
-            for column in columns:
-                counted.update(await self._found(table, column, wanted))
+        for found in self._found:
+            for column in found.columns:
+                counted.update(await self._locations(found, column, wanted))
         return {location for location, number in counted.items() if number > 1}
 
     @asked_to_the_end
-    async def _found(self, table: Table, column: Column[Any], wanted: Sequence[str]) -> list[str]:
+    async def _locations(self, found: FoundTable, column: Column[Any], wanted: Sequence[str]) -> list[str]:
         """Return the locations that a column refers to, each as often as it does."""
-        async with self._connection(table) as connection:
+        async with self._connection(found.table) as connection:
             location = location_of(column, connection.dialect.name)[1]
+            statement = select(location).where(location.in_(wanted))
             try:
-                return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
+                return list((await connection.execute(statement, execution_options=found.options)).scalars())
             except OperationalError:  # on SQLite one value that is not JSON fails every query of the column
                 if connection.dialect.name != "sqlite":
                     raise
                 location = where_json(column, location)
-                return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
+                statement = select(location).where(location.in_(wanted))
+                return list((await connection.execute(statement, execution_options=found.options)).scalars())
 
-    async def _rows_of(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:
+    @asked_to_the_end
+    async def _look_for_tables(self) -> None:
+        await self._look()
+
+    async def _look(self) -> None:
+        """Find the tables; those of one database together."""
+        identities: Identities | None = None
+        found: list[FoundTable] = []
+        unseen: list[str] = []
+        session: AsyncSession
+        async with self._sessions() as session:
+            if isinstance(session.sync_session, ShardedSession):
+                raise ConfigurationError(
+                    "the sessions are sharded, and which shard has a row is known for instances alone: bind the sessions of each"
+                    " shard in turn, and do this for each"
+                )
+            for tables in group(self._columns, lambda table: session.get_bind(clause=table)).values():
+                connection = await session.connection(bind_arguments={"clause": tables[0]})
+                columns = [column for table in tables for column in self._columns[table]]
+                own, namesakes, hidden = await connection.run_sync(find_in_schemas, columns, self._schemas)
+                found += own
+                unseen += hidden
+                if namesakes:
+                    identities = identities or await _identities_of_all(self._manager)
+                    chosen = bool(self._schemas)
+                    more, hidden = await connection.run_sync(judge_namesakes, namesakes, identities, are_chosen=chosen)
+                    found += more
+                    unseen += hidden
+        self._found, self.unseen = sorted(found, key=lambda item: item.order), unseen
+
+    async def _rows_of(self, found: FoundTable, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:
         while True:
-            page, after = await self._page(table, after)
+            page, after = await self._page(found, after)
             for row in page:
                 yield row
             if after is None:
                 return
 
     @asked_to_the_end
-    async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
+    async def _page(self, found: FoundTable, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
         """Return a page, and the primary key after which the next one begins; None for the last page."""
-        columns, keys = self._columns[table], list(table.primary_key)
-        async with self._connection(table) as connection:
+        columns, keys = found.columns, list(found.table.primary_key)
+        async with self._connection(found.table) as connection:
             read, encoding = _reader(connection.dialect), await connection.run_sync(text_encoding)
             statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
-            rows = list(await connection.execute(following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
+            statement = following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)
+            rows = list(await connection.execute(statement, execution_options=found.options))
         page: list[RowValues] = []
         for row in rows:
             primary_key = tuple(row[: len(keys)])
-            found = zip(columns, row[len(keys) :], strict=True)
-            held = (_value(table, primary_key, column, raw, read, encoding) for column, raw in found)
-            page.append(RowValues(_text_of(table, primary_key), tuple(value for value in held if value is not None)))
+            values = zip(columns, row[len(keys) :], strict=True)
+            held = (_value(found, primary_key, column, raw, read, encoding) for column, raw in values)
+            page.append(RowValues(_text_of(found, primary_key), tuple(value for value in held if value is not None)))
         return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
 
     @asynccontextmanager
@@ -314,13 +387,30 @@ class Scan:
         async with self._sessions() as session:
             yield await session.connection(bind_arguments={"clause": table})
 
-    def _place(self, key: str) -> tuple[Table, tuple[Any, ...]]:
+    def _place(self, key: str) -> tuple[FoundTable, tuple[Any, ...]]:
         try:
             name, *values = json.loads(key)
+            schema, name = (None, name) if isinstance(name, str) else name
             table = next(table for table in self._columns if table.fullname == name)
-            return table, tuple(_revived(column, value) for column, value in zip(table.primary_key, values, strict=True))
+            home = None if schema is None else Home(str(schema))
+            primary_key = tuple(_revived(column, value) for column, value in zip(table.primary_key, values, strict=True))
         except (ValueError, TypeError, StopIteration, ArithmeticError) as error:
             raise ConfigurationError(f"{key[:120]!r} is not the key of a row of this base") from error
+        return FoundTable(table, (), home), primary_key
+
+
+async def _identities_of_all(manager: StorageManager) -> Identities:
+    """Return what the backends of a manager tell of their stores; what is out of reach now tells nothing."""
+    known: list[str] = []
+    is_complete = True
+    for backend in manager._engine.backends.values():
+        try:
+            told = await identities_of(backend)
+        except BackendError:
+            told = None
+        known += told or ()
+        is_complete = is_complete and told is not None
+    return Identities(tuple(known), is_complete)
 
 
 def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
@@ -369,8 +459,9 @@ def _reader(dialect: Dialect) -> Callable[[Any], Any]:
 
 
 def _value(
-    table: Table, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any], encoding: str
+    found: FoundTable, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any], encoding: str
 ) -> RowValue | None:
+    table, home = found.table, found.home
     if raw is None:
         return None
     try:
@@ -378,14 +469,16 @@ def _value(
         ref = read(raw)
     except UnicodeDecodeError as error:
         problem = InvalidReferenceError(f"the column does not contain text in {encoding.upper()}: {error.reason}")
-        return RowValue(table, primary_key, column, raw, error=problem)
+        return RowValue(table, primary_key, column, raw, error=problem, home=home)
     except InvalidReferenceError as error:
-        return RowValue(table, primary_key, column, raw, error=error)
-    return None if ref is None else RowValue(table, primary_key, column, raw, ref)
+        return RowValue(table, primary_key, column, raw, error=error, home=home)
+    return None if ref is None else RowValue(table, primary_key, column, raw, ref, home=home)
 
 
-def _text_of(table: Table, primary_key: tuple[Any, ...]) -> str:
-    return json.dumps([table.fullname, *primary_key], ensure_ascii=False, default=_plain)
+def _text_of(found: FoundTable, primary_key: tuple[Any, ...]) -> str:
+    name = found.table.fullname
+    table = name if found.home is None else [found.home.schema, name]
+    return json.dumps([table, *primary_key], ensure_ascii=False, default=_plain)
 
 
 def _plain(value: Any) -> str:

@@ -38,7 +38,7 @@ from granite_storage.orm.uploads import make_variant, prepare_variant, remove
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
     from granite_storage.manager import StorageManager
 
@@ -320,8 +320,17 @@ async def make_without_journal(
     declared: DeclaredVariant,
     *,
     which: Which = "missing",
+    options: Mapping[str, Any],
 ) -> StoredObjectRef:
     """Make a variant of the object of a committed row, and return what the row holds then.
+
+    Args:
+        binding: The binding.
+        column_type: The column.
+        source: The original.
+        declared: The variant.
+        which: Whether it is made though the row has it.
+        options: The execution options that lead to the table of the row.
 
     Raises:
         ConfigurationError: The base was bound without a session factory.
@@ -333,7 +342,7 @@ async def make_without_journal(
         StorageError: It could not be stored.
     """
     manager = column_type.manager_in(binding)
-    setting = _Setting(_require_sessions(binding), column_type, manager, source, declared.name)
+    setting = _Setting(_require_sessions(binding), column_type, manager, source, declared.name, options)
     holdings = await shielded(setting.read())
     if not holdings:
         raise not_committed(source)
@@ -359,14 +368,16 @@ async def make_without_journal(
     return setting.held
 
 
-async def drop_without_journal(binding: Binding, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool:
+async def drop_without_journal(
+    binding: Binding, column_type: ColumnType, source: StoredObjectRef, name: str, *, options: Mapping[str, Any]
+) -> bool:
     """Take a variant that its column does not declare out of the rows of its original; return whether one had it.
 
     Raises:
         ConfigurationError: The base was bound without a session factory.
         StaleAttachmentError: Others have locked the row for long.
     """
-    setting = _Setting(_require_sessions(binding), column_type, column_type.manager_in(binding), source, name)
+    setting = _Setting(_require_sessions(binding), column_type, column_type.manager_in(binding), source, name, options)
     await shielded(setting.run({}))
     return setting.fate is _Fate.SET
 
@@ -393,6 +404,14 @@ class _Setting:
     What rows no longer have is displaced as by a flush: the end of the transaction decides whether it is deleted, after every
     other row that may refer to it was searched.
 
+    Args:
+        sessions: The sessions.
+        column_type: The column of the rows.
+        manager: The manager.
+        source: The original.
+        name: The name of the variant.
+        options: The execution options of the connection, which lead to the table of the rows.
+
     Attributes:
         fate: Whether rows have it.
         held: What a row holds now.
@@ -405,12 +424,14 @@ class _Setting:
         manager: StorageManager,
         source: StoredObjectRef,
         name: str,
+        options: Mapping[str, Any],
     ) -> None:
         self._sessions = sessions
         self._column_type = column_type
         self._manager = manager
         self._source = source
         self._name = name
+        self._options = options
         self._has_written = False
         self.fate = _Fate.UNSET
         self.held: StoredObjectRef | None = None
@@ -418,13 +439,13 @@ class _Setting:
     async def read(self) -> list[Holding]:
         """Return the rows that hold the original."""
         async with self._sessions() as session:
-            connection = await session.connection(bind_arguments=self._leading)
+            connection = await self._connect(session)
             return await connection.run_sync(_find, read_holdings, self._column_type.column, self._source)
 
     async def run(self, made: Mapping[str, MadeVariant]) -> None:
         """Set what was made where the rows hold what was seen; without it take out what is not declared."""
         async with self._sessions() as session:
-            connection = await session.connection(bind_arguments=self._leading)
+            connection = await self._connect(session)
             # SQLite bounds the wait itself, and a statement that is cut off there leaves the file locked.
             limit = None if connection.dialect.name == "sqlite" else LONGEST_WAIT
             began = time.monotonic()
@@ -441,6 +462,9 @@ class _Setting:
                 self.fate = _Fate.IN_DOUBT
                 await session.commit()
                 self.fate = _Fate.SET
+
+    async def _connect(self, session: AsyncSession) -> AsyncConnection:
+        return await session.connection(bind_arguments=self._leading, execution_options=dict(self._options) or None)
 
     async def remove_unless_taken(self, stored: Sequence[StoredObjectRef]) -> None:
         """Delete variants after a transaction that did not commit; they stay where a row has them nevertheless.

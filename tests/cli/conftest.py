@@ -74,9 +74,9 @@ class Shop:
         with self.application(**environment) as module:
             asyncio.run(module.fill(count, filename))
 
-    def drop(self) -> None:
+    def drop(self, **environment: str) -> None:
         """Drop the tables."""
-        with self.application() as module:
+        with self.application(**environment) as module:
             asyncio.run(module.drop())
 
     def run(self, *arguments: str, **environment: str) -> Answer:

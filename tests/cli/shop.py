@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -86,6 +86,15 @@ if os.environ.get("FOREIGN_KEYS"):
         connection.execute("PRAGMA foreign_keys = ON")  # type: ignore[attr-defined]
 
 
+tenants = os.environ.get("TENANTS", "").split()
+if tenants and engine.dialect.name == "sqlite":
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _(connection: object, _: object) -> None:
+        for tenant in tenants:
+            connection.execute(f"ATTACH DATABASE '{tenant}.db' AS {tenant}")  # type: ignore[attr-defined]
+
+
 number = 42
 
 
@@ -113,13 +122,29 @@ async def fill(count: int, filename: str) -> None:
         await connection.run_sync(Base.metadata.create_all)
     async with sessions.begin() as session:
         session.add_all(Document(id=n, file=Attachment(b"x" * 1000, filename=filename)) for n in range(1, count + 1))
+    for tenant in tenants:
+        await fill_schema(tenant, count, filename)
     if bound.journal is not None:
         await bound.journal.aclose()
     await storage.aclose()
     await engine.dispose()
 
 
+async def fill_schema(tenant: str, count: int, filename: str) -> None:
+    """Create the table in the schema of a tenant again, with as many rows."""
+    translated = engine.execution_options(schema_translate_map={None: tenant})
+    async with translated.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            await connection.execute(text(f"DROP SCHEMA IF EXISTS {tenant} CASCADE"))
+            await connection.execute(text(f"CREATE SCHEMA {tenant}"))
+        await connection.run_sync(lambda sync: Base.metadata.create_all(sync, tables=[Base.metadata.tables["shop_document"]]))
+    async with async_sessionmaker(translated).begin() as session:
+        session.add_all(Document(id=n, file=Attachment(b"x" * 1000, filename=filename)) for n in range(1, count + 1))
+
+
 async def drop() -> None:
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.drop_all)
+        for tenant in tenants if engine.dialect.name == "postgresql" else ():
+            await connection.execute(text(f"DROP SCHEMA {tenant} CASCADE"))
     await engine.dispose()

@@ -100,8 +100,8 @@ MUTANTS = [
         name="sessions-sqlite-reads-before-its-write-lock",
         rule="On SQLite the write lock is taken before anything is read.",
         path="granite_storage/orm/locking.py",
-        old='if connection.dialect.name == "sqlite":\n        quote',
-        new='if connection.dialect.name == "mssql":\n        quote',
+        old='if connection.dialect.name == "sqlite":\n        column = connection',
+        new='if connection.dialect.name == "mssql":\n        column = connection',
         tests=("tests/orm/test_sqlite_write_lock.py",),
     ),
     Mutant(

@@ -33,7 +33,7 @@ MUTANTS = [
         name="cli-verify-always-succeeds",
         rule="verify exits with 1 where something is wrong.",
         path="granite_storage/cli/maintenance.py",
-        old="return Exit.FOUND if verification.report.problems else None",
+        old="return Exit.FOUND if verification.report.problems or verification.report.unseen else None",
         new="return None",
         tests=("tests/cli/test_commands.py::TestVerify::test_a_missing_object[sqlite]",),
     ),
@@ -132,6 +132,45 @@ MUTANTS = [
         old="return statement.values({held.column: new, **keeping_other_columns(held.column)})",
         new="return statement.values({held.column: new})",
         tests=("tests/migration/test_migrate.py::TestMoving::test_nobody_is_told_that_the_row_has_changed[sqlite-begin-plain]",),
+    ),
+    Mutant(
+        name="migration-of-one-schema",
+        rule="A row in the schema of a tenant is moved there.",
+        path="granite_storage/migration.py",
+        old="if connection.execute(statement, execution_options=held.options).rowcount != 1:",
+        new="if connection.execute(statement).rowcount != 1:",
+        tests=("tests/verification/test_schemas_of_tenants.py::TestMigration::test_every_tenant_is_moved[sqlite-begin-plain]",),
+    ),
+    Mutant(
+        name="migration-of-rows-of-others",
+        rule="Rows in another schema that may be another application's stay as they are.",
+        path="granite_storage/migration.py",
+        old="if held.home is not None and held.home.doubt:",
+        new="if held.home is None and held.column is None:",
+        tests=(
+            "tests/verification/test_schemas_of_tenants.py::TestMigration"
+            "::test_rows_that_may_be_of_another_application[sqlite-begin-plain]",
+        ),
+    ),
+    Mutant(
+        name="verification-of-one-schema",
+        rule="The rows of every schema are verified.",
+        path="granite_storage/orm/references.py",
+        old="                    found += more\n",
+        new="                    found += more if self._schemas else []\n",
+        tests=(
+            "tests/verification/test_schemas_of_tenants.py::TestVerification::test_a_lost_file_of_a_tenant[sqlite-begin-plain]",
+        ),
+    ),
+    Mutant(
+        name="complete-though-rows-are-unseen",
+        rule="A job over rows that could not see some of them is not complete.",
+        path="granite_storage/_jobs.py",
+        old="return self.has_ended and not self.report.unseen",
+        new="return self.has_ended",
+        tests=(
+            "tests/verification/test_schemas_of_tenants.py::TestVerification::test_references_to_other_stores[sqlite-begin-plain]",
+        ),
     ),
     Mutant(
         name="verification-reports-replaced-files",

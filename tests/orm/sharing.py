@@ -87,13 +87,20 @@ SHARED: dict[str, Callable[[OrmEnvironment, StoredObjectRef], AbstractAsyncConte
 }
 
 
+def own_schema(env: OrmEnvironment) -> str:
+    """Return the schema of the environment's own tables: a run over all schemas would change their clones as well."""
+    if env.database.is_sqlite:
+        return "main"
+    return "public" if env.database.is_postgres else str(env.database.url.database)
+
+
 async def _make_all_again(env: OrmEnvironment) -> None:
-    await rederive(env.binding, which="all", columns=["doc.file"])
+    await rederive(env.binding, which="all", columns=["doc.file"], schemas=[own_schema(env)])
 
 
 async def _drop_undeclared(env: OrmEnvironment) -> None:
     with declared({}):
-        await rederive(env.binding, drop_undeclared=True, columns=["doc.file"])
+        await rederive(env.binding, drop_undeclared=True, columns=["doc.file"], schemas=[own_schema(env)])
 
 
 async def _delete(env: OrmEnvironment) -> None:

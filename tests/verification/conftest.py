@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.migration.environment import MigrationEnvironment, migration_environment
-from tests.orm.conftest import database
+from tests.orm.conftest import database, new_database
 from tests.orm.databases import Database
 
 __all__ = ["database"]
@@ -18,3 +18,10 @@ async def env(database: Database) -> AsyncIterator[MigrationEnvironment]:
     """Empty tables and two empty backends."""
     async with migration_environment(database) as env:
         yield env
+
+
+@pytest.fixture
+async def postgres_only(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """PostgreSQL with asyncpg, for roles and their privileges."""
+    async with new_database(request, "asyncpg") as found:
+        yield found

@@ -322,8 +322,12 @@ class SQLitePool(_LockingPool):
         engine = as_async_engine(without_pool(self._outer))
         async with self._in_time(), AsyncExitStack() as stack:
             stack.push_async_callback(engine.dispose)
-            first, second = [await stack.enter_async_context(engine.connect()) for _ in range(2)]
-            if await first.run_sync(_try_to_lock) and await second.run_sync(_try_to_lock):
+            locked = []
+            for _ in range(2):
+                connection = await engine.connect()
+                stack.push_async_callback(connection.close)
+                locked.append(await connection.run_sync(_try_to_lock))
+            if all(locked):
                 raise _refuse(
                     "its lock does not keep a second connection from writing, so that commits damage each other: leave nolock=1,"
                     " and the name of a VFS without locks, such as vfs=unix-none, out of the URL"
@@ -489,6 +493,7 @@ class SidecarPool(_LockingPool):
         self._given = path
         self._file = _File()
         self._engines = Engines(self._new_engine)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def of(self, main: SQLitePool) -> SidecarPool:
         """Return the same pool, bound as the connections to the rows' database are."""

@@ -137,7 +137,7 @@ class TestAdding:
 class TestOrder:
     async def test_moves(self, env: OrmEnvironment) -> None:
         await env.add(album(1, "abcdef"))
-        for index, place, expected in [(5, 0, "fabcde"), (0, 5, "abcdef"), (1, 3, "acdbef"), (3, 1, "abcdef"), (2, -1, "abdecf")]:
+        for index, place, expected in [(5, 0, "fabcde"), (0, 5, "abcdef"), (1, 3, "acdbef"), (3, 1, "abcdef"), (2, -1, "abdefc")]:
             async with env.sessions.begin() as session:
                 found = await load(session)
                 photos = found.photos

@@ -229,8 +229,8 @@ def test_synchronous_session_is_interrupted(when: str, tmp_path: Path) -> None:
             begun.set()
             time.sleep(10)
     finally:
+        sender.join()  # first: without its handler, the signal ends the process
         signal.signal(signal.SIGUSR1, usual)
-        sender.join()
     found = [info.location for info in manager.sync.list(storage_key="docs")]
     binding.unbind()
     journal.sync.close()

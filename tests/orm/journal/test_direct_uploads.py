@@ -279,12 +279,15 @@ async def test_killed_after_it_was_published(
 
     async def killed(*arguments: Any) -> bool:
         await publish(*arguments)
-        raise asyncio.CancelledError
+        finishing.cancel()
+        await asyncio.sleep(10)
+        return True
 
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "publish", killed)
+        finishing = asyncio.create_task(uploads.finish(upload.token, Doc.file))
         with pytest.raises(asyncio.CancelledError):
-            await uploads.finish(upload.token, Doc.file)
+            await finishing
     assert await intents(env) == [STAGING, "upload"]
     published = await env.objects()
     file = await uploads.finish(upload.token, Doc.file)

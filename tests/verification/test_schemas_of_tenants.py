@@ -408,7 +408,9 @@ class TestDerivation:
             assert (report.counts, report.complete) == ({RederivationStatus.MADE: 3}, True)
             for name in tenants.names:
                 assert set((await tenants.ref(name, 1)).variants or {}) == {"loud"}
-            again = await rederive(binding, which="all", names=["loud"], schemas=tenants.names)
+            # Transactions on two attached files of SQLite may wait for each other; the displaced variants are then kept.
+            one_by_one = {"concurrency": 1} if tenants.engine.dialect.name == "sqlite" else {}
+            again = await rederive(binding, which="all", names=["loud"], schemas=tenants.names, **one_by_one)
             assert again.counts == {RederivationStatus.MADE: 2}
             if binding.journal is not None:
                 await binding.journal.recover()

@@ -118,7 +118,7 @@ class RowRun(Run[Item, ReportOnRows]):
         self._binding = binding
         self._scan = Scan(binding, schemas)
         self._concurrency = concurrency
-        self.has_ended = False
+        self.has_ended: bool = False
 
     async def count(self) -> int:
         """Return how many rows a pass reads, to show progress."""

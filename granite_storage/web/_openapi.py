@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -36,12 +36,10 @@ def describe_bodies(app: Starlette) -> None:
     setattr(app, "openapi", openapi)  # noqa: B010  # Starlette has no such attribute
     run = app.router.lifespan_context
 
-    @asynccontextmanager
-    async def lifespan(started: Any) -> AsyncGenerator[Any, None]:
+    def lifespan(started: Any) -> AbstractAsyncContextManager[Any]:
         for _ in _described_routes(app):
             pass
-        async with run(started) as state:
-            yield state
+        return run(started)
 
     app.router.lifespan_context = lifespan
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -53,3 +58,25 @@ def _is_below(frame: FrameType | None, below: tuple[str, ...]) -> bool:
             return False
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def signalled(begun: threading.Event, error: type[BaseException], *, delay: float = 0) -> Iterator[None]:
+    """Raise an error in this thread, from the handler of a signal, once an event is set and some seconds have passed."""
+
+    def raise_error(*_: object) -> None:
+        raise error("interrupted")
+
+    def send() -> None:
+        begun.wait(10)
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    usual = signal.signal(signal.SIGUSR1, raise_error)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        sender.join()  # first: without its handler, the signal ends the process
+        signal.signal(signal.SIGUSR1, usual)

@@ -10,7 +10,6 @@ import itertools
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 import time
 import zipfile
@@ -39,7 +38,7 @@ from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from tests.applications.processes import until
-from tests.core.interrupts import OF_DESTRUCTORS, interrupt
+from tests.core.interrupts import OF_DESTRUCTORS, interrupt, signalled
 from tests.core.support import PLACE, SLOT, files_below, local_manager, manager_on
 from tests.tiers import repetitions
 
@@ -318,7 +317,7 @@ def test_loop_ends_with_its_last_manager() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
 def test_interrupted_upload(manager: StorageManager, error: type[BaseException]) -> None:
     """As Ctrl-C does, or the time limit of a task queue: nothing is left, and the error is raised."""
-    begun, ended = threading.Event(), threading.Event()
+    begun = threading.Event()
     reads = 0
 
     class Slow(io.RawIOBase):
@@ -333,24 +332,8 @@ def test_interrupted_upload(manager: StorageManager, error: type[BaseException])
             buffer[:1] = b"x"
             return 1
 
-    def interrupt(*_: object) -> None:
-        ended.set()
-        raise error("interrupted")
-
-    def send() -> None:
-        begun.wait(10)
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    usual = signal.signal(signal.SIGUSR1, interrupt)
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        with pytest.raises(error, match="interrupted"):
-            manager.sync.put_stream(**SLOT, stream=Slow())
-    finally:
-        signal.signal(signal.SIGUSR1, usual)
-        sender.join()
-    assert ended.is_set()
+    with signalled(begun, error), pytest.raises(error, match="interrupted"):
+        manager.sync.put_stream(**SLOT, stream=Slow())
     until_now = reads
     time.sleep(0.1)
     assert reads == until_now

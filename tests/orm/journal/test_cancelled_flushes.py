@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,6 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from granite_storage import StorageJournal, StorageManager, StoragePolicy, attachment, bind_storage, journal_tables
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment
+from tests.core.interrupts import signalled
 from tests.core.support import eventually
 from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
@@ -209,28 +208,18 @@ def test_synchronous_session_is_interrupted(when: str, tmp_path: Path) -> None:
             yield b"x"
             time.sleep(0.01)
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def send() -> None:
-        begun.wait(10)
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    usual = signal.signal(signal.SIGUSR1, interrupt)
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        with pytest.raises(KeyboardInterrupt), Session(engine) as session, session.begin():
-            session.add(Album(cover=Attachment(b"first")))
-            if when == "during the upload":
-                session.add(Album(cover=Attachment(chunks())))
-            session.flush()
-            begun.set()
-            time.sleep(10)
-    finally:
-        sender.join()  # first: without its handler, the signal ends the process
-        signal.signal(signal.SIGUSR1, usual)
+    with (
+        signalled(begun, KeyboardInterrupt, delay=0.2),
+        pytest.raises(KeyboardInterrupt),
+        Session(engine) as session,
+        session.begin(),
+    ):
+        session.add(Album(cover=Attachment(b"first")))
+        if when == "during the upload":
+            session.add(Album(cover=Attachment(chunks())))
+        session.flush()
+        begun.set()
+        time.sleep(10)
     found = [info.location for info in manager.sync.list(storage_key="docs")]
     binding.unbind()
     journal.sync.close()

@@ -6,8 +6,6 @@ import asyncio
 import io
 import itertools
 import logging
-import os
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,7 +25,7 @@ from granite_storage import StorageBinding, StorageGarbageCollector, StorageMana
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import Attachment, _util
 from tests import tiers
-from tests.core.interrupts import OF_DESTRUCTORS, interrupt
+from tests.core.interrupts import OF_DESTRUCTORS, interrupt, signalled
 from tests.orm.values import Base, Document, make_manager
 
 Make = Callable[[], Session]
@@ -173,23 +171,9 @@ def test_interrupted_flush(sessions: Make, manager: StorageManager, error: type[
             yield b"x"
             time.sleep(0.01)
 
-    def interrupt(*_: object) -> None:
-        raise error("interrupted")
-
-    def send() -> None:
-        begun.wait(10)
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    usual = signal.signal(signal.SIGUSR1, interrupt)
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        with pytest.raises(error, match="interrupted"), sessions() as session:
-            session.add_all([Document(file=Attachment(b"first")), Document(file=Attachment(chunks()))])
-            session.commit()
-    finally:
-        signal.signal(signal.SIGUSR1, usual)
-        sender.join()
+    with signalled(begun, error), pytest.raises(error, match="interrupted"), sessions() as session:
+        session.add_all([Document(file=Attachment(b"first")), Document(file=Attachment(chunks()))])
+        session.commit()
     assert objects(manager) == []
     with sessions() as session:
         assert session.query(Document).count() == 0

@@ -102,14 +102,21 @@ def _note_loop(engine: Engine) -> None:
     engine = root_engine(engine)
     pool = engine.pool
     if engine.dialect.is_async and _on_connect not in list(pool.dispatch.connect):
-        detach_iterations(engine, "connect")
-        event.listen(pool, "connect", _on_connect)
+        for name, listener in (("connect", _on_connect), ("checkout", _on_checkout)):
+            detach_iterations(engine, name)
+            event.listen(pool, name, listener)
 
 
 def _on_connect(_: Any, record: Any) -> None:
     # Engines of the library have a copy of this listener, as of all others of the application's engine.
     pool: Pool = record._ConnectionRecord__pool
     _loops[pool] = weakref.ref(asyncio.get_running_loop())
+
+
+def _on_checkout(connection: Any, record: Any, _: Any) -> None:
+    # The connections that a pool had opened before it was bound were not noted.
+    if record._ConnectionRecord__pool not in _loops:
+        _on_connect(connection, record)
 
 
 def make_apart(engine: Engine) -> Engine:

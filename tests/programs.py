@@ -25,7 +25,7 @@ def program(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
 
     That is the working directory, the environment variables, `sys.path`, the configuration of logging, and the handlers of
     signals. Afterwards the modules of the folder are unloaded and the bases that they bound are unbound, so that the next program
-    imports its application anew.
+    imports its application again.
 
     Args:
         folder: The working directory, in which the modules of the program are.

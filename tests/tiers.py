@@ -255,7 +255,7 @@ OF_THE_BACKENDS_CODE = (
     "test_unfinished_write_is_invisible",
     "test_use_after_close",
 )
-"""What of the suite tries how the backend on obstore shares and gives up its work, over whichever store."""
+"""What of the suite tries how the backend on obstore shares and abandons its work, over whichever store."""
 
 REPETITIONS = [
     Repetition(

@@ -151,7 +151,7 @@ async def test_an_identity_that_is_out_of_reach_for_a_moment_is_asked_for_again(
         assert (await put(manager)).identity is not None
 
 
-async def test_a_bucket_is_given_one_by_whoever_is_first(moto_server: S3Server, bucket: str) -> None:
+async def test_first_writer_gives_a_bucket_its_identity(moto_server: S3Server, bucket: str) -> None:
     backends: list[SupportsIdentity] = [moto_server.backend(bucket, prefix="app") for _ in range(4)]
     options = moto_server.obstore_options()
     backends += [ObjectStoreBackend(f"s3://{bucket}/app", **options) for _ in range(2)]
@@ -167,8 +167,8 @@ async def test_a_bucket_is_given_one_by_whoever_is_first(moto_server: S3Server, 
 
 
 @pytest.mark.case("RA-03")
-async def test_whoever_comes_second_has_the_identity_of_the_first() -> None:
-    """The marker comes to be between a look for it and the write, which does not replace it."""
+async def test_second_writer_has_the_identity_of_the_first() -> None:
+    """The marker is created between the check for it and the write, which does not replace it."""
     stored: list[bytes] = []
 
     async def read() -> bytes:

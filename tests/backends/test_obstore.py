@@ -357,7 +357,7 @@ class TestGoogle:
 
 
 class TestListing:
-    """How a listing comes to be in byte order; the public suite checks that it is."""
+    """How a listing is brought into byte order; the public suite checks that it is."""
 
     ORDERED = ("a", "b", "c", "d", "e", "f")
 

@@ -158,7 +158,7 @@ class TestAzurite(ServedConformance):
     path = "/tenants/7"
     longest_location = 1024 - len("tenants/7/")
     counts_unfinished = False  # parts that were never joined are invisible, cannot be removed, and end after a week
-    can_be_full = False  # nobody knows in which words Azure would say so
+    can_be_full = False  # it is unknown in which words Azure would say so
     server: AzureServer
 
     @pytest.fixture

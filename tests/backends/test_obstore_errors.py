@@ -230,7 +230,7 @@ async def test_a_password_and_a_signature_in_an_address_reach_no_log_line(status
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        body = b"no: https://visitor:hunter2@host/a?sig=c2VjcmV0"
+        body = b"no: https://reader:hunter2@host/a?sig=c2VjcmV0"
         writer.write(b"HTTP/1.1 %d No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(body), body))
         await writer.drain()
         writer.close()
@@ -238,7 +238,7 @@ async def test_a_password_and_a_signature_in_an_address_reach_no_log_line(status
     server = await asyncio.start_server(refuse, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     backend = ObjectStoreBackend(
-        f"http://visitor:hunter2@127.0.0.1:{port}/folder?sig=c2VjcmV0", client_options={"allow_http": True}, retry_config=QUICK
+        f"http://reader:hunter2@127.0.0.1:{port}/folder?sig=c2VjcmV0", client_options={"allow_http": True}, retry_config=QUICK
     )
     with pytest.raises(BackendError) as raised:
         await backend.open("object")

@@ -456,7 +456,7 @@ class TestInabilities:
 
 
 def refreshable(fetched: list[str], *, fails: bool = False) -> AioRefreshableCredentials:
-    """Credentials that seem to be good for an hour, and tell how often they were fetched anew."""
+    """Credentials that seem to be good for an hour, and count how often they were fetched again."""
 
     async def fetch() -> dict[str, str]:
         fetched.append("again")

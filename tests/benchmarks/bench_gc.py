@@ -81,7 +81,7 @@ async def collector_of(count: int) -> AsyncIterator[StorageGarbageCollector]:
 
 
 async def collect(meter: Meter, *, objects: int) -> None:
-    """List, join, look again and delete; one object in a hundred is an orphan."""
+    """List, join, re-check and delete; one object in a hundred is an orphan."""
     async with collector_of(objects) as collector:
         async with meter.measure(operations=objects):
             report = await collector.collect(storage_key="files", dry_run=False)

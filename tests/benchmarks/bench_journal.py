@@ -76,7 +76,7 @@ class BareRows:
             await connection.execute(INSERT, [{"id": own, "text": place[1]} for own, place in rows])
 
 
-class World:
+class BenchmarkEnvironment:
     """The sessions of one contender.
 
     Args:
@@ -114,7 +114,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(kind: Kind) -> AsyncIterator[World]:
+async def environment(kind: Kind) -> AsyncIterator[BenchmarkEnvironment]:
     """Give the sessions of a contender, on a database and a disk of its own."""
     with tempfile.TemporaryDirectory(prefix="granite-") as folder, postgres(Path(folder)) as url:
         url = url.set(drivername="postgresql+asyncpg")
@@ -124,7 +124,7 @@ async def world(kind: Kind) -> AsyncIterator[World]:
         store = LocalStorageBackend(Path(folder, "files"), fsync=False)
         async with StorageManager(backends={"b": store}, policies={"files": StoragePolicy("files", "b")}) as manager:
             binding = bind_storage(Base, manager, journal=StorageJournal(engine) if kind == "journal" else None)
-            yield World(engine, BareRows(other) if kind == "bare" else None)
+            yield BenchmarkEnvironment(engine, BareRows(other) if kind == "bare" else None)
             binding.unbind()
         await other.dispose()
         await engine.dispose()
@@ -132,7 +132,7 @@ async def world(kind: Kind) -> AsyncIterator[World]:
 
 async def insert_rows(meter: Meter, *, kind: Kind) -> None:
     """Insert rows with a file, each in a transaction of its own."""
-    async with world(kind) as sessions:
+    async with environment(kind) as sessions:
         await each(range(WARM_UP), sessions.add)
         async with meter.measure(operations=ROWS):
             await each(range(WARM_UP, WARM_UP + ROWS), sessions.add)
@@ -142,7 +142,7 @@ async def insert_rows(meter: Meter, *, kind: Kind) -> None:
 
 async def replace_files(meter: Meter, *, kind: Kind) -> None:
     """Replace the files of rows, each in a transaction of its own."""
-    async with world(kind) as sessions:
+    async with environment(kind) as sessions:
         await each(range(ROWS), sessions.add)
         await each(range(WARM_UP), sessions.change)
         async with meter.measure(operations=ROWS):

@@ -277,7 +277,7 @@ def _progress(text: str) -> None:
 
 
 def _reset_peak_memory() -> int:
-    """Return the resident memory of this process, and let its peak be counted anew where the system can."""
+    """Return the resident memory of this process, and reset its peak where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _peak_memory()

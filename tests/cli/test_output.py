@@ -1,4 +1,4 @@
-"""How the command speaks: to whom, in which colours, and never with a visitor's words unescaped."""
+"""The output of the command: streams, colours, and the escaping of what clients have sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening and closing a manager: on one event loop, on several, and with calls under way."""
+"""Opening and closing a manager: on one event loop, on several, and with calls in progress."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class FaultProxy:
         return Request(method, target, headers, read_body, self.upstream)
 
     async def close(self) -> None:
-        """Drop what is still under way."""
+        """Drop what is still in progress."""
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)

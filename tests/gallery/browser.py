@@ -170,7 +170,7 @@ class Page:
         return found
 
     def look(self, width: int, height: int = 900, *, dark: bool = False, still: bool = False) -> None:
-        """Give the window a size, and the visitor preferences."""
+        """Set the size of the window, and the preferences of its user."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [

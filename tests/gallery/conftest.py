@@ -24,7 +24,7 @@ def forget() -> None:
 
 @contextlib.contextmanager
 def application(folder: Path, **environment: str) -> Iterator[Any]:
-    """Give the application's module, imported anew for what the environment says."""
+    """Give the application's module, imported again for what the environment says."""
     with pytest.MonkeyPatch.context() as patch:
         own = {"GALLERY_FOLDER": str(folder / "data"), "GALLERY_TOKENS": json.dumps(TOKENS)}
         for name, value in {**own, **environment}.items():

@@ -176,7 +176,7 @@ async def test_dangling_references_are_found(env: GcEnvironment) -> None:
 
 
 async def test_names_in_the_order_of_their_bytes(env: GcEnvironment) -> None:
-    """What a locale sorts otherwise, or a database takes for equal, is told apart."""
+    """Names that a locale sorts otherwise, or a database takes for equal, stay different."""
     names = ["a", "B", "b", "A", "ä", "Z", "_", "-", "é", "\U0001f600", "\uffff", "ß", "SS", "a-b", "a_b", "aB", "ab"]
     refs = [
         await env.manager.put_bytes(

@@ -1,4 +1,4 @@
-"""What a collection does that is told nothing but whose objects it is about."""
+"""A collection without options."""
 
 from __future__ import annotations
 

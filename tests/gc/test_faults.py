@@ -49,7 +49,7 @@ async def test_a_listing_that_breaks_off(plain_env: GcEnvironment, after: int) -
 
 
 @pytest.mark.case("GCX-09")
-async def test_a_listing_that_ends_early_and_tells_nobody(plain_env: GcEnvironment) -> None:
+async def test_listing_that_ends_early_without_an_error(plain_env: GcEnvironment) -> None:
     """What was not listed is not deleted, and its references are not taken for dangling."""
     await fill(plain_env, 9)
     plain_env.store.cut("iter_objects", after=2, silently=True)
@@ -265,7 +265,7 @@ class TestRunEvery:
 
 async def _until(env: GcEnvironment, count: int) -> None:
     async with asyncio.timeout(10):
-        while len(await env.locations()) != count:  # noqa: ASYNC110  # nobody tells
+        while len(await env.locations()) != count:  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.01)
 
 

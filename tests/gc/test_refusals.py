@@ -195,7 +195,7 @@ class _Wrapped(TypeDecorator[Any]):
 @pytest.mark.parametrize(
     "kind", [_Wrapped(), ARRAY(StoredObjectRefType()), JSON().with_variant(StoredObjectRefType(), "sqlite")], ids=str
 )
-async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -> None:
+async def test_refs_that_cannot_be_searched(plain_env: GcEnvironment, kind: Any) -> None:
     with odd_base(Column("ref", kind)) as base:
         binding = bind_storage(base, plain_env.manager, session_factory=plain_env.sessions)
         try:
@@ -228,7 +228,7 @@ class Vat(Elsewhere):
     file: Mapped[Attachment | None] = attachment("docs")
 
 
-async def test_a_model_that_nobody_listed(env: GcEnvironment) -> None:
+async def test_unlisted_model(env: GcEnvironment) -> None:
     await env.add(Crate(id=1, file=file("a")))
     other = bind_storage(Elsewhere, env.manager, session_factory=env.sessions)
     try:
@@ -245,7 +245,7 @@ async def test_a_model_that_nobody_listed(env: GcEnvironment) -> None:
 
 
 @pytest.mark.case("GCX-13")
-async def test_a_base_in_another_database_or_nobody_knows_where(plain_env: GcEnvironment) -> None:
+async def test_base_in_another_or_an_unknown_database(plain_env: GcEnvironment) -> None:
     with sqlite("elsewhere") as database:
         async with database.opened(Elsewhere.metadata) as engine:
             for sessions in (None, async_sessionmaker(engine)):

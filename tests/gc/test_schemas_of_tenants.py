@@ -319,7 +319,7 @@ async def test_a_reference_that_moves_between_two_of_several_statements(
     raw = json.dumps(moving.to_dict())
     find_references, looks = gc_database.find_references, 0
 
-    async def slow_find_held(*given: Any, **options: Any) -> Any:
+    async def slow_find_references(*given: Any, **options: Any) -> Any:
         nonlocal looks
         looks += 1
         if looks == 1:  # of the two right before the deletion
@@ -331,7 +331,7 @@ async def test_a_reference_that_moves_between_two_of_several_statements(
         return held
 
     monkeypatch.setattr(gc_database, "_COLUMNS_IN_A_STATEMENT", 1)
-    monkeypatch.setattr(gc_database, "find_references", slow_find_held)
+    monkeypatch.setattr(gc_database, "find_references", slow_find_references)
     report = await tenants.collect(Base, one)
     assert looks == 2
     assert (report.referenced_on_recheck, report.deleted) == (1, 0)

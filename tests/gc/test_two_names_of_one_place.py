@@ -133,7 +133,7 @@ async def test_the_other_end_of_a_bind_mount(sessions: async_sessionmaker[AsyncS
         live = [await add(binding, 1)]
         (tmp_path / "mounted").mkdir()
         mount = subprocess.run(["mount", "--bind", tmp_path / "real", tmp_path / "mounted"], check=False, capture_output=True)  # noqa: S607
-    if mount.returncode:  # whoever may not mount sees at least the same folder moved away from under its old path
+    if mount.returncode:  # without the right to mount, at least the same folder moves away from its old path
         (tmp_path / "mounted").rmdir()
         (tmp_path / "real").rename(tmp_path / "mounted")
         (tmp_path / "real").symlink_to(tmp_path / "mounted")
@@ -175,7 +175,7 @@ async def test_two_keys_for_one_bucket(sessions: async_sessionmaker[AsyncSession
 
 @pytest.mark.case("RA-01")
 async def test_two_servers_that_have_one_bucket(sessions: async_sessionmaker[AsyncSession], moto_server: S3Server) -> None:
-    """Nobody can compare the names of a server and of a proxy before it: the store's own identity tells."""
+    """The names of a server and of a proxy before it cannot be compared: the store's own identity decides."""
     async with moto_server.bucket() as bucket:
         with fault_proxy(moto_server.endpoint_url) as proxy:
             first = moto_server.backend(bucket)
@@ -199,7 +199,7 @@ class Untold:
 
 
 @pytest.mark.case("RA-01")
-async def test_two_keys_of_which_nobody_can_tell(sessions: async_sessionmaker[AsyncSession]) -> None:
+async def test_two_keys_of_unknown_stores(sessions: async_sessionmaker[AsyncSession]) -> None:
     """A reference protects its object whatever backend it names; so it does where the prefixes differ, by the generated id."""
     memory = MemoryStorageBackend()
     backends: dict[str, StorageBackend] = {

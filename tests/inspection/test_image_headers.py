@@ -120,7 +120,7 @@ def test_what_pillow_refuses_is_not_believed(name: str, chance: random.Random, c
     if found is None or min(found["width"], found["height"]) == 0:
         return
     if expected is None and kind in ("image/png", "image/webp"):
-        return  # their sizes are read where Pillow gives up later: at a text, or as it begins to decode
+        return  # their sizes are read where Pillow fails later: at a text, or as it begins to decode
     assert expected is not None, damaged
     assert (found["width"], found["height"]) == (expected["width"], expected["height"])
 

@@ -144,7 +144,7 @@ class TestPictures:
 
 
 class TestExif:
-    """EXIF is written anew: what its tags refer to stays, and nothing else."""
+    """EXIF is rewritten: what its tags refer to stays, and nothing else."""
 
     @staticmethod
     def cleaned(exif: bytes, mode: StripMode = "location") -> bytes:

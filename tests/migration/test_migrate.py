@@ -68,7 +68,7 @@ class TestMoving:
         assert after.to_dict()["from_the_future"] == [1]
         assert after.location.rpartition("/")[0] == before.location.rpartition("/")[0]
 
-    async def test_nobody_is_told_that_the_row_has_changed(self, env: MigrationEnvironment) -> None:
+    async def test_row_version_stays(self, env: MigrationEnvironment) -> None:
         await env.add(Shelf(id=1, file=file("a")))
         await migrate(env.write_to("new"), storage_key="docs", to_backend="new")
         async with env.sessions() as session:

@@ -1,4 +1,4 @@
-"""An object and its variants move together or stay, whatever fails, and whoever comes between."""
+"""An object and its variants move together or stay, whatever fails and whichever transaction intervenes."""
 
 from __future__ import annotations
 

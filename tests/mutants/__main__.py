@@ -9,7 +9,7 @@ To add a mutant, add an entry to the module of its room: a name, the rule in one
 that stands in it exactly once, the text to put in its place, and the narrowest tests that must notice, quick ones first. The edit
 should be what a careless change would be: a condition left out, a line moved or removed, a wrong operator. Run it by its name.
 
-After a refactoring, `tests/mutants/test_table.py` names the mutants whose text is gone; each is then written anew for the new
+After a refactoring, `tests/mutants/test_table.py` names the mutants whose text is gone; each is then rewritten for the new
 code, so that it breaks the same rule. A mutant is removed only with its rule.
 """
 

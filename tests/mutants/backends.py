@@ -245,7 +245,7 @@ MUTANTS = [
         path="granite_storage/backends/_identity.py",
         old="        await write(new_marker())\n    return await _found(read)",
         new="        await write(marker := new_marker())\n    return identities_in(marker)",
-        tests=("tests/backends/test_identity.py::test_whoever_comes_second_has_the_identity_of_the_first",),
+        tests=("tests/backends/test_identity.py::test_second_writer_has_the_identity_of_the_first",),
     ),
     Mutant(
         name="s3-url-for-the-address-of-the-calls",

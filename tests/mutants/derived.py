@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         name="derived-background-takes-all",
-        rule="What nobody waits for leaves a process to others.",
+        rule="Work that no caller waits for frees its process.",
         path=_PROCESSES,
         old="asyncio.Semaphore(max(1, max_processes - 1))",
         new="asyncio.Semaphore(1000)",

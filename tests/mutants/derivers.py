@@ -87,7 +87,7 @@ MUTANTS = [
     ),
     Mutant(
         name="deriver-jobs-of-old-recipes-forgotten",
-        rule="A flush that brings in a variant of an older recipe records a job to make it anew.",
+        rule="A flush that brings in a variant of an older recipe records a job to derive it again.",
         path="granite_storage/orm/_interfaces.py",
         old="return found is not None and found.recipe == self.digest",
         new="return found is not None",

@@ -1,4 +1,4 @@
-"""Mutants of effects, and of making variants anew."""
+"""Mutants of effects, and of deriving variants again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MUTANTS = [
     ),
     Mutant(
         name="effects-change-during-the-call",
-        rule="A job that a transaction has recorded anew during the call stays, and is due.",
+        rule="A job that a transaction has recorded again during the call stays, and is due.",
         path=_EFFECTS,
         old="        await self._write_own(job, delete(self._job))\n",
         new="        async with self._pool.writing() as connection:\n"

@@ -187,7 +187,7 @@ MUTANTS = [
         path="granite_storage/gc/merge.py",
         old="found = set(map(_location, refs))",
         new="found = {location for location, is_here in refs if is_here}",
-        tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_which_nobody_can_tell",),
+        tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_unknown_stores",),
     ),
     Mutant(
         name="gc-recheck-by-backend-key",
@@ -196,11 +196,11 @@ MUTANTS = [
         old="journals=journals, extra=True)\n        return references_among(",
         new="journals=journals, extra=True)\n        held = {item for item in held if item[0] == backend}\n"
         "        return references_among(",
-        tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_which_nobody_can_tell",),
+        tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_unknown_stores",),
     ),
     Mutant(
         name="gc-identity-is-no-name-of-a-place",
-        rule="The identity of a store is one of the names by which two backends on one place are noticed.",
+        rule="The identity of a store is one of the names by which two backends on one store are found.",
         path="granite_storage/_engine.py",
         old='        places.add(Place(f"identity {store}", tuple(filter(None, prefix.split("/")))))\n',
         new="        del store, prefix\n",

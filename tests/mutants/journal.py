@@ -214,7 +214,7 @@ MUTANTS = [
     ),
     Mutant(
         name="journal-cancelled-save-without-a-fence",
-        rule="A cancelled flush is cleaned up by a fence and a second look, for its last request may still arrive.",
+        rule="A cancelled flush is cleaned up by a fence and a re-check, for its last request may still arrive.",
         path="granite_storage/orm/uploads.py",
         old="    plain = [item for item in stored if item.intent is None]\n    await shielded_cleanup(remove(plain, intents)",
         new="    plain = stored\n    await shielded_cleanup(remove(plain, [])",

@@ -21,7 +21,7 @@ MUTANTS = [
     ),
     Mutant(
         name="mariadb-trigger-locks-no-intent",
-        rule="Whoever brings a location in locks the pending intents of it.",
+        rule="A write that brings a location in locks its pending intents.",
         path=_SQL,
         old="WHERE i.id = g_row.id FOR UPDATE;",
         new="WHERE i.id = g_row.id;",
@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         name="mariadb-trigger-locks-no-holder",
-        rule="Whoever copies a location locks the row that holds it.",
+        rule="A write that copies a location locks the row that holds it.",
         path=_SQL,
         old="{is_found} AND {holds} LOCK IN SHARE MODE;",
         new="{is_found} AND {holds};",

@@ -46,7 +46,7 @@ def edit(mutant: Mutant, root: Path) -> str:
     count = text.count(mutant.old)
     if count != 1:
         raise MutantError(
-            f"{mutant.name}: {mutant.path} holds its old text {count} times, not once; write the mutant anew for the changed"
+            f"{mutant.name}: {mutant.path} holds its old text {count} times, not once; rewrite the mutant for the changed"
             f" code, so that it still breaks its rule: {mutant.rule}"
         )
     return text.replace(mutant.old, mutant.new)

@@ -122,7 +122,7 @@ MUTANTS = [
     ),
     Mutant(
         name="sessions-recreated-row-not-read-again",
-        rule="On PostgreSQL a row that was not found is looked for once more: another transaction may have inserted it anew.",
+        rule="On PostgreSQL a row that was not found is looked for once more: another transaction may have inserted it again.",
         path="granite_storage/orm/locking.py",
         old='return 2 if connection.dialect.name == "postgresql" else 1',
         new="return 1",
@@ -476,7 +476,7 @@ MUTANTS = [
     ),
     Mutant(
         name="variants-stay-behind",
-        rule="What a row gives up, it gives up with its variants.",
+        rule="A row that releases a file releases its variants.",
         path="granite_storage/orm/journal/intents.py",
         old="            for one in iter_refs(ref)\n",
         new="            for one in [ref]\n",
@@ -500,7 +500,7 @@ MUTANTS = [
     ),
     Mutant(
         name="variants-are-restored-blindly",
-        rule="An undo takes back the variants whose own deletes are still pending, and no others.",
+        rule="An undo restores the variants whose own deletes are still pending, and no others.",
         path="granite_storage/orm/flush.py",
         old="for name, variant in ref.variants.items() if variant.location in waiting}",
         new="for name, variant in ref.variants.items()}",

@@ -131,7 +131,7 @@ MUTANTS = [
         path="granite_storage/migration.py",
         old="return statement.values({held.column: new, **keeping_other_columns(held.column)})",
         new="return statement.values({held.column: new})",
-        tests=("tests/migration/test_migrate.py::TestMoving::test_nobody_is_told_that_the_row_has_changed[sqlite-begin-plain]",),
+        tests=("tests/migration/test_migrate.py::TestMoving::test_row_version_stays[sqlite-begin-plain]",),
     ),
     Mutant(
         name="migration-of-one-schema",
@@ -193,7 +193,7 @@ MUTANTS = [
     ),
     Mutant(
         name="alembic-waits-for-a-pipe",
-        rule="A named pipe is opened without waiting for whoever writes to it.",
+        rule="A named pipe is opened without waiting for a writer.",
         path="granite_storage/alembic/sources.py",
         old='os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) |',
         new="os.O_RDONLY |",

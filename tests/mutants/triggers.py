@@ -93,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         name="trigger-locks-no-intent",
-        rule="Whoever brings a location in locks the pending intents of it.",
+        rule="A write that brings a location in locks its pending intents.",
         path=_SQL,
         old=""") ORDER BY i.id FOR UPDATE""",
         new=""") ORDER BY i.id""",
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         name="trigger-locks-no-holder",
-        rule="Whoever copies a location locks the row that holds it.",
+        rule="A write that copies a location locks the row that holds it.",
         path=_SQL,
         old="LIMIT 1 FOR SHARE;",
         new="LIMIT 1;",

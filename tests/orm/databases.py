@@ -180,7 +180,7 @@ async def _empty(connection: AsyncConnection, metadata: MetaData) -> None:
             await connection.execute(table.delete())
 
 
-@lru_cache(maxsize=16)  # to make the statement anew takes longer than what it asks
+@lru_cache(maxsize=16)  # building the statement takes longer than running it
 def _filled(metadata: MetaData) -> tuple[dict[str, Table], CompoundSelect[Any]]:
     tables = {table.name: table for table in reversed(metadata.sorted_tables)}
     names = [select(literal(name, String(64))).where(exists(select(1).select_from(table))) for name, table in tables.items()]

@@ -451,7 +451,7 @@ def _require_empty(rows: list[Any]) -> None:
     assert not rows, f"the journal is not empty after recovery: {rows}"
 
 
-@lru_cache(maxsize=16)  # to make such statements anew takes longer than what they ask
+@lru_cache(maxsize=16)  # building such statements takes longer than running them
 def _all_references(columns: tuple[Column[Any], ...]) -> CompoundSelect[Any]:
     return union_all(*map(_selected, columns))
 

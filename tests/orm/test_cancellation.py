@@ -1,6 +1,6 @@
 """Cancelled at every step of the event loop in turn: no row without its file, no connection kept, and no file without a row.
 
-The one exception is a COMMIT that was on its way: nobody knows how it ended, so nothing is deleted.
+The one exception is a COMMIT that was on its way: it is unknown how it ended, so nothing is deleted.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ class TestSQLiteSavepoints:
 
 
 async def test_two_engines_in_one_session(env: OrmEnvironment, database: Database) -> None:
-    """One session writes through two engines; a failure of either takes back both."""
+    """One session writes through two engines; a failure of either rolls both back."""
     other = database.engine()
     try:
         binds: dict[Any, Any] = {Doc: env.engine, Parent: other}

@@ -169,7 +169,7 @@ class TestFailures:
         with declared({"thumb": recipe, "text": Upper("b", when="flush")}):
             saving = asyncio.create_task(save(env, Doc(id=1, file=file("x"))))
             async with asyncio.timeout(30):
-                while len(await env.objects()) < 2:  # noqa: ASYNC110  # nobody tells
+                while len(await env.objects()) < 2:  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.01)
             gate.opened.set()
             with pytest.raises(DerivationRefusedError):

@@ -1,4 +1,4 @@
-"""What breaks a request or a whole program off while a session stores: a visitor who goes away, and Ctrl+C."""
+"""A request or a whole program ends while a session stores: a client that disconnects, and Ctrl+C."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def serving(app: Starlette) -> AsyncIterator[int]:
 @pytest.mark.case("CAN-05", "STR-11")
 @pytest.mark.parametrize("middleware", [[], [Middleware(BaseHTTPMiddleware, dispatch=passing)]], ids=["plain", "middleware"])
 @pytest.mark.parametrize("change", ["insert", "replace"])
-async def test_a_visitor_goes_away(env: OrmEnvironment, middleware: list[Middleware], change: str) -> None:
+async def test_client_disconnects(env: OrmEnvironment, middleware: list[Middleware], change: str) -> None:
     """The half of a body that has arrived leaves no object, its row is as it was, and its connection is free again."""
     await env.add(Doc(id=1, file=file("a")))
     errors: list[BaseException] = []

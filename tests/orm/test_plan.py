@@ -49,11 +49,11 @@ UPLOADS: dict[str, tuple[list[Assigned[str]], Mapping[Hashable, bool], bool, Upl
     "a file of a row, while another row's old file is unknown": ([stored("1", "a")], {}, False, UploadPlan(undecided=["1"])),
     "a file that a row of this transaction holds": ([stored("1", "a")], {"a": True}, True, UploadPlan(copy=["1"])),
     "a file that a row gave up before": ([stored("1", "a")], {"a": False}, True, UploadPlan(undecided=["1"])),
-    "a file that a row gives up now": ([replaced("1", "a")], {}, True, UploadPlan(undecided=["1"])),
+    "a file that a row releases now": ([replaced("1", "a")], {}, True, UploadPlan(undecided=["1"])),
     "a swap": ([replaced("1", "b"), replaced("2", "a")], {}, True, UploadPlan(undecided=["1", "2"])),
     "one that was stored beforehand": ([unowned("1", "a")], {}, True, UploadPlan(undecided=["1"])),
     "one of another manager": ([foreign("1", "a")], {}, True, UploadPlan(copy=["1"])),
-    "one of another manager that a row gives up": ([foreign("1", "a", is_replaced=True)], {}, True, UploadPlan(copy=["1"])),
+    "one of another manager that a row releases": ([foreign("1", "a", is_replaced=True)], {}, True, UploadPlan(copy=["1"])),
     "one of another manager stored beforehand": ([foreign("1", "a", is_unowned=True)], {}, True, UploadPlan(copy=["1"])),
     "a restored one": ([restored("1", "a")], {}, True, UploadPlan(undecided=["1"])),
     "all at once": (

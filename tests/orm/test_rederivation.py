@@ -1,4 +1,4 @@
-"""Making variants anew for the rows that are there: what is missing, of another recipe, all of it, or not declared any more."""
+"""Deriving variants again for existing rows: missing ones, those of another recipe, all, or those no longer declared."""
 
 from __future__ import annotations
 

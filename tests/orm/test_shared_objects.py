@@ -213,7 +213,7 @@ class TestDatabases:
 
     @pytest.mark.parametrize("database", ["mariadb"], indirect=True)
     async def test_deadlock_of_the_question(self, env: OrmEnvironment) -> None:
-        """A deadlock rolls the rows back, whoever's it is: nothing is deleted for a transaction that has not been committed."""
+        """A deadlock rolls the rows of either transaction back: nothing is deleted for one that has not been committed."""
         await env.add(Doc(id=1, file=file("a")), Doc(id=2), *(Doc(id=number) for number in range(3, 9)))
         async with env.sessions() as session, env.sessions() as other:
             row = await session.get_one(Doc, 2)

@@ -173,7 +173,7 @@ class TestSessions:
             with pytest.raises(ZeroDivisionError):
                 await session.commit()
         async with asyncio.timeout(10):  # a task of its own may see to it, and on MariaDB asks the rows first
-            while env.journal is None and len(await env.objects()) > 1:  # noqa: ASYNC110  # nobody tells
+            while env.journal is None and len(await env.objects()) > 1:  # noqa: ASYNC110  # there is no event to wait for
                 await asyncio.sleep(0.01)
         await env.check(file_1="b")
 
@@ -195,7 +195,7 @@ class TestSessions:
                 await session.delete(await session.get_one(Doc, 1))
                 (await session.get_one(Doc, 2)).file = file("c")
         async with asyncio.timeout(10):
-            while len(await env.objects()) > 1:  # noqa: ASYNC110  # nobody tells
+            while len(await env.objects()) > 1:  # noqa: ASYNC110  # there is no event to wait for
                 await asyncio.sleep(0.01)
         await session.close()
         await env.check(file_2="c")

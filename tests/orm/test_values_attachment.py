@@ -157,7 +157,7 @@ class TestStored:
         with pytest.raises(AttributeError):
             document.file.ref = None
 
-    async def test_a_path_of_a_visitor_ends_nowhere(self, sessions: Sessions, binding: StorageBinding) -> None:
+    async def test_path_in_a_client_name_is_not_followed(self, sessions: Sessions, binding: StorageBinding) -> None:
         document = await add(sessions, Document(id=1, file=Attachment(b"", filename="../../etc/passwd")))
         assert document.file.original_filename == "passwd"
         assert document.file.location.startswith("docs/document/1/file/")

@@ -175,7 +175,7 @@ async def test_rotated_keys(binding: Any) -> None:
 
 @pytest.mark.case("SIG-09")
 async def test_a_place_that_is_not_of_its_column(uploads: DirectUploads, client: Client) -> None:
-    """Whoever shares the key still reaches no object but those that clients have sent for this column."""
+    """A program that shares the key still reaches only objects that clients have sent for this column."""
     upload = await client.sent(await begun(uploads))
     file = await uploads.finish(upload.token, Document.file)
     claims = claims_of(upload.token)

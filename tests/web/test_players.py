@@ -88,7 +88,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @dataclass
 class Seen:
-    """What a visitor sees of a file."""
+    """What a client sees of a file."""
 
     player: Any
     picture: int | None

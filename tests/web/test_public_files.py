@@ -225,7 +225,7 @@ async def test_a_link_out_of_the_folder(tmp_path: Path) -> None:
 
 
 class TestConfigurations:
-    """A public policy's locations must be told from all others by what they begin with."""
+    """A public policy's locations must have a prefix that no other locations have."""
 
     def refused(self, *policies: StoragePolicy, **backends: Any) -> None:
         with pytest.raises(ConfigurationError, match="cannot tell"):

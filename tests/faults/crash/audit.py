@@ -58,7 +58,7 @@ class Audit:
         await self.check_everything()
 
     async def wait_for_the_dead(self) -> None:
-        """Wait until the database has noticed that the children are gone, and has rolled back what they had under way."""
+        """Wait until the database has rolled back the transactions of the dead children."""
         if self.place.setting.is_sqlite:  # the locks of a file go with the process
             return
         if self.place.setting.is_postgres:

@@ -36,7 +36,7 @@ class Job:
         point: At which point something happens to it; None for none.
         count: At which time of coming there.
         signal: What happens to it: the name of a signal.
-        tasks: How many transactions it has under way at a time.
+        tasks: How many transactions it has in progress at a time.
         sql: How many of these write SQL past every session.
         more: How many each of them does after that has happened, where the child survives it; None for as many as it can.
         worker: Whether it recovers what others have left, too.

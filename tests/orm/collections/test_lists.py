@@ -1,4 +1,4 @@
-"""Lists of files: what can be added, moved, replaced and removed, and what of it a rollback takes back.
+"""Lists of files: what can be added, moved, replaced and removed, and what of it a rollback undoes.
 
 After each, the `env` fixture checks that the set of objects equals the set of references.
 """

@@ -120,7 +120,7 @@ async def delete(env: OrmEnvironment, number: int) -> None:
 
 
 async def restore(env: OrmEnvironment, ref: StoredObjectRef, number: int = 9) -> bool:
-    """Let a new row take a file back that others have given up; return whether that was possible."""
+    """Let a new row restore a file that others have released; return whether that was possible."""
     try:
         await env.add(Doc(id=number, file=Attachment.restore(ref)))
     except StaleAttachmentError:

@@ -86,7 +86,7 @@ class TestTwoJournals:
             two.add(Memo(id=1, file=file("b")))
             await one.flush()
             await two.flush()
-            assert await intents_of(env) == (1, 1), "as others see them, none of them is taken back yet"
+            assert await intents_of(env) == (1, 1), "as others see them, none of them is consumed yet"
             await two.rollback()
             await one.commit()
         assert await intents_of(env) == (0, 0)
@@ -178,7 +178,7 @@ class TestWhileAWorkerRuns:
             await file("a").store(Doc.file)
             binding.unbind()
             env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=journal)
-            await eventually(lambda: not in_progress["former"])  # what is under way ends with the manager that it began with
+            await eventually(lambda: not in_progress["former"])  # calls in progress end with the manager that they began with
             async with env.uploads() as (connection, tables):
                 await connection.execute(update(tables.intent).values(backend="former", due=clock(-1.0)))
             lost = await file("b").store(Doc.file)

@@ -1,4 +1,4 @@
-"""Files that go by a cascade in the flush that has just moved them: one intent each, because an undo takes back only one."""
+"""Files that go by a cascade in the flush that has just moved them: one intent each, because an undo cancels only one."""
 
 from __future__ import annotations
 

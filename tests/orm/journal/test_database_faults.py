@@ -39,7 +39,7 @@ async def timed_out(request: pytest.FixtureRequest, env: OrmEnvironment) -> Any:
 
 @pytest.mark.case("DBF-29")
 async def test_a_transaction_that_the_database_has_ended(env: OrmEnvironment, timed_out: tuple[list[str], str | None]) -> None:
-    """The intents that it had taken back are there again, so nothing stays; and the same attachment can be tried again."""
+    """The intents that it had consumed are there again, so nothing stays; and the same attachment can be tried again."""
     settings, slow = timed_out
     await env.add(Doc(id=1, file=file("a")))
     new = file("b")
@@ -77,7 +77,7 @@ async def is_gone(env: OrmEnvironment) -> bool:
 @pytest.mark.parametrize("database", ["psycopg", "mariadb"], indirect=True)  # asyncpg has no two-phase transactions in SQLAlchemy
 @pytest.mark.parametrize("committed", [True, False])
 async def test_a_prepared_transaction_is_left_for_later(env: OrmEnvironment, committed: bool) -> None:
-    """Its program is gone, and nobody knows yet how it ends: its objects stay until somebody does."""
+    """Its program is gone and its outcome is unknown: its objects stay until it is known."""
     await env.add(Doc(id=1, file=file("a")))
     async with AsyncSession(env.engine, twophase=True) as session:
         (await session.get_one(Doc, 1)).file = file("b")
@@ -169,7 +169,7 @@ async def test_a_worker_in_its_transaction_is_in_nobodys_way(env: OrmEnvironment
 @pytest.mark.case("DBF-23")
 @pytest.mark.parametrize("kept", [True, False], ids=["retention", "no retention"])
 async def test_a_restored_backup(env: OrmEnvironment, kept: bool) -> None:
-    """Rows of a backup find the objects that were given up since, where the retention is longer than that."""
+    """Rows of a backup find the objects that were released since, where the retention is longer than that."""
     assert env.journal is not None
     await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
     tables = ["doc", *(table.name for table in env.journal.tables.all)]
@@ -236,7 +236,7 @@ async def test_a_crash_that_forgets_commits(crashing: tuple[Path, Database], giv
 async def test_a_crash_that_forgets_what_was_acknowledged(
     crashing: tuple[Path, Database], at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a transaction gives up is not deleted as soon as its COMMIT is answered: the simpler variant loses a file."""
+    """What a transaction releases is not deleted as soon as its COMMIT is answered: the simpler variant loses a file."""
     folder, database = crashing
     async with orm_environment(database, journaled=True) as env:
         assert env.journal is not None

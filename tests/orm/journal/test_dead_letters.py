@@ -44,7 +44,7 @@ async def test_the_death_of_a_worker_is_no_attempt(env: OrmEnvironment, monkeypa
 
 
 async def test_a_check_that_fails_is_nobodys_fault(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column was renamed, perhaps: until somebody mends it nothing is deleted, and nothing given up."""
+    """A column was renamed, perhaps: until it is repaired nothing is deleted, and nothing becomes a dead letter."""
     await file("a").store(Doc.file)
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_check", die)

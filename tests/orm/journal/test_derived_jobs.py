@@ -108,7 +108,7 @@ class TestMade:
             async with journal_of(env).worker(interval=timedelta(hours=1)), asyncio.timeout(30):
                 await asyncio.sleep(0.2)
                 await env.add(Doc(id=1, file=file("x")))  # which wakes it
-                while await shown(env) != expected(recipes, "x"):  # noqa: ASYNC110  # nobody tells
+                while await shown(env) != expected(recipes, "x"):  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.02)
 
     async def test_of_a_file_on_disk(self, env: OrmEnvironment, tmp_path: Any) -> None:
@@ -168,7 +168,7 @@ class TestMade:
 
 class TestRecipes:
     async def test_a_changed_recipe(self, env: OrmEnvironment) -> None:
-        """What the older one made is shown until it is made anew, and displaced once."""
+        """The older variant is shown until it is rendered again, and is displaced once."""
         old, new = Upper("a"), Upper("a", version=2)
         with declared({"thumb": old}):
             await env.add(Doc(id=1, file=file("x")), Doc(id=2))
@@ -323,7 +323,7 @@ class TestRows:
             assert await shown(env) == {"one": first.result(b"x"), "two": second.result(b"x")}
 
     async def test_another_part_of_the_value(self, env: OrmEnvironment) -> None:
-        """Whoever writes it while the deriver waits for the row does not lose it."""
+        """A transaction that writes it while the deriver waits for the row does not lose it."""
         recipe = Upper()
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))

@@ -124,7 +124,7 @@ async def test_finished_twice(env: OrmEnvironment, uploads: DirectUploads, clien
     await env.check(file_1=CONTENT, file_2=CONTENT)
 
 
-async def test_whoever_was_not_first_takes_a_copy(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
+async def test_second_finish_takes_a_copy(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     await uploads.finish(upload.token, Doc.file)
     again = await uploads_of(env.binding).finish(upload.token, Doc.file)
@@ -249,7 +249,7 @@ async def test_storage_fails_at_any_step(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_nobody_knows_whether_it_was_published(
+async def test_unknown_publication(
     env: OrmEnvironment, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)

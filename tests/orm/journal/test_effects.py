@@ -1,4 +1,4 @@
-"""Effects: whatever becomes of files and rows, and whoever dies, what is kept elsewhere agrees with the rows in the end."""
+"""Effects: what is kept elsewhere agrees with the rows in the end, whatever happens to files, rows and processes."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class TestTransactions:
             async with journal_of(env).worker(interval=interval), asyncio.timeout(30):
                 await asyncio.sleep(0.2)
                 await env.add(Doc(id=1, file=file("x")))
-                while not index.documents:  # noqa: ASYNC110  # nobody tells
+                while not index.documents:  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.02)
 
 

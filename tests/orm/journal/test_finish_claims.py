@@ -58,7 +58,7 @@ async def test_a_verdict_is_remembered_by_all(env: OrmEnvironment, processes: li
     assert (env.backend.count("copy"), env.backend.count("open")) == (1, 1)
     [staged] = await env.objects()
     await env.backend.inner.delete(staged)
-    await env.backend.inner.put_bytes(staged, b"sent anew", content_type="text/plain")
+    await env.backend.inner.put_bytes(staged, b"sent again", content_type="text/plain")
     with pytest.raises(UploadMismatchError, match="checksum"):
         await processes[0].finish(upload.token, Doc.file)
     assert env.backend.count("copy") == 2

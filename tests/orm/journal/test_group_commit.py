@@ -13,7 +13,7 @@ from tests.orm.environment import Doc, OrmEnvironment, file
 
 @pytest.mark.case("CAN-01", "CON-10")
 async def test_writer_is_cancelled_after_its_commit(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each object keeps one intent: a second one would let a worker delete it while its transaction is under way."""
+    """Each object keeps one intent: a second one would let a worker delete it while its transaction is in progress."""
     assert env.journal is not None
     await env.journal.check()
     committed, go, original = asyncio.Event(), asyncio.Event(), Intents._insert

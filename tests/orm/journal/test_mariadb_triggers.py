@@ -1,4 +1,4 @@
-"""What MariaDB itself does with the journal where it has triggers: whoever writes rows, objects and references agree."""
+"""The triggers of MariaDB: objects and references agree, whichever client writes the rows."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ class TestGuard:
 
     @pytest.mark.parametrize("level", LEVELS)
     async def test_the_source_of_a_copy_waits(self, env: OrmEnvironment, level: str) -> None:
-        """Whoever copies holds a lock on the row that vouches for the object, until the copy is committed."""
+        """A copy locks the row that vouches for the object until the copy is committed."""
         await stored(env, Doc(id=1, file=file("a")))
         async with transaction(env, level) as connection:
             await run(connection, "INSERT INTO parent SELECT id, file FROM doc")

@@ -57,7 +57,7 @@ async def test_the_id_is_kept_before_the_parts(env: OrmEnvironment) -> None:
 
     saving = asyncio.create_task(env.add(Doc(id=1, file=Attachment(slow()))))
     async with asyncio.timeout(60):
-        while not (kept := [row.upload_id for row in await intents(env) if row.upload_id]):  # noqa: ASYNC110  # nobody tells
+        while not (kept := [row.upload_id for row in await intents(env) if row.upload_id]):  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.05)
     assert kept == await uploads(env)
     go.set()

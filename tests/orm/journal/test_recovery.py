@@ -43,7 +43,7 @@ async def rows(env: OrmEnvironment, name: str) -> list[Any]:
 
 @contextlib.contextmanager
 def retention(duration: timedelta) -> Iterator[None]:
-    """Let what rows give up be kept so long."""
+    """Set how long released objects are kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StorageJournal, "retention_of", lambda *_: duration)
         yield
@@ -52,7 +52,7 @@ def retention(duration: timedelta) -> Iterator[None]:
 async def eventually_true(condition: Callable[[], Awaitable[object]]) -> None:
     """Wait until something holds that has to be asked for; on a machine that has other things to do, too."""
     async with asyncio.timeout(60):
-        while not await condition():  # noqa: ASYNC110  # nobody tells; the database has to be asked
+        while not await condition():  # noqa: ASYNC110  # no event: the database has to be asked
             await asyncio.sleep(0.02)
 
 

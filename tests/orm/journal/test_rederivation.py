@@ -1,4 +1,4 @@
-"""Making variants anew once more, with a journal."""
+"""Deriving variants again, with a journal."""
 
 from __future__ import annotations
 

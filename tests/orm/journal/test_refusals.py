@@ -130,19 +130,19 @@ class TestTables:
     async def test_no_privilege(self, env: OrmEnvironment) -> None:
         if not env.database.is_postgres:
             pytest.skip("one kind of privilege is enough")
-        await env.sql("CREATE ROLE visitor LOGIN")
-        await env.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO visitor")
-        engine = create_async_engine(env.database.url.set(username="visitor"), poolclass=NullPool)
+        await env.sql("CREATE ROLE reader LOGIN")
+        await env.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+        engine = create_async_engine(env.database.url.set(username="reader"), poolclass=NullPool)
         journal = StorageJournal(engine)
         binding = bind_storage(Base, env.manager, journal=journal)
         try:
-            with pytest.raises(ConfigurationError, match=r"GRANT .* ON granite_storage_intent TO visitor"):
+            with pytest.raises(ConfigurationError, match=r"GRANT .* ON granite_storage_intent TO reader"):
                 await journal.check()
         finally:
             binding.unbind()
             await engine.dispose()
-            await env.sql("DROP OWNED BY visitor")
-            await env.sql("DROP ROLE visitor")
+            await env.sql("DROP OWNED BY reader")
+            await env.sql("DROP ROLE reader")
 
 
 @pytest.mark.case("DBF-28")

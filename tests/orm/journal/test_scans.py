@@ -95,7 +95,7 @@ class TestVerdicts:
         assert await jobs(env) == []
 
     async def test_a_scanner_that_is_down_for_long(self, env: OrmEnvironment, scanner: ScriptedScanner) -> None:
-        """Nothing is given up: the pauses grow, and the verdict comes when the scanner does."""
+        """No job is abandoned: the pauses grow, and the verdict comes when the scanner does."""
         await hold(env)
         await hold(env, "b", 2)
         await hold(env, "c", 3)
@@ -487,12 +487,12 @@ class TestWorkers:
             async with env.sessions.begin() as session:
                 (await session.get_one(Doc, 2)).file = None
             async with asyncio.timeout(30):
-                while len(await env.objects()) > 1:  # noqa: ASYNC110  # nobody tells
+                while len(await env.objects()) > 1:  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.02)
             assert await status(env) == "pending"
             gate.opened.set()
             async with asyncio.timeout(30):
-                while await status(env) != "clean":  # noqa: ASYNC110  # nobody tells
+                while await status(env) != "clean":  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.02)
 
     async def test_cancelled_at_every_await(self, env: OrmEnvironment, scanner: ScriptedScanner) -> None:

@@ -1,4 +1,4 @@
-"""Objects that several rows share, which SQL can bring about: one delete intent for each, whoever nominates it."""
+"""Objects that several rows share, which SQL can bring about: one delete intent for each, whichever row nominates it."""
 
 from __future__ import annotations
 
@@ -357,7 +357,7 @@ class Traffic:
     async def wait_for_enough(self) -> None:
         """Return when a time is over, and all that matters has happened often enough."""
         await asyncio.sleep(SECONDS)
-        while any(self.done[what] < count for what, count in ENOUGH.items()):  # noqa: ASYNC110  # nobody tells
+        while any(self.done[what] < count for what, count in ENOUGH.items()):  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.05)
 
     @contextlib.asynccontextmanager

@@ -171,7 +171,7 @@ def without_ownership(patch: pytest.MonkeyPatch) -> None:
 
 
 def lifting_any_fence(patch: pytest.MonkeyPatch) -> None:
-    """Any worker that has seen a reference lifts the fence, whoever has taken it over meanwhile."""
+    """Any worker that has seen a reference lifts the fence, even one that another worker has taken over meanwhile."""
 
     async def let_go(self: Recovery, items: Any) -> None:
         async with self._pool.reading() as connection:

@@ -18,7 +18,7 @@ The simpler variants, and the scenario or the test that each of them fails in:
     clean-up by a cancelled task, without a fence    test_recovery: TestCancelled
     deletes at a rollback, without a fence           test_session_variants: rolled_back_and_tried_again and
                                                      rolled_back_though_referenced
-    no second look after an upload                   late_arrival
+    no re-check after an upload                      late_arrival
     the old value as the session remembers it        test_session_variants: two_replace
     copies that share an object                      test_session_variants: copied_while_given_up, and without the check of
                                                      references copied_then_given_up
@@ -121,7 +121,7 @@ async def late_arrival(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
 
 
 async def undone_delete(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
-    """A row takes back what it had given up, while a worker looks."""
+    """A row restores what it had released while a worker checks."""
     ref = await given_up(env)
     await expire(env)
     with contextlib.suppress(StaleAttachmentError):
@@ -132,7 +132,7 @@ async def undone_delete(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
 
 
 async def undone_twice(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
-    """A row takes back what it had given up in a savepoint that is rolled back, and then again, while a worker looks."""
+    """A row restores what it had released in a savepoint that is rolled back, and then again, while a worker checks."""
     ref = await given_up(env)
     async with env.sessions.begin() as session:
         doc = await session.get_one(Doc, 1)
@@ -148,7 +148,7 @@ async def undone_twice(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
 
 
 async def given_up(env: OrmEnvironment) -> Any:
-    """Let a row give up its file, which then waits to be deleted; return its ref."""
+    """Let a row release its file, which then waits to be deleted; return its ref."""
     await env.add(Doc(id=1, file=file("a")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("granite_storage.orm.journal.journal.StorageJournal.retention_of", lambda *_: timedelta(hours=1))
@@ -169,7 +169,7 @@ async def moved(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
 
 
 async def moved_later(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
-    """An object is given up by one flush and taken by the next one of the same transaction."""
+    """An object is released by one flush and taken by the next one of the same transaction."""
     await env.add(Doc(id=1, file=file("a")))
     async with env.sessions.begin() as session:
         doc = await session.get_one(Doc, 1)

@@ -220,7 +220,7 @@ def deleting_at_a_rollback_and_forgetting_nothing(patch: pytest.MonkeyPatch) -> 
 
 
 def trusting_what_sessions_remember(patch: pytest.MonkeyPatch) -> None:
-    """What a row gives up is what its session has once read of it."""
+    """A row releases what its session has once read of it."""
     original = flush._locked_refs
 
     def remembered(session: Any, unit: Any, changes: Any, *others: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The triggers of SQLite: whoever writes rows, objects and references agree. Those of PostgreSQL have the same cases."""
+"""The triggers of SQLite: objects and references agree, whichever client writes the rows; with the cases of PostgreSQL."""
 
 from __future__ import annotations
 

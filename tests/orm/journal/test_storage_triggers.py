@@ -1,4 +1,4 @@
-"""What the database itself does with the journal where it has triggers: whoever writes rows, objects and references agree."""
+"""The triggers of the journal: objects and references agree, whichever client writes the rows."""
 
 from __future__ import annotations
 
@@ -410,7 +410,7 @@ class TestGuard:
                 assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
 
     async def test_the_source_of_a_copy_waits(self, env: OrmEnvironment) -> None:
-        """Whoever copies holds a lock on the row that vouches for the object, until the copy is committed."""
+        """A copy locks the row that vouches for the object until the copy is committed."""
         await stored(env, Doc(id=1, file=file("a")))
         async with env.engine.begin() as connection:
             await run(connection, "INSERT INTO parent SELECT id, file FROM doc")
@@ -473,7 +473,7 @@ class TestUploadsThatStayPending:
         return doc.file.ref
 
     @pytest.mark.parametrize("statement", ["INSERT INTO parent VALUES (1, {ref})", "UPDATE parent SET file = {ref}"])
-    async def test_whoever_locks_it_keeps_the_object(self, env: OrmEnvironment, ref: StoredObjectRef, statement: str) -> None:
+    async def test_locked_row_keeps_the_object(self, env: OrmEnvironment, ref: StoredObjectRef, statement: str) -> None:
         if statement.startswith("UPDATE"):
             await env.add(Parent(id=1))
         async with env.engine.begin() as connection:
@@ -831,7 +831,7 @@ class TestChecks:
     async def test_what_is_renamed(
         self, env: OrmEnvironment, renamed: str, back: str, write: str, relations: str, gone: str
     ) -> None:
-        """The functions name it still: whoever writes the rows fails, so it is told in plain words."""
+        """The functions still name it, so every write of the rows fails, and the error says why."""
         await stored(env, Doc(id=1, file=file("a")), Parent(id=1, file=file("b")))
         await env.sql(f"ALTER TABLE {renamed}")
         try:

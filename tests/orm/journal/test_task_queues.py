@@ -19,7 +19,7 @@ from tests.programs import restored_logging
 
 async def until_derived(env: OrmEnvironment, recipes: dict[str, Upper], content: str) -> None:
     async with asyncio.timeout(30):
-        while await shown(env) != expected(recipes, content):  # noqa: ASYNC110  # nobody tells
+        while await shown(env) != expected(recipes, content):  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.02)
 
 

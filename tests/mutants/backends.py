@@ -25,8 +25,8 @@ MUTANTS = [
         name="local-name-not-synchronised",
         rule="The directory that holds a new name is synchronised before the write returns.",
         path="granite_storage/backends/_local_tree.py",
-        old="                self._tree.synchronise_directory(self._directory, self._location)\n",
-        new="                pass\n",
+        old="            self._tree.synchronise_directory(self._directory, self._location)\n",
+        new="            pass\n",
         tests=("tests/faults/test_disk.py::test_nothing_that_a_power_loss_can_take_is_left_when_a_write_returns",),
     ),
     Mutant(

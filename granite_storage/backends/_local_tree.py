@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Self
 
 from granite_storage._telemetry import fields_of
@@ -40,7 +41,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
     StorageFullError,
 )
-from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location, uuid7_hex
+from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location
 
 logger = logging.getLogger("granite_storage")
 
@@ -385,14 +386,10 @@ class Tree:
 
     def identify(self) -> tuple[str, ...]:
         """Return the identities that the marker holds; write the marker, and one into it, where there is none."""
-        with translated(None):
-            root = self._open_root(writing=True)
-            try:
-                self._mark(root)  # again, where somebody has removed it since
-                found = _identities_of(root) or self._add_identity(root)
-                self._identified = self._known_root, found
-            finally:
-                os.close(root)
+        with translated(None), self._directory([], writing=True) as root:
+            self._mark(root)  # again, where somebody has removed it since
+            found = _identities_of(root) or self._add_identity(root)
+            self._identified = self._known_root, found
         return found
 
     def _add_identity(self, root: int) -> tuple[str, ...]:
@@ -408,8 +405,8 @@ class Tree:
     def now(self) -> datetime:
         """Return the time by which the file system dates what is written now, or the machine's where nothing can be written."""
         try:
-            with _open_directory(self.root) as root:
-                return _dated_now(root)
+            with NamedTemporaryFile(prefix=RESERVED_PREFIX, suffix=TEMPORARY_SUFFIX, dir=self.root) as file:
+                return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
         except OSError:
             return datetime.now(UTC)
 
@@ -520,8 +517,8 @@ class Tree:
                 yield directory
 
     @contextmanager
-    def _directory(self, segments: Sequence[str]) -> Iterator[int]:
-        descriptor = self._open_root(writing=False)
+    def _directory(self, segments: Sequence[str], *, writing: bool = False) -> Iterator[int]:
+        descriptor = self._open_root(writing=writing)
         try:
             for segment in segments:
                 child = os.open(segment, DIRECTORY | NO_LINK, dir_fd=descriptor)
@@ -689,16 +686,6 @@ class Tree:
 def _identities_of(root: int) -> tuple[str, ...]:
     with _opened(MARKER, READ, parent=root) as marker:
         return identities_in(os.read(marker, MARKER_SIZE))
-
-
-def _dated_now(directory: int) -> datetime:
-    name = f"{RESERVED_PREFIX}{uuid7_hex()}{TEMPORARY_SUFFIX}"
-    descriptor = os.open(name, CREATE, 0o600, dir_fd=directory)
-    try:
-        return datetime.fromtimestamp(os.fstat(descriptor).st_mtime, UTC)
-    finally:
-        os.close(descriptor)
-        os.unlink(name, dir_fd=directory)
 
 
 def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:

@@ -146,8 +146,8 @@ MUTANTS = [
         name="s3-body-without-checksum",
         rule="The server verifies the bytes that it gets.",
         path="granite_storage/backends/_s3_upload.py",
-        old="return {parameter: base64_text(digest)}, digest",
-        new="return {}, digest",
+        old="    return {parameter: base64_text(digest)}\n",
+        new="    return {}\n",
         tests=("tests/backends/test_s3_faults.py::TestRetries::test_bytes_that_change_on_their_way",),
     ),
     Mutant(
@@ -170,7 +170,7 @@ MUTANTS = [
         name="s3-cancelled-write-stays",
         rule="A cancelled write leaves no object.",
         path="granite_storage/backends/_s3_upload.py",
-        old="            if body.sent:\n                await self._clean_up(None, published=True)\n",
+        old="            if body.sent:\n                await self._clean_up(self._withdraw())\n",
         new="",
         tests=("tests/backends/test_s3_faults.py::TestCancellation::test_the_publishing_request[small bytes]",),
     ),
@@ -193,7 +193,7 @@ MUTANTS = [
     Mutant(
         name="s3-denied-means-missing",
         rule="A refused permission is never reported as a missing object.",
-        path="granite_storage/backends/_s3_errors.py",
+        path="granite_storage/backends/_remote.py",
         old="    403: AccessDeniedError,\n",
         new="    403: ObjectNotFoundError,\n",
         tests=("tests/backends/test_s3.py::TestErrors::test_wrong_secret[stat]",),
@@ -226,8 +226,7 @@ MUTANTS = [
         name="obstore-cancelled-write-stays",
         rule="A cancelled write leaves no object.",
         path="granite_storage/backends/_obstore_upload.py",
-        old="            await shielded_cleanup(self._withdraw(unique=unique), "
-        'f"the clean-up of a write of {self._location!r}")\n',
+        old="            await self._clean_up(self._withdraw())\n",
         new="",
         tests=("tests/backends/test_obstore_faults.py::TestOneRequest::test_cancelled_while_the_server_has_it",),
     ),

@@ -23,10 +23,10 @@ import time
 import unicodedata
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Self
 
 from granite_storage._telemetry import fields_of
@@ -41,7 +41,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
     StorageFullError,
 )
-from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location, uuid7_hex
+from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location
 
 logger = logging.getLogger("granite_storage")
 
@@ -80,6 +80,7 @@ _path_of = itemgetter(0)
 _WRITE_SIZE = 512 * 1024
 """In bytes. For a write of 1 MiB Linux may need that much memory in one piece, which took three times as long when measured."""
 _RENAME_NOREPLACE = 1
+_CLOSED = -1  # never a descriptor, while the number of one that was closed may be another file's
 _CLAIM_ATTEMPTS = 200
 _CLAIM_PAUSE = 0.01
 
@@ -94,13 +95,17 @@ def temporary_stem(name: str) -> str:
 
 
 @contextmanager
-def _open_directory(path: str | Path, parent: int | None = None) -> Iterator[int]:
-    """Open a directory: one in an open directory by its name there, and not through a link."""
-    descriptor = os.open(path, DIRECTORY | (NO_LINK if parent is not None else 0), dir_fd=parent)
+def _opened(path: str | Path, flags: int, mode: int = 0o777, *, parent: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, flags, mode, dir_fd=parent)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open_directory(path: str | Path, parent: int | None = None) -> AbstractContextManager[int]:
+    """Open a directory: one in an open directory by its name there, and not through a link."""
+    return _opened(path, DIRECTORY | (NO_LINK if parent is not None else 0), parent=parent)
 
 
 def _info_of(location: str, found: os.stat_result) -> ObjectInfo:
@@ -152,60 +157,28 @@ def _walk(top: int, folder: str, prefix: str, start_after: str) -> Iterator[Obje
             os.close(directory)
 
 
-def _sweep(top: int, before: float) -> int:
+def _sweep(directory: int, room: int, before: float) -> int:
     """Remove the temporary files below an open directory that were last written to before a time; return how many.
 
-    The directories that this leaves empty go too. It goes depth first, with no call in another for each level: folders may be
-    nested as deeply as a location is long.
+    The directories that this leaves empty go too.
 
     Args:
-        top: The directory.
+        directory: The directory.
+        room: How long a path in it may be, in bytes; so at most 512 directories are open, each in a call of its own.
         before: The time, in seconds since the epoch.
     """
-    removed, folders = _sweep_files(top, before)
-    levels = [_Level(top, "", MAX_LOCATION_BYTES, iter(folders), removed)]
-    try:
-        while True:
-            level = levels[-1]
-            name = next(level.folders, None)
-            if name is not None:
-                room = level.room - len(os.fsencode(name)) - 1  # deeper directories are none of ours
-                if room > 0 and _is_segment(name):
-                    with suppress(*_VANISHED):
-                        levels.append(_open_sweep_level(name, level.directory, room, before))
-                continue
-            levels.pop()
-            if not levels:
-                return level.removed
-            os.close(level.directory)
-            levels[-1].removed += level.removed
-            if level.removed:
+    removed, folders = _sweep_files(directory, before)
+    for name in folders:
+        left = room - len(os.fsencode(name)) - 1  # deeper directories are none of ours
+        if left > 0 and _is_segment(name):
+            found = 0
+            with suppress(*_VANISHED), _open_directory(name, directory) as folder:
+                found = _sweep(folder, left, before)
+            if found:
+                removed += found
                 with suppress(OSError):
-                    os.rmdir(level.name, dir_fd=levels[-1].directory)
-    finally:
-        for level in levels[1:]:
-            os.close(level.directory)
-
-
-@dataclass(slots=True)
-class _Level:
-    """A directory that a sweep is in."""
-
-    directory: int
-    name: str
-    room: int
-    folders: Iterator[str]
-    removed: int
-
-
-def _open_sweep_level(name: str, parent: int, room: int, before: float) -> _Level:
-    directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
-    try:
-        removed, folders = _sweep_files(directory, before)
-    except BaseException:
-        os.close(directory)
-        raise
-    return _Level(directory, name, room, iter(folders), removed)
+                    os.rmdir(name, dir_fd=directory)
+    return removed
 
 
 def _sweep_files(directory: int, before: float) -> tuple[int, list[str]]:
@@ -413,14 +386,10 @@ class Tree:
 
     def identify(self) -> tuple[str, ...]:
         """Return the identities that the marker holds; write the marker, and one into it, where there is none."""
-        with translated(None):
-            root = self._open_root(writing=True)
-            try:
-                self._mark(root)  # again, where somebody has removed it since
-                found = _identities_of(root) or self._add_identity(root)
-                self._identified = self._known_root, found
-            finally:
-                os.close(root)
+        with translated(None), self._directory([], writing=True) as root:
+            self._mark(root)  # again, where somebody has removed it since
+            found = _identities_of(root) or self._add_identity(root)
+            self._identified = self._known_root, found
         return found
 
     def _add_identity(self, root: int) -> tuple[str, ...]:
@@ -428,19 +397,16 @@ class Tree:
 
         Several processes may do so at the same time: each appends, and for all of them the first line counts.
         """
-        marker = os.open(MARKER, os.O_WRONLY | os.O_APPEND | NO_LINK, dir_fd=root)
-        try:
+        with _opened(MARKER, os.O_WRONLY | os.O_APPEND | NO_LINK, parent=root) as marker:
             os.write(marker, b"\n" + new_marker())
             self.synchronise(marker)
-        finally:
-            os.close(marker)
         return _identities_of(root)
 
     def now(self) -> datetime:
         """Return the time by which the file system dates what is written now, or the machine's where nothing can be written."""
         try:
-            with _open_directory(self.root) as root:
-                return _dated_now(root)
+            with NamedTemporaryFile(prefix=RESERVED_PREFIX, suffix=TEMPORARY_SUFFIX, dir=self.root) as file:
+                return datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
         except OSError:
             return datetime.now(UTC)
 
@@ -508,7 +474,7 @@ class Tree:
         The directories that this leaves empty go too.
         """
         with self._directory_if_any("") as root:
-            return 0 if root is None else _sweep(root, time.time() - older_than)
+            return 0 if root is None else _sweep(root, MAX_LOCATION_BYTES, time.time() - older_than)
 
     def synchronise(self, file: int, location: str | None = None) -> None:
         """Wait until a file is on the disk, where that is wanted."""
@@ -551,8 +517,8 @@ class Tree:
                 yield directory
 
     @contextmanager
-    def _directory(self, segments: Sequence[str]) -> Iterator[int]:
-        descriptor = self._open_root(writing=False)
+    def _directory(self, segments: Sequence[str], *, writing: bool = False) -> Iterator[int]:
+        descriptor = self._open_root(writing=writing)
         try:
             for segment in segments:
                 child = os.open(segment, DIRECTORY | NO_LINK, dir_fd=descriptor)
@@ -566,20 +532,18 @@ class Tree:
         """Open a directory, and make it and its parents where they are missing; their entries are on the disk afterwards."""
         descriptor = self._open_root(writing=True)
         path = ""
-        try:
-            for segment in segments:
-                path = f"{path}/{segment}"
+        for segment in segments:
+            path = f"{path}/{segment}"
+            try:
                 child, made = self._open_or_make(segment, descriptor)
                 try:
                     self._settle(path, child, descriptor, made)
                 except BaseException:
                     os.close(child)
                     raise
+            finally:
                 os.close(descriptor)
-                descriptor = child
-        except BaseException:
-            os.close(descriptor)
-            raise
+            descriptor = child
         return descriptor
 
     def _open_or_make(self, segment: str, parent: int) -> tuple[int, bool]:
@@ -709,36 +673,19 @@ class Tree:
         self._known_root = identity
 
     def _mark(self, root: int) -> None:
-        with suppress(FileExistsError):
-            # Another process that finds it empty appends an identity of its own, which must not be overwritten.
-            marker = os.open(MARKER, CREATE | os.O_APPEND, 0o600, dir_fd=root)
-            try:
-                if self.file_mode is not None:
-                    with self.translated(None, step="chmod"):
-                        os.fchmod(marker, self.file_mode)
-                os.write(marker, new_marker())
-                self.synchronise(marker)
-            finally:
-                os.close(marker)
+        # Another process that finds it empty appends an identity of its own, which must not be overwritten.
+        with suppress(FileExistsError), _opened(MARKER, CREATE | os.O_APPEND, 0o600, parent=root) as marker:
+            if self.file_mode is not None:
+                with self.translated(None, step="chmod"):
+                    os.fchmod(marker, self.file_mode)
+            os.write(marker, new_marker())
+            self.synchronise(marker)
         self.synchronise_directory(root)
 
 
 def _identities_of(root: int) -> tuple[str, ...]:
-    marker = os.open(MARKER, READ, dir_fd=root)
-    try:
+    with _opened(MARKER, READ, parent=root) as marker:
         return identities_in(os.read(marker, MARKER_SIZE))
-    finally:
-        os.close(marker)
-
-
-def _dated_now(directory: int) -> datetime:
-    name = f"{RESERVED_PREFIX}{uuid7_hex()}{TEMPORARY_SUFFIX}"
-    descriptor = os.open(name, CREATE, 0o600, dir_fd=directory)
-    try:
-        return datetime.fromtimestamp(os.fstat(descriptor).st_mtime, UTC)
-    finally:
-        os.close(descriptor)
-        os.unlink(name, dir_fd=directory)
 
 
 def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
@@ -759,6 +706,9 @@ class AtomicFile:
         tree: The tree that it is in.
         segments: The segments of its location; missing directories are made.
 
+    Attributes:
+        descriptor: The descriptor to write to.
+
     Raises:
         FileNotFoundError: A deletion found a directory empty and pruned it before the next one or the file was in it.
     """
@@ -769,14 +719,14 @@ class AtomicFile:
         self._location = "/".join(segments)
         self._published = False
         self._temporary: str | None = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-        self._directory: int | None = tree.make_directory(segments[:-1])
         # Where permissions are the volume's to choose, they stay as they are.
         first_mode = 0o666 if tree.file_mode is None else 0o600
-        try:
-            self._descriptor: int | None = os.open(self._temporary, CREATE, first_mode, dir_fd=self._directory)
-        except BaseException:
-            os.close(self._directory)
-            raise
+        with ExitStack() as opened:
+            self._directory = tree.make_directory(segments[:-1])
+            opened.callback(os.close, self._directory)
+            self.descriptor = os.open(self._temporary, CREATE, first_mode, dir_fd=self._directory)
+            opened.callback(os.close, self.descriptor)
+            self._opened = opened.pop_all()
 
     @classmethod
     def begin(cls, tree: Tree, location: str) -> Self:
@@ -813,13 +763,6 @@ class AtomicFile:
                 logger.exception("removing the unfinished file of %r failed", location, extra=fields_of(location=location))
             raise
 
-    @property
-    def descriptor(self) -> int:
-        """The descriptor to write to."""
-        if self._descriptor is None:
-            raise ValueError("the file is closed")
-        return self._descriptor
-
     def write(self, content: bytes) -> None:
         """Add bytes."""
         with self._tree.translated(self._location):
@@ -842,8 +785,7 @@ class AtomicFile:
             self._give_name(self._segments[-1])
             self._published = True
             self._remove_temporary()
-            if self._directory is not None:
-                self._tree.synchronise_directory(self._directory, self._location)
+            self._tree.synchronise_directory(self._directory, self._location)
             self._close()
 
     def _set_mode(self) -> None:
@@ -859,8 +801,8 @@ class AtomicFile:
                     raise
 
     def _give_name(self, name: str) -> None:
-        if self._temporary is None or self._directory is None:
-            raise ValueError("the file is closed")
+        if self._temporary is None:
+            raise ValueError("the file has a name already")
         try:
             with self._tree.translated(self._location, step="link"):
                 if self._tree.names.give(self._temporary, name, self._directory):
@@ -883,17 +825,14 @@ class AtomicFile:
             self._published = False
 
     def _remove_temporary(self) -> None:
-        if self._temporary is not None and self._directory is not None:
+        if self._temporary is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._temporary, dir_fd=self._directory)
             self._temporary = None
 
     def _close(self) -> None:
-        with ExitStack() as steps:
-            for descriptor in (self._directory, self._descriptor):
-                if descriptor is not None:
-                    steps.callback(os.close, descriptor)
-            self._descriptor = self._directory = None
+        self._directory = self.descriptor = _CLOSED
+        self._opened.close()
 
 
 # Giving a finished file its name, exclusively, on whatever file system.

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import shielded
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._identity import bucket_place, folder_places, web_place
-from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
-from granite_storage.backends.base import ObjectInfo, Place
+from granite_storage.backends._remote import BY_STATUS, Opened, PreconditionFailedError, RangeNotSatisfiableError
+from granite_storage.backends.base import ByteRange, ObjectInfo, Place
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -41,6 +41,7 @@ CANCEL_TIMEOUT = 1.0
 
 _CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB that readers ask for, so that it is never cut
 _DELETES = 3
+_LARGEST = (1 << 63) - 1
 _LAST_WAIT = 1.0
 
 
@@ -76,16 +77,6 @@ _BY_CODE: dict[str, type[BackendError]] = {
     ),
     "RequestTimeTooSkewed": AccessDeniedError,
     **dict.fromkeys(("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"), StorageFullError),
-}
-_BY_STATUS: dict[int, type[BackendError]] = {
-    401: AccessDeniedError,
-    403: AccessDeniedError,
-    404: ObjectNotFoundError,
-    408: BackendUnavailableError,
-    412: PreconditionFailedError,
-    416: RangeNotSatisfiableError,
-    429: BackendUnavailableError,
-    507: StorageFullError,
 }
 _BY_SYSTEM_ERROR: dict[int, type[BackendError]] = {
     1: AccessDeniedError,
@@ -175,7 +166,7 @@ def _kind_of(error: Exception, facts: _Facts) -> type[BackendError]:
     if facts.redirect:
         return ObjectStoreConfigurationError
     if facts.status is not None:
-        return _BY_STATUS.get(facts.status, BackendUnavailableError if facts.status >= 500 else BackendError)
+        return BY_STATUS.get(facts.status, BackendUnavailableError if facts.status >= 500 else BackendError)
     if facts.network:
         return BackendUnavailableError
     if facts.range:
@@ -405,16 +396,19 @@ def _require_options_of_store(config: Mapping[str, Any]) -> None:
 
 
 class StoreClient:
-    """Makes each call of a store, and translates its errors.
+    """Makes each call of a store, and translates its errors; readers ask it, see `Service`.
 
     A store is bound to no event loop. One that was built from a URL is built again after it was closed.
 
     Attributes:
+        attempts: See `Service.attempts`.
         kind: What is known of the store.
         name: What messages call it.
         prefix: What the store puts before every location.
         bucket_seen: Whether an answer has shown that the bucket is there, or it need not be.
     """
+
+    attempts = 5
 
     def __init__(self, name: str, build: Callable[[], Any], *, ours: bool = True) -> None:
         self.name = name
@@ -480,7 +474,7 @@ class StoreClient:
         return await answered(self.make(operation, location, request))
 
     async def make(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
-        """Make one call of the store in a task that is not cancelled before the answer is there; all others take `call`."""
+        """Make one call of the store in a task that is not cancelled before the answer is there; other callers use `call`."""
         store = await self.store()
         try:
             answer = await request(store)
@@ -522,16 +516,27 @@ class StoreClient:
                 return
         self.bucket_seen = True
 
-    async def head(self, location: str) -> tuple[ObjectInfo, str | None]:
+    async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
+        """Ask for a range; see `Service.get`."""
+        options = dict(same or {})
+        if start or stop is not None:
+            options["range"] = (start, _LARGEST if stop is None else min(stop, _LARGEST))
+        opened, _ = await self._ask(location, options, "get")
+        return opened
+
+    async def head(self, location: str, /) -> ObjectInfo:
+        """Ask what is known of an object; see `Service.head`."""
+        info, _ = await self.find(location)
+        return info
+
+    async def find(self, location: str) -> tuple[ObjectInfo, str | None]:
         """Return the properties of an object, and the id of the write that it is of, where it has one."""
-        answer = await self.get(location, {"head": True}, operation="head")
-        return answer.info, answer.owner
+        found, write_id = await self._ask(location, {"head": True}, "head")
+        return found.info, write_id
 
-    async def get(self, location: str, options: Mapping[str, Any], *, operation: str = "get") -> Answer:
-        """Ask for an object, or for a range of one."""
-
-        async def request(store: Any) -> Answer:
-            return Answer.of(location, await store.get_async(location, options=options))
+    async def _ask(self, location: str, options: Mapping[str, Any], operation: str) -> tuple[Opened, str | None]:
+        async def request(store: Any) -> tuple[Opened, str | None]:
+            return _opened(location, await store.get_async(location, options=options))
 
         return await self.call(operation, location, request)
 
@@ -572,33 +577,73 @@ class StoreClient:
         return url
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What an object store has sent of an object.
+def _opened(location: str, result: Any) -> tuple[Opened, str | None]:
+    """Return what an object store has sent of an object, and the id of the write that it is of, where it has one.
 
     obstore holds what its future resolved to until its next call, whenever that is. So nothing may stay in it that is open: the
     body is taken out as soon as there is an answer, also where no caller waits for it any more.
+    """
+    meta, attributes = result.meta, result.attributes
+    sent = ByteRange(*result.range)
+    body = _StreamBody(location, result.stream(min_chunk_size=_CHUNK), sent.stop - sent.start)
+    same = {"if_match": meta["e_tag"]} if meta["e_tag"] else {}
+    return Opened(info_of(location, meta, attributes), sent, body, same), attributes.get(OWNER)
 
-    Attributes:
-        info: The whole object.
-        owner: The id of the write that it is of, where it has one.
-        version: Its ETag as the store has it.
-        range: Which bytes `body` yields: from the first one to before the last one.
-        body: Yields them; it holds a file or a connection until it is dropped.
+
+class _StreamBody:
+    """The chunks of a stream of obstore's, each asked for when the one before it has been handed on, not when it is wanted.
+
+    So obstore puts a chunk together while the one before it is used. What it was asked for is kept here until it is taken or the
+    body is closed: in obstore's future it would be lost with a read that is cancelled.
     """
 
-    info: ObjectInfo
-    owner: str | None
-    version: str | None
-    range: tuple[int, int]
-    body: Any
+    def __init__(self, location: str, stream: Any, size: int) -> None:
+        self._location = location
+        self._stream: Any = stream
+        self._left = size
+        self._rest = memoryview(b"")
+        self._coming: asyncio.Future[bytes] | None = None
 
-    @classmethod
-    def of(cls, location: str, result: Any) -> Answer:
-        """Empty a result of obstore's."""
-        meta, attributes = result.meta, result.attributes
-        info, owner = info_of(location, meta, attributes), attributes.get(OWNER)
-        return cls(info, owner, meta["e_tag"], tuple(result.range), result.stream(min_chunk_size=_CHUNK))
+    async def read(self, size: int, /) -> bytes:
+        if not self._rest:
+            chunk = await self._next_chunk()
+            if len(chunk) <= size:
+                self._ask_ahead()
+                return bytes(chunk)  # the same object where it is bytes, as what comes over a network is
+            self._rest = memoryview(chunk)
+        piece, self._rest = self._rest[:size], self._rest[size:]
+        if not self._rest:
+            self._ask_ahead()
+        return bytes(piece)
+
+    async def aclose(self) -> None:
+        """Wait for what was asked for, at most a second: one that is still to come when the program ends could abort it."""
+        coming, self._coming, self._stream = self._coming, None, None
+        if coming is None:
+            return
+        try:
+            if not coming.done():
+                await shielded_cleanup(asyncio.wait([coming], timeout=CANCEL_TIMEOUT), f"closing a reader of {self._location!r}")
+        finally:
+            if not coming.cancel() and not coming.cancelled():
+                coming.exception()  # no other code retrieves it
+
+    async def _next_chunk(self) -> bytes:
+        coming = self._coming or self._stream.__anext__()
+        self._coming = coming
+        try:
+            chunk: bytes = await asyncio.shield(coming)
+        except StopAsyncIteration:
+            chunk = b""
+        self._coming = None
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise BackendError(f"the service sent more bytes of {self._location!r} than were requested", location=self._location)
+        return chunk
+
+    def _ask_ahead(self) -> None:
+        if self._left:
+            self._coming = self._stream.__anext__()
 
 
 async def answered(request: Awaitable[T]) -> T:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, TypeAlias
 
-from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._obstore_client import OWNER, StoreClient
 from granite_storage.backends._remote import MAX_PARTS, Found, RemoteWriter, error_at
 from granite_storage.backends.base import object_headers
-from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
+from granite_storage.exceptions import BackendError, ObjectExistsError, ObjectNotFoundError
 
-T = TypeVar("T")
 Piece: TypeAlias = bytes | memoryview
 Receipt: TypeAlias = Mapping[str, Any]
 
@@ -90,7 +89,8 @@ class ObjectWriter(RemoteWriter):
     async def copy(self, source: str) -> Receipt:
         """Copy another object inside the store, on the condition that there is none yet where the store knows one."""
         client, target = self._client, self._location
-        info, self._id = await client.head(source)
+        info, self._id = await client.find(source)
+        self._has_own_id = False
         await self._require_absent()
 
         async def request(store: Any) -> Receipt:
@@ -98,7 +98,7 @@ class ObjectWriter(RemoteWriter):
             return {}
 
         try:
-            return await self._published("copy", request, info.size, unique=False)
+            return await self._published("copy", request, info.size)
         except ObjectNotFoundError as error:
             raise error_at(source, error) from error.__cause__
 
@@ -118,7 +118,7 @@ class ObjectWriter(RemoteWriter):
             size = await self._send(writer, first, rest)
             await self._require_absent()
         except BaseException as error:
-            await shielded_cleanup(_abort(writer, error), f"the clean-up of a write of {self._location!r}")
+            await self._clean_up(_abort(writer, error))
             raise
 
         async def request(_: Any) -> Receipt:
@@ -129,7 +129,7 @@ class ObjectWriter(RemoteWriter):
     async def _send(self, writer: Any, first: list[Piece], rest: AsyncIterator[Piece]) -> int:
         size, part_size = 0, self._part_size
         for piece in first:
-            size += await self._request("put", _writing(writer, piece))
+            size += await self._send_piece(writer, piece)
         first.clear()
         async for piece in rest:
             if size + len(piece) > MAX_PARTS * part_size:
@@ -137,28 +137,14 @@ class ObjectWriter(RemoteWriter):
                     f"{self._location!r} would have more than {MAX_PARTS} parts of {part_size} bytes: pass a larger part_size"
                 )
                 raise BackendError(message, location=self._location)
-            size += await self._request("put", _writing(writer, piece))
+            size += await self._send_piece(writer, piece)
         return size
 
-    async def _request(self, operation: str, request: Callable[[Any], Awaitable[T]]) -> T:
-        """Make one request of the store that does not end with its caller's await."""
-        store = await self._client.store()
-        try:
-            answer = await self._answered(request(store))
-        except Exception as error:  # noqa: BLE001  # translate tells what it is
-            # as in StoreClient.make, but with no task for each small object
-            raise self._client.translated(error, operation, self._location) from error.with_traceback(None)
-        self._client.bucket_seen = True
-        return answer
+    async def _send_piece(self, writer: Any, piece: Piece) -> int:
+        return await self._answered(self._client.make("put", self._location, lambda _: writer.write(piece)))
 
     async def _published(
-        self,
-        operation: str,
-        request: Callable[[Any], Awaitable[Receipt]],
-        size: int,
-        *,
-        attempts: int = 1,
-        unique: bool = True,
+        self, operation: str, request: Callable[[Any], Awaitable[Receipt]], size: int, *, attempts: int = 1
     ) -> Receipt:
         """Make the request that creates the object; a cancelled caller learns what became of it, and undoes it.
 
@@ -167,45 +153,23 @@ class ObjectWriter(RemoteWriter):
             request: Makes it of a store.
             size: The size of the object, in bytes.
             attempts: How often it is made where the service is not available.
-            unique: Whether the id in the object's metadata is this write's alone, and no other object's.
         """
         try:
-            return await self._make(operation, request, size, attempts, unique=unique)
+            send = partial(self._client.make, operation, self._location, request)
+            return await self._answered(self._create(send, size, attempts=attempts))
         except asyncio.CancelledError:
-            await shielded_cleanup(self._withdraw(unique=unique), f"the clean-up of a write of {self._location!r}")
+            await self._clean_up(self._withdraw())
             raise
-
-    async def _make(
-        self, operation: str, request: Callable[[Any], Awaitable[Receipt]], size: int, attempts: int, *, unique: bool
-    ) -> Receipt:
-        """Make the request that creates the object, and learn what became of it where that is in doubt."""
-        while True:
-            attempts -= 1
-            try:
-                return await self._request(operation, request)
-            except BackendError as doubt:
-                taken = isinstance(doubt, ObjectExistsError)
-                if taken and not unique:
-                    raise
-                found = await self._answered(self._outcome(doubt, size))
-                if found is not None:
-                    return found
-                if taken or not attempts or not isinstance(doubt, BackendUnavailableError):
-                    raise
 
     async def _find(self, *, with_checksum: bool = False) -> Found | None:
         try:
-            info, write_id = await self._client.head(self._location)
+            info, write_id = await self._client.find(self._location)
         except ObjectNotFoundError:
             return None
         return Found(write_id, info.size, {})
 
     async def _remove(self, found: Found | None) -> None:
         await self._client.delete(self._location)
-
-    async def _require_absent(self) -> None:
-        if await self._client.exists(self._location):
-            raise self._exists()
 
 
 async def slices(content: bytes) -> AsyncIterator[Piece]:
@@ -230,10 +194,6 @@ async def _gathered(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]
             slivers, pending = [], 0
     if slivers:
         yield b"".join(slivers)
-
-
-def _writing(writer: Any, piece: Piece) -> Callable[[Any], Awaitable[int]]:
-    return lambda _: writer.write(piece)
 
 
 async def _abort(writer: Any, error: BaseException) -> None:

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from granite_storage._tasks import run_bounded, wait_or_cancel
+from granite_storage._tasks import run_bounded, shielded_cleanup, wait_or_cancel
 from granite_storage._telemetry import fields_of
 from granite_storage._words import require_timedelta
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader, read_all
-from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
-from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError
+from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, byte_range, check_range
+from granite_storage.exceptions import (
+    AccessDeniedError,
+    BackendError,
+    BackendUnavailableError,
+    InvalidLocationError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StorageFullError,
+)
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
 logger = logging.getLogger("granite_storage")
@@ -50,6 +58,19 @@ def error_at(location: str, error: BackendError) -> BackendError:
     return one
 
 
+BY_STATUS: dict[int, type[BackendError]] = {
+    401: AccessDeniedError,
+    403: AccessDeniedError,
+    404: ObjectNotFoundError,
+    408: BackendUnavailableError,
+    412: PreconditionFailedError,
+    416: RangeNotSatisfiableError,
+    429: BackendUnavailableError,
+    507: StorageFullError,
+}
+"""What the status of an answer means, whatever the service."""
+
+
 # What is asked for.
 
 
@@ -69,17 +90,6 @@ def require_expiry(expires_in: timedelta) -> None:
 
 
 # Deletions.
-
-
-async def delete_in_batches(
-    locations: Sequence[str], delete_batch: Callable[[list[str]], Awaitable[Mapping[str, BackendError]]]
-) -> dict[str, BackendError]:
-    """Delete objects in batches of a thousand; return the ones that could not be deleted, each with its error."""
-    different = list(dict.fromkeys(locations))
-    failures: dict[str, BackendError] = {}
-    for start in range(0, len(different), _BATCH):
-        failures |= await delete_batch(different[start : start + _BATCH])
-    return failures
 
 
 async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitable[None]], kind: type[E]) -> dict[str, E]:
@@ -190,6 +200,51 @@ async def read_beginning(service: Service, location: str, size: int) -> bytes:
 
     async with aclosing(await ResumingReader(open_range, length=size).start()) as reader:
         return await reader.read()
+
+
+class RemoteBackend:
+    """What every backend on a service answers in the same way."""
+
+    _service: Service
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
+        """Open a range; see `StorageBackend.open`."""
+        self._check(location)
+        return await open_reader(self._service, location, offset=offset, length=length)
+
+    async def stat(self, location: str) -> ObjectInfo:
+        """Return the properties of an object; see `StorageBackend.stat`."""
+        self._check(location)
+        return await self._service.head(location)
+
+    async def exists(self, location: str) -> bool:
+        """Return whether an object is there; see `StorageBackend.exists`."""
+        try:
+            await self.stat(location)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        """Remove objects, a thousand by one request where the service can; see `SupportsBatchDelete.delete_many`."""
+        for location in locations:
+            self._check(location)
+        different = list(dict.fromkeys(locations))
+        failures: dict[str, BackendError] = {}
+        for start in range(0, len(different), _BATCH):
+            failures |= await self._delete_batch(different[start : start + _BATCH])
+        return failures
+
+    @property
+    def extra_keys(self) -> frozenset[str]:
+        """`version_id`, and `bucket`, which only `S3StorageBackend` writes; see `SupportsExtraKeys.extra_keys`."""
+        return frozenset({"bucket", "version_id"})
+
+    def _check(self, location: str) -> None:
+        raise NotImplementedError
+
+    async def _delete_batch(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        raise NotImplementedError
 
 
 class RemoteReader:
@@ -305,9 +360,13 @@ class RemoteWriter:
         has_metadata: Whether the service keeps metadata, and so an id.
     """
 
+    _doubts: tuple[type[BackendError], ...] = (BackendError,)
+    """The errors after which the object may be there all the same."""
+
     def __init__(self, location: str, *, has_metadata: bool = True) -> None:
         self._location = location
         self._id = os.urandom(16).hex() if has_metadata else None
+        self._has_own_id = True  # False for a copy that carries the id of its source
         self._created = False  # whether an answer that a cancelled caller did not see says that the object is there
 
     async def _find(self, *, with_checksum: bool = False) -> Found | None:
@@ -339,13 +398,37 @@ class RemoteWriter:
         finally:
             del task  # or its error would hold this frame, and the frame the error
 
-    async def _outcome(self, doubt: BackendError, size: int, checksum: str | None = None) -> Mapping[str, Any] | None:
-        """Return the receipt of the object if this write has created it, None if there is no object.
+    async def _create(
+        self,
+        request: Callable[[], Awaitable[Mapping[str, Any]]],
+        size: int,
+        checksum: str | None = None,
+        *,
+        attempts: int = 1,
+    ) -> Mapping[str, Any]:
+        """Make the request that creates the object, and learn what became of it where that is in doubt.
 
         Args:
-            doubt: The error that leaves it open.
+            request: Makes it.
             size: The size of the object in bytes.
-            checksum: The checksum that the service has of it, None where it has none.
+            checksum: The checksum that the service will have of it, None where it has none.
+            attempts: How often it is made where the service is not available.
+        """
+        while True:
+            attempts -= 1
+            try:
+                return await request()
+            except self._doubts as doubt:
+                if isinstance(doubt, ObjectExistsError) and not self._has_own_id:
+                    raise
+                found = await self._outcome(doubt, size, checksum)
+                if found is not None:
+                    return found
+                if not attempts or not isinstance(doubt, BackendUnavailableError):
+                    raise
+
+    async def _outcome(self, doubt: BackendError, size: int, checksum: str | None) -> Mapping[str, Any] | None:
+        """Return the receipt of the object if this write has created it, None if there is no object.
 
         Raises:
             ObjectExistsError: Another write has.
@@ -366,19 +449,23 @@ class RemoteWriter:
             return found.receipt
         raise self._exists() from doubt.__cause__
 
-    async def _withdraw(self, *, unique: bool = True) -> None:
-        """Remove the object that this write has created, and no other's; what may be either stays.
-
-        Args:
-            unique: Whether the id in the object's metadata is this write's alone; that of a copy is its source's.
-        """
+    async def _withdraw(self) -> None:
+        """Remove the object that this write has created, and no other's; what may be either stays."""
         found: Found | None = None
         ours = self._created
-        if unique and self._id is not None:
+        if self._has_own_id and self._id is not None:
             found = await self._find()
             ours = found is not None and found.write_id == self._id
         if ours:
             await self._remove(found)
+
+    async def _clean_up(self, work: Awaitable[object]) -> None:
+        await shielded_cleanup(work, f"the clean-up of a write of {self._location!r}")
+
+    async def _require_absent(self) -> None:
+        """Raise `ObjectExistsError` where an object is at the location."""
+        if await self._find() is not None:
+            raise self._exists()
 
     def _exists(self) -> ObjectExistsError:
         return ObjectExistsError(f"an object is already at {self._location!r}", location=self._location)

@@ -20,7 +20,6 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -29,10 +28,11 @@ from urllib.request import getproxies
 
 from granite_storage._threads import ThreadPool
 from granite_storage.backends._identity import AMAZON_DOMAINS
+from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
 from granite_storage.backends._sigv4 import Credentials, QuerySigner, timestamp
 from granite_storage.backends.base import PresignRequest
-from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
+from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 
 logger = logging.getLogger("granite_storage")
 
@@ -67,7 +67,7 @@ _URLS_IN_A_TURN = 128
 
 
 class Lease:
-    """One of the connections that may be in use at a time, with the body that is read from it.
+    """One of the connections that may be in use at a time, with the body that is read from it; see `_remote.Body`.
 
     Attributes:
         body: The body, where there is one.
@@ -82,23 +82,20 @@ class Lease:
         self._pool: ConnectionPool | None = pool
         self._loop = asyncio.get_running_loop()
 
-    @property
-    def is_released(self) -> bool:
-        """Whether it is over: the connection may be another call's."""
-        return self._pool is None
-
     def lend(self) -> None:
-        """Mark it as held by a reader: a waiting call may take the connection, except during `reading`."""
+        """Mark it as held by a reader: a waiting call may take the connection, except during `read`."""
         if self._pool is not None:
             self.idle_since = self._loop.time()
             self._pool.readers.add(self)
 
-    @contextmanager
-    def reading(self) -> Iterator[Any]:
-        """Yield the body to read from."""
+    async def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes of the body."""
+        if self._pool is None:  # the connection is another call's
+            raise ConnectionTakenError
         self.idle_since = None
         try:
-            yield self.body
+            chunk: bytes = await self.body.read(size)
+            return chunk
         finally:
             if self._pool is not None:
                 self.idle_since = self._loop.time()
@@ -111,6 +108,10 @@ class Lease:
             self.idle_since = None
             pool.end(self.body)
             self.body = None
+
+    async def aclose(self) -> None:
+        """Release it."""
+        self.release()
 
     def __del__(self) -> None:
         if self._pool is not None and not self._loop.is_closed():
@@ -278,23 +279,6 @@ class S3Settings:
         return self.prefix + location
 
 
-@dataclass(slots=True)
-class _Retries:
-    """How often one request has been made again, and what for.
-
-    Attributes:
-        max_attempts: The most attempts.
-        refreshes: How often the credentials had been refreshed when the request was first made.
-        made: How many more attempts there were.
-        refreshed: Whether one of them had fresh credentials.
-    """
-
-    max_attempts: int
-    refreshes: int
-    made: int = 0
-    refreshed: bool = False
-
-
 class S3Client:
     """A client on its event loop.
 
@@ -343,7 +327,8 @@ class S3Client:
     async def start(self, operation: str, *, location: str | None = None, **parameters: Any) -> tuple[dict[str, Any], Lease]:
         """Do as `call` does, but leave the connection in use: the caller reads the body and releases the lease."""
         request = self._completed(operation, location, parameters)
-        retries = _Retries(self.settings.max_attempts, self._refreshes)
+        refreshes: int | None = self._refreshes  # None once the request was made with fresh credentials
+        retries = 0
         while True:
             lease = await self._connections.lease()
             try:
@@ -352,8 +337,15 @@ class S3Client:
                 lease.release()
                 problem = translate(error, operation, bucket=self.settings.bucket, location=location)
                 try:
-                    if not await self._may_try_again(problem, retries):
+                    if isinstance(problem, ExpiredCredentialsError):
+                        if refreshes is None or not await self._refresh_credentials(refreshes):
+                            raise problem from error
+                        refreshes = None
+                    elif isinstance(problem, BackendUnavailableError) and retries + 1 < self.settings.max_attempts:
+                        await asyncio.sleep(backoff(retries + 1))
+                    else:
                         raise problem from error
+                    retries += 1
                 finally:
                     del problem  # or its traceback would hold this frame, and the frame the request's body
             except BaseException:
@@ -361,7 +353,7 @@ class S3Client:
                 raise
             else:
                 metadata = response["ResponseMetadata"]
-                metadata["RetryAttempts"] = metadata.get("RetryAttempts", 0) + retries.made
+                metadata["RetryAttempts"] = metadata.get("RetryAttempts", 0) + retries
                 self._bucket_seen = True
                 lease.body = response.get("Body")
                 return response, lease
@@ -474,18 +466,6 @@ class S3Client:
         async with body.watched(self.settings.read_timeout):
             return await method(**request)
 
-    async def _may_try_again(self, problem: StorageError, retries: _Retries) -> bool:
-        """Wait or refresh as the failure of an attempt demands; tell whether the request may be made again."""
-        if isinstance(problem, ExpiredCredentialsError):
-            again = not retries.refreshed and await self._refresh_credentials(retries.refreshes)
-            retries.refreshed = True
-        else:
-            again = isinstance(problem, BackendUnavailableError) and retries.made + 1 < retries.max_attempts
-            if again:
-                await asyncio.sleep(backoff(retries.made + 1))
-        retries.made += 1
-        return again
-
     async def _refresh_credentials(self, refreshes: int) -> bool:
         """Refresh expired credentials, once for all calls that failed by them; return whether that was possible."""
         if self.settings.client_kwargs.get("aws_access_key_id"):
@@ -546,13 +526,10 @@ class S3Clients:
     async def get(self) -> S3Client:
         """Return the running loop's client; the first of several calls at once opens it."""
         state = self._here()
-        client = state.client
-        if client is None or client.closed:
-            async with state.opening:
-                client = state.client
-                if client is None or client.closed:
-                    client = await self._open(state)
-        return client
+        async with state.opening:
+            if state.client is None or state.client.closed:
+                state.client = await self._open(state)
+            return state.client
 
     async def aclose(self) -> None:
         """Close the running loop's client, and drop those whose loops are closed."""
@@ -577,10 +554,9 @@ class S3Clients:
         try:
             session, config = await threads.run(self._prepare, cancel_timeout=_CANCEL_TIMEOUT)
             state.life = _live(session, config, self._settings, self._traits)
-            state.client = await anext(state.life)
+            return await anext(state.life)
         except Exception as error:
             raise translate(error, "open", bucket=self._settings.bucket) from error
-        return state.client
 
     def _prepare(self) -> tuple[Any, Any]:
         """Do what takes long, once for all loops: import the SDK and read its models, which it keeps."""

@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from granite_storage._documentation import Page
-from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
+from granite_storage.backends._remote import BY_STATUS, PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -56,21 +56,7 @@ _BY_CODE: dict[str, type[BackendError]] = {
     "NoSuchUpload": MissingUploadError,
     "PreconditionFailed": PreconditionFailedError,
 }
-_BY_STATUS: dict[int, type[BackendError]] = {
-    401: AccessDeniedError,
-    403: AccessDeniedError,
-    404: ObjectNotFoundError,
-    408: BackendUnavailableError,
-    409: ConflictError,
-    412: PreconditionFailedError,
-    416: RangeNotSatisfiableError,
-    429: BackendUnavailableError,
-    500: BackendUnavailableError,
-    502: BackendUnavailableError,
-    503: BackendUnavailableError,
-    504: BackendUnavailableError,
-    507: StorageFullError,
-}
+_BY_STATUS = BY_STATUS | dict.fromkeys((500, 502, 503, 504), BackendUnavailableError) | {409: ConflictError}
 _MOST_SKEW = timedelta(minutes=15)
 """How far S3 lets a request's date be from its own clock."""
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, NoReturn
 
 from granite_storage._tasks import run_bounded, shielded_cleanup, task_group, wait_or_cancel
@@ -57,7 +58,6 @@ _KNOWN_SERVERS = ("AmazonS3",)
 
 _WRITE_ID = "granite-write-id"
 _COPY_PART_SIZE = 512 * 1024**2
-_DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
 
 
 # Parts: cut from bytes or a stream without being joined, and hashed off the loop.
@@ -217,11 +217,11 @@ def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
     return min(part_size << doublings, LARGEST_PART)
 
 
-async def checksum_header(body: Body, *, sha256: bool) -> tuple[dict[str, str], bytes]:
-    """Return the parameter with which the server verifies the bytes, and their hash; a thread computes it."""
+async def checksum_header(body: Body, *, sha256: bool) -> dict[str, str]:
+    """Return the parameter with which the server verifies the bytes; a thread computes it."""
     algorithm, parameter = ("sha256", "ChecksumSHA256") if sha256 else ("md5", "ContentMD5")
     digest = body.digest(algorithm) if len(body) <= INLINE_HASH else await threads.run(body.digest, algorithm)
-    return {parameter: base64_text(digest)}, digest
+    return {parameter: base64_text(digest)}
 
 
 class MultipartUpload:
@@ -240,7 +240,6 @@ class MultipartUpload:
         self._creating: asyncio.Task[dict[str, Any]] | None = None
         self._id: str | None = None
         self._parts: dict[int, dict[str, Any]] = {}
-        self._digests: dict[int, bytes] = {}
         self.size = 0
 
     async def create(self) -> None:
@@ -285,12 +284,11 @@ class MultipartUpload:
     async def _send_part(self, number: int, body: Body, room: asyncio.Semaphore) -> None:
         try:
             checksums = self._client.settings.checksums
-            header, digest = await checksum_header(body, sha256=checksums)
+            header = await checksum_header(body, sha256=checksums)
             answer = await self._client.call(
                 "upload_part", location=self._location, UploadId=self._id, PartNumber=number, Body=body, **header
             )
             self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **(header if checksums else {})}
-            self._digests[number] = digest
             if checksums:
                 self._client.traits.note_checksum(answer)
         finally:
@@ -324,11 +322,11 @@ class MultipartUpload:
 
     async def checksum(self) -> str | None:
         """Return S3's checksum of the whole, the hash of the parts' hashes; None where the parts were not hashed here."""
-        if not self._digests:
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        if not all("ChecksumSHA256" in part for part in parts):
             return None
-        digests = Body([self._digests[number] for number in sorted(self._digests)])
-        header, _ = await checksum_header(digests, sha256=True)
-        return header["ChecksumSHA256"]
+        hashes = Body([base64.b64decode(part["ChecksumSHA256"]) for part in parts])
+        return (await checksum_header(hashes, sha256=True))["ChecksumSHA256"]
 
     async def abort(self) -> None:
         """Leave nothing of the upload behind, also where its creation was cut off before its answer came."""
@@ -492,7 +490,7 @@ async def _checks_completions(client: S3Client) -> bool:
     made: list[dict[str, Any]] = []
     upload_id: str | None = None
     content = Body([b"probe"])
-    header, _ = await checksum_header(content, sha256=client.settings.checksums)
+    header = await checksum_header(content, sha256=client.settings.checksums)
     try:
         made.append(await client.call("put_object", Key=key, Body=content, **header, **_extra(client, "put_object")))
         upload_id = (await client.call("create_multipart_upload", Key=key, **_extra(client, "create_multipart_upload")))[
@@ -537,6 +535,8 @@ class ObjectWriter(RemoteWriter):
         content: What the object is stored with, such as its `ContentType`.
     """
 
+    _doubts = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
+
     def __init__(self, client: S3Client, location: str, content: Mapping[str, Any]) -> None:
         super().__init__(location)
         self._client = client
@@ -551,7 +551,7 @@ class ObjectWriter(RemoteWriter):
             The SDK's answer to the request that created the object, or to the HEAD that found it created.
         """
         if not self._traits.sends_conditions:
-            await self.require_absent()
+            await self._require_absent()
         first = await source.take(part_size_of(1, self._settings.part_size, source.size))
         try:
             if await source.ended():
@@ -575,7 +575,7 @@ class ObjectWriter(RemoteWriter):
         if "ContentType" in info:
             self._content = {"ContentType": info["ContentType"], **self._content}
         if not self._traits.sends_conditions:
-            await self.require_absent()
+            await self._require_absent()
         size = int(info["ContentLength"])
         if not size:
             return await self._put(Body([]))
@@ -583,23 +583,18 @@ class ObjectWriter(RemoteWriter):
         part_size = max(_COPY_PART_SIZE, -(-size // MAX_PARTS))
         return await self._in_parts(upload, lambda: upload.copy(self._copy_source(source, info), size, part_size))
 
-    async def require_absent(self) -> None:
-        """Raise `ObjectExistsError` where an object is at the location."""
-        if await self._find() is not None:
-            raise self._exists()
-
     async def _put(self, body: Body) -> Mapping[str, Any]:
         try:
-            header, digest = await checksum_header(body, sha256=self._settings.checksums)
+            header = await checksum_header(body, sha256=self._settings.checksums)
             request = {**self._parameters("put_object"), **self._only_if_absent(), **header, "Body": body}
-            checksum = base64_text(digest) if self._settings.checksums else None
+            checksum = header.get("ChecksumSHA256")
             answer = await self._published("put_object", request, len(body), checksum, landed=lambda: body.sent)
             if checksum is not None:
                 self._traits.note_checksum(answer)
             return answer
         except asyncio.CancelledError:
             if body.sent:
-                await self._clean_up(None, published=True)
+                await self._clean_up(self._withdraw())
             raise
 
     async def _in_parts(self, upload: MultipartUpload, fill: Callable[[], Any]) -> Mapping[str, Any]:
@@ -608,7 +603,7 @@ class ObjectWriter(RemoteWriter):
             await upload.create()
             await fill()
             if not self._traits.checks_completions:
-                await self.require_absent()
+                await self._require_absent()
             request = {**upload.completion(), **self._only_if_absent()}
             checksum = await upload.checksum()
             completing = True
@@ -616,8 +611,13 @@ class ObjectWriter(RemoteWriter):
             await probe_conditions(self._client, answer)
             return answer
         except BaseException as error:
-            ours = completing and not isinstance(error, ObjectExistsError)
-            await self._clean_up(upload, published=ours)
+
+            async def undo(*, published: bool) -> None:
+                await upload.abort()
+                if published:
+                    await self._withdraw()
+
+            await self._clean_up(undo(published=completing and not isinstance(error, ObjectExistsError)))
             raise
 
     async def _published(
@@ -638,23 +638,15 @@ class ObjectWriter(RemoteWriter):
             checksum: The SHA-256 that the server will have of it, None where it has none.
             landed: See `_answered`.
         """
-
-        async def make() -> Mapping[str, Any]:
-            try:
-                return await self._client.call(operation, location=self._location, **request)
-            except _DOUBTFUL as doubt:
-                found = await self._outcome(doubt, size, checksum)
-                if found is not None:
-                    return found
-                if isinstance(doubt, PreconditionFailedError):
-                    raise BackendUnavailableError(
-                        f"the server refused to create {self._location!r} because it exists, but no object is there: another "
-                        "write was undone meanwhile, or the server has a folder of this name; try again",
-                        location=self._location,
-                    ) from doubt.__cause__
-                raise
-
-        return await self._answered(make(), landed=landed)
+        send = partial(self._client.call, operation, location=self._location, **request)
+        try:
+            return await self._answered(self._create(send, size, checksum), landed=landed)
+        except PreconditionFailedError as refusal:
+            raise BackendUnavailableError(
+                f"the server refused to create {self._location!r} because it exists, but no object is there: another write was "
+                "undone meanwhile, or the server has a folder of this name; try again",
+                location=self._location,
+            ) from refusal.__cause__
 
     async def _find(self, *, with_checksum: bool = False) -> Found | None:
         mode = {"ChecksumMode": "ENABLED"} if with_checksum and self._settings.checksums else {}
@@ -668,17 +660,6 @@ class ObjectWriter(RemoteWriter):
     async def _remove(self, found: Found | None) -> None:
         version = version_of(found.receipt) if found is not None else {}
         await self._client.call("delete_object", location=self._location, **version)
-
-    async def _clean_up(self, upload: MultipartUpload | None, *, published: bool) -> None:
-        """Remove the parts or the object of this write, and of no other."""
-
-        async def remove() -> None:
-            if upload is not None:
-                await upload.abort()
-            if published:
-                await self._withdraw()
-
-        await shielded_cleanup(remove(), f"the clean-up of a write of {self._location!r}")
 
     def _parameters(self, operation: str) -> dict[str, Any]:
         extra = self._settings.extra_put_kwargs

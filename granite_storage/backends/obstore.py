@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -11,28 +10,17 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
-from granite_storage.backends._obstore_client import CANCEL_TIMEOUT, ObjectStoreConfigurationError, StoreClient, connected
+from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
-from granite_storage.backends._remote import (
-    Opened,
-    check_key,
-    delete_each,
-    delete_in_batches,
-    open_reader,
-    read_beginning,
-    require_expiry,
-)
+from granite_storage.backends._remote import RemoteBackend, check_key, delete_each, read_beginning, require_expiry
 from granite_storage.backends._resuming import open_resuming
-from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place, object_headers
+from granite_storage.backends.base import ObjectInfo, Place, object_headers
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
 
 __all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
 
-_LARGEST = (1 << 63) - 1
-_ATTEMPTS = 5
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
 _LARGEST_COPY = 5 * 1024 * _MIB
@@ -42,87 +30,7 @@ _LONGEST_LOCAL_SEGMENT = 245
 _LOCAL_TEMPORARY = re.compile(r"#\d+$")
 
 
-class _Service:
-    """A store, as a reader asks it; see `Service`."""
-
-    attempts = _ATTEMPTS
-
-    def __init__(self, client: StoreClient) -> None:
-        self._client = client
-
-    async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
-        """Ask for a range; see `Service.get`."""
-        options = dict(same or {})
-        if start or stop is not None:
-            options["range"] = (start, _LARGEST if stop is None else min(stop, _LARGEST))
-        answer = await self._client.get(location, options)
-        sent = ByteRange(*answer.range)
-        this = {"if_match": answer.version} if answer.version else {}
-        return Opened(answer.info, sent, _StreamBody(location, answer.body, sent.stop - sent.start), this)
-
-    async def head(self, location: str, /) -> ObjectInfo:
-        """Ask what is known of an object; see `Service.head`."""
-        info, _ = await self._client.head(location)
-        return info
-
-
-class _StreamBody:
-    """The chunks of a stream of obstore's, each asked for when the one before it has been handed on, not when it is wanted.
-
-    So obstore puts a chunk together while the one before it is used. What it was asked for is kept here until it is taken or the
-    body is closed: in obstore's future it would be lost with a read that is cancelled.
-    """
-
-    def __init__(self, location: str, stream: Any, size: int) -> None:
-        self._location = location
-        self._stream: Any = stream
-        self._left = size
-        self._rest = memoryview(b"")
-        self._coming: asyncio.Future[bytes] | None = None
-
-    async def read(self, size: int, /) -> bytes:
-        if not self._rest:
-            chunk = await self._next_chunk()
-            if len(chunk) <= size:
-                self._ask_ahead()
-                return bytes(chunk)  # the same object where it is bytes, as what comes over a network is
-            self._rest = memoryview(chunk)
-        piece, self._rest = self._rest[:size], self._rest[size:]
-        if not self._rest:
-            self._ask_ahead()
-        return bytes(piece)
-
-    async def aclose(self) -> None:
-        """Wait for what was asked for, at most a second: one that is still to come when the program ends could abort it."""
-        coming, self._coming, self._stream = self._coming, None, None
-        if coming is None:
-            return
-        try:
-            if not coming.done():
-                await shielded_cleanup(asyncio.wait([coming], timeout=CANCEL_TIMEOUT), f"closing a reader of {self._location!r}")
-        finally:
-            if not coming.cancel() and not coming.cancelled():
-                coming.exception()  # no other code retrieves it
-
-    async def _next_chunk(self) -> bytes:
-        coming = self._coming or self._stream.__anext__()
-        self._coming = coming
-        try:
-            chunk: bytes = await asyncio.shield(coming)
-        except StopAsyncIteration:
-            chunk = b""
-        self._coming = None
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise BackendError(f"the service sent more bytes of {self._location!r} than were requested", location=self._location)
-        return chunk
-
-    def _ask_ahead(self) -> None:
-        if self._left:
-            self._coming = self._stream.__anext__()
-
-
-class ObjectStoreBackend:
+class ObjectStoreBackend(RemoteBackend):
     """Stores each object under one key of an obstore store.
 
     What fits in one part is one exclusive request (`If-None-Match: *` or the service's equivalent). More is a multipart upload;
@@ -187,8 +95,7 @@ class ObjectStoreBackend:
             "retry_config": retry_config,
             "credential_provider": credential_provider,
         }
-        self._client = connected(store, options)
-        self._service = _Service(self._client)
+        self._client = self._service = connected(store, options)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
@@ -218,22 +125,6 @@ class ObjectStoreBackend:
         """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
         return _receipt(await self._writer(location, content_type).write(stream))
 
-    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
-        """Open a range; see `StorageBackend.open`."""
-        self._check(location)
-        return await open_reader(self._service, location, offset=offset, length=length)
-
-    async def stat(self, location: str) -> ObjectInfo:
-        """Return the properties of an object; see `StorageBackend.stat`."""
-        self._check(location)
-        info, _ = await self._client.head(location)
-        return info
-
-    async def exists(self, location: str) -> bool:
-        """Return whether an object is there; see `StorageBackend.exists`."""
-        self._check(location)
-        return await self._client.exists(location)
-
     async def delete(self, location: str) -> None:
         """Delete an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
@@ -252,13 +143,6 @@ class ObjectStoreBackend:
         if is_public or (self._client.kind.name == "S3" and (await self.stat(source)).size > _LARGEST_COPY):
             return await self.put_stream(target, self._bytes_of(source), content_type=(await self.stat(source)).content_type)
         return _receipt(await writer.copy(source))
-
-    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
-        """Remove objects, many by one request where the service can; see `SupportsBatchDelete.delete_many`."""
-        for location in locations:
-            self._check(location)
-        self._require_writable()
-        return await delete_in_batches(locations, self._delete_batch)
 
     async def signed_url(self, location: str, *, expires_in: timedelta) -> str:
         """Return a URL that serves a GET of the object, with its stored content type, until it expires.
@@ -293,11 +177,6 @@ class ObjectStoreBackend:
             if info.location != MARKER:
                 yield info
 
-    @property
-    def extra_keys(self) -> frozenset[str]:
-        """`version_id`, and `bucket`, which `S3StorageBackend` wrote of the same bucket; see `SupportsExtraKeys.extra_keys`."""
-        return frozenset({"bucket", "version_id"})
-
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage`; see `SupportsIdentity.identities`. Over HTTP none is created."""
         read = partial(read_beginning, self._service, MARKER, MARKER_SIZE)
@@ -311,7 +190,8 @@ class ObjectStoreBackend:
         """Close a store of our own, which the next call opens again; see `StorageBackend.aclose`. One passed in stays open."""
         self._client.close()
 
-    async def _delete_batch(self, locations: list[str]) -> dict[str, BackendError]:
+    async def _delete_batch(self, locations: Sequence[str]) -> dict[str, BackendError]:
+        self._require_writable()
         if self._client.kind.deletes_in_batches:
             try:
                 await self._client.call("delete", None, lambda store: store.delete_async(locations))

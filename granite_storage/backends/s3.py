@@ -16,16 +16,14 @@ from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObje
 from granite_storage.backends._listing import list_keys
 from granite_storage.backends._remote import (
     Opened,
+    RemoteBackend,
     check_key,
     delete_each,
-    delete_in_batches,
     error_at,
-    open_reader,
     read_beginning,
     require_expiry,
 )
-from granite_storage.backends._resuming import ConnectionTakenError
-from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
+from granite_storage.backends._s3_client import S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_upload import (
     LARGEST_PART,
@@ -40,7 +38,6 @@ from granite_storage.backends._s3_upload import (
 from granite_storage.backends.base import (
     ByteRange,
     ObjectInfo,
-    ObjectReader,
     Place,
     PresignRequest,
     UploadRequest,
@@ -190,31 +187,17 @@ class _Service:
         try:
             size, sent = _size_and_range(answer)
             this = {**({"IfMatch": answer["ETag"]} if "ETag" in answer else {}), **version_of(answer)}
-            return Opened(_info_of(location, answer, size), sent, _LeasedBody(lease), this)
+            opened = Opened(_info_of(location, answer, size), sent, lease, this)
         except BaseException:
             lease.release()
             raise
+        lease.lend()
+        return opened
 
     async def head(self, location: str, /) -> ObjectInfo:
         """Ask what is known of an object; see `Service.head`."""
         head = await (await self._clients.get()).head(location)
         return _info_of(location, head, head["ContentLength"])
-
-
-class _LeasedBody:
-    def __init__(self, lease: Lease) -> None:
-        self._lease = lease
-        lease.lend()
-
-    async def read(self, size: int, /) -> bytes:
-        if self._lease.is_released:
-            raise ConnectionTakenError
-        with self._lease.reading() as body:
-            chunk: bytes = await body.read(size)
-        return chunk
-
-    async def aclose(self) -> None:
-        self._lease.release()
 
 
 def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
@@ -228,7 +211,7 @@ def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
     return int(size_text), ByteRange(int(start), int(last) + 1)
 
 
-class S3StorageBackend:
+class S3StorageBackend(RemoteBackend):
     """Stores each object under one key of a bucket.
 
     A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
@@ -388,51 +371,25 @@ class S3StorageBackend:
             `bucket`, and `version_id` in a bucket that has versions.
         """
         self._check(location)
-        client = await self._clients.get()
         try:
-            return await self._write(client, location, PartSource(content, client.room), content_type)
+            return await self._write(location, content, content_type)
         except ConflictError:
             # S3 wants a multipart upload in conflict with another write made again, which only bytes can be
-            return await self._write(client, location, PartSource(content, client.room), content_type)
+            return await self._write(location, content, content_type)
 
     async def put_stream(
         self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
     ) -> Mapping[str, Any]:
         """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
         self._check(location)
-        client = await self._clients.get()
         size = stream.declared_size if isinstance(stream, MeasuredStream) else None
         async with aclosing(regrouped(stream)) as pieces:
-            return await self._write(client, location, PartSource(pieces, client.room, size), content_type)
-
-    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
-        """Open a range; see `StorageBackend.open`."""
-        self._check(location)
-        return await open_reader(self._service, location, offset=offset, length=length)
-
-    async def stat(self, location: str) -> ObjectInfo:
-        """Return the properties of an object; see `StorageBackend.stat`."""
-        self._check(location)
-        return await self._service.head(location)
-
-    async def exists(self, location: str) -> bool:
-        """Return whether an object is there; see `StorageBackend.exists`."""
-        try:
-            await self.stat(location)
-        except ObjectNotFoundError:
-            return False
-        return True
+            return await self._write(location, pieces, content_type, size)
 
     async def delete(self, location: str) -> None:
         """Delete an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
         await self._delete(location)
-
-    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
-        """Remove objects, a thousand by one request; see `SupportsBatchDelete.delete_many`."""
-        for location in locations:
-            self._check(location)
-        return await delete_in_batches(locations, self._delete_batch)
 
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
         """Copy an object inside the server, with its content type; see `SupportsCopy.copy`.
@@ -552,11 +509,6 @@ class S3StorageBackend:
         self._check(location)
         await abort_upload(await self._clients.get(), location, upload_id)
 
-    @property
-    def extra_keys(self) -> frozenset[str]:
-        """`bucket` and `version_id`; see `SupportsExtraKeys.extra_keys`."""
-        return frozenset({"bucket", "version_id"})
-
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage` below the prefix; see `SupportsIdentity.identities`."""
         read = partial(read_beginning, self._service, MARKER, MARKER_SIZE)
@@ -572,15 +524,18 @@ class S3StorageBackend:
         await self._clients.aclose()
 
     async def _create_marker(self, content: bytes) -> None:
-        client = await self._clients.get()
-        await self._write(client, MARKER, PartSource(content, client.room), "text/plain")
+        await self._write(MARKER, content, "text/plain")
 
     def _check(self, location: str) -> None:
         check_key(location, self._settings.prefix)
 
-    async def _write(self, client: S3Client, location: str, source: PartSource, content_type: str | None) -> Mapping[str, Any]:
-        content = {} if content_type is None else {"ContentType": content_type}
-        return self._receipt(await ObjectWriter(client, location, content | _stored_headers()).write(source))
+    async def _write(
+        self, location: str, content: bytes | AsyncIterator[bytes], content_type: str | None, size: int | None = None
+    ) -> Mapping[str, Any]:
+        client = await self._clients.get()
+        headers = {} if content_type is None else {"ContentType": content_type}
+        writer = ObjectWriter(client, location, headers | _stored_headers())
+        return self._receipt(await writer.write(PartSource(content, client.room, size)))
 
     def _receipt(self, answer: Mapping[str, Any]) -> dict[str, Any]:
         version = version_of(answer)

@@ -136,129 +136,90 @@ class WrappedBackend:
             raise
 
 
-class _Copies(WrappedBackend):
+class _Abilities(WrappedBackend):
+    """Every optional ability; an instance is of a class with those of them that its inner backend has."""
+
+    inner: Any
+
     async def copy(self, source: str, target: str) -> Mapping[str, Any] | None:
         """Copy bytes and content type."""
-        inner = cast(SupportsCopy, self.inner)
         inside = self._inside(source), self._inside(target)
-        return await self._call("copy", [source, target], lambda: inner.copy(*inside))
+        return await self._call("copy", [source, target], lambda: self.inner.copy(*inside))
 
-
-class _DeletesMany(WrappedBackend):
     async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
         """Delete all; return the ones that could not be, each with its error."""
-        inner = cast(SupportsBatchDelete, self.inner)
         inside = {self._inside(location): location for location in locations}
-        failures = await self._call("delete_many", locations, lambda: inner.delete_many(list(inside)))
+        failures = await self._call("delete_many", locations, lambda: self.inner.delete_many(list(inside)))
         for location, error in failures.items():
             error.location = inside[location]
         return {inside[location]: error for location, error in failures.items()}
 
-
-class _CleansUp(WrappedBackend):
     async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind, in the whole inner backend."""
-        inner = cast(SupportsCleanup, self.inner)
-        return await self._call("cleanup_incomplete", [], lambda: inner.cleanup_incomplete(older_than=older_than))
+        return await self._call("cleanup_incomplete", [], lambda: self.inner.cleanup_incomplete(older_than=older_than))
 
-
-class _TellsTime(WrappedBackend):
     async def now(self) -> datetime:
         """Return the time by the inner backend's clock."""
-        inner = cast(SupportsClock, self.inner)
-        return await self._call("now", [], inner.now)
+        return await self._call("now", [], self.inner.now)
 
-
-class _AddsExtra(WrappedBackend):
     @property
     def extra_keys(self) -> frozenset[str]:
         """The keys that the inner backend adds to a ref's `extra`."""
-        return cast(SupportsExtraKeys, self.inner).extra_keys
+        keys: frozenset[str] = self.inner.extra_keys
+        return keys
 
-
-class _ChecksMount(WrappedBackend):
     async def is_mounted(self) -> bool:
         """Return whether the inner backend's store is there and was written to before."""
-        inner = cast(SupportsMountCheck, self.inner)
-        return await self._call("is_mounted", [], inner.is_mounted)
+        return await self._call("is_mounted", [], self.inner.is_mounted)
 
-
-class _Identifies(WrappedBackend):
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return every identity that the inner backend's store answers to, as those of the part of it that is seen here."""
-        inner = cast(SupportsIdentity, self.inner)
-        found = await self._call("identities", [], lambda: inner.identities(create=create))
+        found = await self._call("identities", [], lambda: self.inner.identities(create=create))
         return tuple(map(self._own_identity, found))
 
-
-class _TellsPlaces(WrappedBackend):
     async def places(self) -> frozenset[Place]:
         """Return every name of the part of the inner backend's place that is seen here."""
-        inner = cast(SupportsPlaces, self.inner)
-        return frozenset(map(self._own_place, await self._call("places", [], inner.places)))
+        return frozenset(map(self._own_place, await self._call("places", [], self.inner.places)))
 
-
-class _Aborts(WrappedBackend):
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
         """Abort an unfinished upload until no part of it is left."""
-        await self._at("abort_upload", location, cast(SupportsAbort, self.inner).abort_upload, upload_id)
+        await self._at("abort_upload", location, self.inner.abort_upload, upload_id)
 
-
-class _Presigns(WrappedBackend):
-    async def presign_get(
-        self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
-    ) -> str:
+    async def presign_get(self, location: str, **options: Any) -> str:
         """Return a URL that serves a GET of the object until it expires."""
-        presign = cast(SupportsPresign, self.inner).presign_get
-        return await self._at(
-            "presign_get", location, presign, expires_in=expires_in, content_type=content_type, disposition=disposition
-        )
+        return await self._at("presign_get", location, self.inner.presign_get, **options)
 
-
-class _PresignsMany(WrappedBackend):
     async def presign_many(self, requests: Sequence[PresignRequest]) -> Sequence[str]:
         """Return a URL for each request, which serves a GET of the object until it expires."""
-        inner = cast(SupportsBatchPresign, self.inner)
         inside = [replace(request, location=self._inside(request.location)) for request in requests]
-        return await self._call("presign_many", [request.location for request in requests], lambda: inner.presign_many(inside))
+        locations = [request.location for request in requests]
+        return await self._call("presign_many", locations, lambda: self.inner.presign_many(inside))
 
-
-class _PresignsUploads(WrappedBackend):
-    async def presign_upload(
-        self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
-    ) -> UploadRequest:
+    async def presign_upload(self, location: str, **options: Any) -> UploadRequest:
         """Return a request that stores an object at exactly this location."""
-        presign = cast(SupportsPresignedUpload, self.inner).presign_upload
-        return await self._at(
-            "presign_upload",
-            location,
-            presign,
-            expires_in=expires_in,
-            content_type=content_type,
-            min_size=min_size,
-            max_size=max_size,
-        )
+        return await self._at("presign_upload", location, self.inner.presign_upload, **options)
 
 
-_ABILITIES: dict[type, type[WrappedBackend]] = {
-    SupportsCopy: _Copies,
-    SupportsBatchDelete: _DeletesMany,
-    SupportsCleanup: _CleansUp,
-    SupportsClock: _TellsTime,
-    SupportsExtraKeys: _AddsExtra,
-    SupportsMountCheck: _ChecksMount,
-    SupportsIdentity: _Identifies,
-    SupportsPlaces: _TellsPlaces,
-    SupportsAbort: _Aborts,
-    SupportsPresign: _Presigns,
-    SupportsBatchPresign: _PresignsMany,
-    SupportsPresignedUpload: _PresignsUploads,
+_ABILITIES: dict[type, str] = {
+    SupportsCopy: "copy",
+    SupportsBatchDelete: "delete_many",
+    SupportsCleanup: "cleanup_incomplete",
+    SupportsClock: "now",
+    SupportsExtraKeys: "extra_keys",
+    SupportsMountCheck: "is_mounted",
+    SupportsIdentity: "identities",
+    SupportsPlaces: "places",
+    SupportsAbort: "abort_upload",
+    SupportsPresign: "presign_get",
+    SupportsBatchPresign: "presign_many",
+    SupportsPresignedUpload: "presign_upload",
 }
 
 
 @cache
-def _class_with(cls: Any, abilities: tuple[Any, ...]) -> type[WrappedBackend]:
-    return type(cls.__name__, (cls, *abilities), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _class_with(cls: Any, abilities: tuple[str, ...]) -> type[WrappedBackend]:
+    base = type("_Abilities", (WrappedBackend,), {name: vars(_Abilities)[name] for name in abilities})
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _wrap_reader(inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> ObjectReader:

@@ -22,7 +22,6 @@ import pytest
 from aiohttp import web
 
 from granite_storage.backends import _obstore_client, _remote
-from granite_storage.backends import obstore as obstore_backend
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import (
@@ -474,7 +473,7 @@ class TestReadingFromAPoorService:
     async def test_a_reader_that_is_closed_lets_go_soon(
         self, poor: tuple[PoorService, ObjectStoreBackend], cancelled: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(obstore_backend, "CANCEL_TIMEOUT", 0.2)
+        monkeypatch.setattr(_obstore_client, "CANCEL_TIMEOUT", 0.2)
         service, backend = poor
         reader = await backend.open("object")
         with pytest.raises(TimeoutError):

@@ -20,7 +20,6 @@ from granite_storage.orm.journal.triggers import (
     find_triggers_in_the_way,
     has_some_triggers,
     have_triggers,
-    require_rolled_out,
 )
 
 if TYPE_CHECKING:
@@ -63,9 +62,7 @@ def create_storage_triggers(
     columns = _declare(connection, metadata, tables)
     others = _declare(connection, metadata, plain or {})
     journal = journal_tables(metadata, schema=journal_schema)
-    sources = find_sources(connection, columns, [*columns, *others], journal)
-    require_rolled_out(connection, sources, journal)
-    create_triggers(connection, sources)
+    create_triggers(connection, find_sources(connection, columns, [*columns, *others], journal))
 
 
 def drop_storage_triggers(op: Op, tables: Iterable[str]) -> None:

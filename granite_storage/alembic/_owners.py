@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Column, Connection, Select, select
@@ -34,8 +35,8 @@ class Owners:
         found = [item for item in find_json_columns(connection) if item.is_readable and not item.is_foreign]
         columns = [as_found(item.schema, item.table, item.name) for item in found]
         self._columns = [target, *find_with_refs(connection, columns, None, is_sample=False)]
-        self._keys: dict[str, frozenset[str]] = {}
-        self._identities: dict[str, tuple[str, ...] | None] = {}
+        self._keys_like = cache(self._find_keys_like)
+        self._identities_of = cache(self._find_identities)
 
     def addresses(self, item: InPlace) -> set[Address]:
         """Return every address of an object: by each key of the manager that may lead to it."""
@@ -56,27 +57,20 @@ class Owners:
                     taken.update(self.addresses(item))
         return taken
 
-    def _keys_like(self, key: str) -> frozenset[str]:
+    def _find_keys_like(self, key: str) -> frozenset[str]:
         """Return the keys of the manager that may lead to the same objects as one of them does."""
-        if key not in self._keys:
-            self._keys[key] = run(self._find_keys_like(key))
-        return self._keys[key]
-
-    async def _find_keys_like(self, key: str) -> frozenset[str]:
         backend = self._manager.backend(key)
-        others = {other: await may_overlap(backend, found) for other, found in self._manager.backends.items() if other != key}
-        return frozenset({key, *(other for other, overlaps in others.items() if overlaps is not False)})
+        backends = self._manager.backends.items()
+        return frozenset(other for other, found in backends if run(may_overlap(backend, found)) is not False)
 
     def _may_be_of(self, key: str, identity: str) -> bool:
         """Return whether a ref with this identity, or none, may lead to the store of a backend."""
-        if key not in self._identities:
-            self._identities[key] = run(self._find_identities(key))
-        identities = self._identities[key]
+        identities = self._identities_of(key)
         return not identity or not identities or identity in identities
 
-    async def _find_identities(self, key: str) -> tuple[str, ...] | None:
+    def _find_identities(self, key: str) -> tuple[str, ...] | None:
         try:
-            return await identities_of(self._manager.backend(key))
+            return run(identities_of(self._manager.backend(key)))
         except BackendError:
             return None
 

@@ -32,23 +32,22 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from operator import attrgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, bindparam, text
+from sqlalchemy import Connection, Row, bindparam, text
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import REFUSAL, JournalTables
+from granite_storage.orm._util import group
 from granite_storage.orm.columns import (
-    INDEXED_LOCATION,
     LONGEST_LOCATION,
     fitting_name,
     generated_location,
     location_column_name,
-    location_index_name,
 )
 from granite_storage.orm.journal._trigger_base import (
     CREATE_AGAIN,
@@ -154,7 +153,7 @@ class MariaDBTriggers(TableTriggers):
         self._keys = {place: _primary_key(connection, place) for place in places}
         names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
         self._intent, self._reclaim, self._meta = (_qualified((schema, name)) for name in names)
-        self._name_of_meta = _columns(connection, (schema, journal.meta.name))[journal.meta.c.name.name]
+        self._name = _columns(connection, (schema, journal.meta.name))[journal.meta.c.name.name]
 
     def is_current(self, connection: Connection) -> bool:
         """Return whether the table and its ancestors have these very triggers."""
@@ -205,14 +204,13 @@ class MariaDBTriggers(TableTriggers):
 
     def _create_index(self, connection: Connection, holder: Holder) -> None:
         column = location_column_name(holder.column)
-        name, place = _quoted(column), _qualified(holder.place)
+        name = _quoted(column)
         # Without its index it may be a virtual one, of an earlier version; see `generated_location`. With IF EXISTS, drivers
         # print a warning where it is not there.
         first = f"DROP COLUMN {name}, " if column in _columns(connection, holder.place) else ""
         generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
-        run(connection, f"ALTER TABLE {place} {first}ADD COLUMN {name} {generated}")
-        index = _quoted(location_index_name(holder.table, holder.column))
-        run(connection, f"CREATE INDEX IF NOT EXISTS {index} ON {place} ({name}({INDEXED_LOCATION}))")
+        run(connection, f"ALTER TABLE {_qualified(holder.place)} {first}ADD COLUMN {name} {generated}")
+        super()._create_index(connection, holder)
 
     @staticmethod
     def drop(connection: Connection, schema: str, table: str) -> None:
@@ -247,7 +245,7 @@ class MariaDBTriggers(TableTriggers):
             f" ON {_qualified(wanted.place)} FOR EACH ROW {first}{self._with_digest(wanted)}",
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The version and a digest of all of it, by which what is there is known."""
         parts = "\n".join(f"{item.name} {item.place} {item.moment} {item.body} {item.names}" for item in self._wanted)
@@ -266,20 +264,17 @@ class MariaDBTriggers(TableTriggers):
     def _ancestors(self) -> list[Place]:
         return [path[0].parent for path in self._paths]
 
-    @property
+    @cached_property
     def _wanted(self) -> list[_Wanted]:
         """Every trigger, the guards first."""
         name = self.table.name
         own = [(self._place, column) for column in self.table.columns]
-        bodies = {"insert": self._on_insert(), "update": self._on_update(), "delete": self._on_delete()}
+        bodies = {"insert": self._guard(is_update=False), "update": self._on_update(), "delete": self._on_delete()}
         wanted = [
             _Wanted(fitting_name(f"{_PREFIX}{what}_", name), self._place, ("AFTER", what.upper()), body, self._names)
             for what, body in bodies.items()
         ]
-        by_ancestor: dict[Place, list[Path]] = {}
-        for path in self._paths:
-            by_ancestor.setdefault(path[0].parent, []).append(path)
-        for ancestor, paths in by_ancestor.items():
+        for ancestor, paths in group(self._paths, lambda path: path[0].parent).items():
             named = fitting_name(f"{_PREFIX}cascade_", f"{ancestor[1]}_{name}")
             body = "\n".join(self._nominate_below(path) for path in paths)
             names = tuple(dict.fromkeys([*own, *(link for path in paths for link in self._links(path))]))
@@ -360,7 +355,9 @@ class MariaDBTriggers(TableTriggers):
         """
         longest = f"SELECT MAX(CAST(a.value AS DOUBLE)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
         name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, {_value_of(value, 'storage_key')}), {LONGEST_META_NAME})"
-        own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {self._name_of_meta.like(name)}"
+        # In the character set and the collation of the column, whose index is used then.
+        like_it = f"CONVERT({name} USING {self._name.character_set_name}) COLLATE {self._name.collation_name}"
+        own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {like_it}"
         seconds = f"COALESCE(({own}), ({longest}), 0)"
         return f"SELECT TIMESTAMPADD(MICROSECOND, 1000000 * {seconds}, UTC_TIMESTAMP(6)) INTO {_DUE};"
 
@@ -384,9 +381,6 @@ class MariaDBTriggers(TableTriggers):
   END FOR;"""
 
     # Guarding.
-
-    def _on_insert(self) -> str:
-        return self._guard(is_update=False)
 
     def _guard(self, *, is_update: bool) -> str:
         """Return what locks the evidence for each location that has come into the row, those of variants last, or refuses it.
@@ -654,27 +648,13 @@ def _require_mariadb(connection: Connection) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """A column: the character set and collation of its texts, and whether it is of the primary key."""
-
-    charset: str | None
-    collation: str | None
-    is_key: bool
-
-    def like(self, expression: str) -> str:
-        """Return an expression that compares with the column by the column's own index."""
-        return f"CONVERT({expression} USING {self.charset}) COLLATE {self.collation}"
-
-
-def _columns(connection: Connection, place: Place) -> dict[str, _Column]:
+def _columns(connection: Connection, place: Place) -> dict[str, Row[*tuple[Any, ...]]]:
     """Return the columns of a table by name."""
-    rows = ask(connection, _COLUMNS, schema=place[0], table=place[1])
-    return {name: _Column(charset, collation, key == "PRI") for name, charset, collation, key in rows}
+    return {row.column_name: row for row in ask(connection, _COLUMNS, schema=place[0], table=place[1])}
 
 
 def _primary_key(connection: Connection, place: Place) -> list[str]:
-    keys = [name for name, column in _columns(connection, place).items() if column.is_key]
+    keys = [name for name, column in _columns(connection, place).items() if column.column_key == "PRI"]
     if not keys:
         raise ConfigurationError(
             f"the table {place[1]} has no primary key, by which triggers lock the rows that hold files: give it one"

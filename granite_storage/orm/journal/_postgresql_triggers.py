@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from hashlib import sha256
 
 from sqlalchemy import Connection, bindparam, text
 
 from granite_storage.orm._interfaces import REFUSAL, JournalTables
-from granite_storage.orm.columns import fitting_name, location_index_name
+from granite_storage.orm.columns import fitting_name
 from granite_storage.orm.journal._trigger_base import (
     GuardedTable,
     Holder,
@@ -106,11 +107,6 @@ class PostgreSQLTriggers(TableTriggers):
     def _has_index(self, connection: Connection, holder: Holder) -> bool:
         return bool(ask(connection, _INDEXED, name=_qualified(holder.place), column=holder.column).scalar_one())
 
-    def _create_index(self, connection: Connection, holder: Holder) -> None:
-        name = quoted(location_index_name(holder.table, holder.column))
-        location = f"{quoted(holder.column)} ->> 'location'"
-        run(connection, f"CREATE INDEX IF NOT EXISTS {name} ON {_qualified(holder.place)} (({location}))")
-
     @staticmethod
     def drop(connection: Connection, schema: str, table: str) -> None:
         """Drop the functions of a table, and with them the triggers."""
@@ -148,7 +144,7 @@ class PostgreSQLTriggers(TableTriggers):
     def _function(self, what: str) -> str:
         return _function(self.table.place, what)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The version and a digest of all of it; the argument of each trigger, by which what is there is known."""
         text = "\n".join((*self.functions, *self._triggers(self._qualified, "", is_parent=True)))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Row, text
@@ -52,6 +52,7 @@ from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENT
 __all__ = ["SQLiteTriggers"]
 
 _PREFIX = "granite_storage_"
+_CREATE = "CREATE TRIGGER "
 _Part: TypeAlias = tuple[str, str, str]
 """When a trigger fires, the condition for that, and its statement."""
 
@@ -116,16 +117,16 @@ class SQLiteTriggers(TableTriggers):
 
     def is_current(self, connection: Connection) -> bool:
         """Return whether the table has these very triggers."""
-        return _read(connection, *self.table.place) == self._stored
+        return _read(connection, *self.table.place) == self.triggers
 
     def _create_triggers(self, connection: Connection) -> None:
         if not self.is_current(connection):
             self.drop(connection, *self.table.place)
-            for trigger in self.triggers.values():
-                run(connection, f"CREATE TRIGGER {quoted(self.table.schema)}.{trigger}")
+            for sql in self.triggers.values():
+                run(connection, sql.replace(_CREATE, f"{_CREATE}{quoted(self.table.schema)}.", 1))
 
     def _find_trigger_problems(self, connection: Connection) -> list[str]:
-        found, wanted = _read(connection, *self.table.place), self._stored
+        found, wanted = _read(connection, *self.table.place), self.triggers
         outdated = [name for name, sql in found.items() if wanted.get(name) != sql]
         return describe_triggers(self.table.name, wanted.keys() - found.keys(), outdated)
 
@@ -135,11 +136,6 @@ class SQLiteTriggers(TableTriggers):
     def _has_index(self, connection: Connection, holder: Holder) -> bool:
         found = text(f"SELECT 1 FROM {quoted(holder.schema)}.sqlite_master WHERE type = 'index' AND name = :name")
         return ask(connection, found, name=location_index_name(holder.table, holder.column)).first() is not None
-
-    def _create_index(self, connection: Connection, holder: Holder) -> None:
-        name = quoted(location_index_name(holder.table, holder.column))
-        location = _field(quoted(holder.column), "location")
-        run(connection, f"CREATE INDEX IF NOT EXISTS {quoted(holder.schema)}.{name} ON {quoted(holder.table)} ({location})")
 
     @staticmethod
     def drop(connection: Connection, schema: str, table: str) -> None:
@@ -182,14 +178,9 @@ class SQLiteTriggers(TableTriggers):
         named = [quoted(name) for name in tables]
         return sorted({row.tbl_name for row in _read_all(connection, "main") if any(name in row.sql for name in named)})
 
-    @property
-    def _stored(self) -> dict[str, str]:
-        """The triggers by name, as the database keeps them."""
-        return {name: f"CREATE TRIGGER {trigger}" for name, trigger in self.triggers.items()}
-
-    @property
+    @cached_property
     def triggers(self) -> dict[str, str]:
-        """The triggers by name: what comes after CREATE TRIGGER.
+        """The triggers by name: their SQL as the database keeps it.
 
         What is rarely there has triggers of its own, because a condition costs less than a statement that finds nothing.
         """
@@ -209,7 +200,7 @@ class SQLiteTriggers(TableTriggers):
             parts["rekey"] = self._on_replace(f"BEFORE UPDATE{of_columns}", moved_onto)
         return {
             f"{_PREFIX}{what}_{self.table.name}": (
-                f"{quoted(f'{_PREFIX}{what}_{self.table.name}')} {moment} ON {quoted(self.table.name)} FOR EACH ROW"
+                f"{_CREATE}{quoted(f'{_PREFIX}{what}_{self.table.name}')} {moment} ON {quoted(self.table.name)} FOR EACH ROW"
                 f" WHEN {condition}\nBEGIN\n{statement};\nEND"
             )
             for what, (moment, condition, statement) in parts.items()

@@ -10,9 +10,11 @@ from operator import itemgetter
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, CursorResult, TextClause, text
+from sqlalchemy.schema import CreateIndex
 
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import UNTRANSLATED, group
+from granite_storage.orm.columns import location_index
 
 __all__ = [
     "CREATE_AGAIN",
@@ -125,8 +127,9 @@ class TableTriggers(ABC):
     @abstractmethod
     def _has_index(self, connection: Connection, holder: Holder) -> bool: ...
 
-    @abstractmethod
-    def _create_index(self, connection: Connection, holder: Holder) -> None: ...
+    def _create_index(self, connection: Connection, holder: Holder) -> None:
+        index = location_index(connection.dialect.name, holder.table, holder.column, holder.schema)
+        connection.execute(CreateIndex(index, if_not_exists=True), execution_options=UNTRANSLATED)
 
     @abstractmethod
     def _create_triggers(self, connection: Connection) -> None: ...
@@ -202,11 +205,15 @@ def describe_gone(gone: Iterable[tuple[str, str]], consequence: str) -> list[str
 
 def describe_triggers(where: str, missing: Iterable[str], outdated: Iterable[str]) -> list[str]:
     """Return in words which triggers of a table are missing or old, and what to do."""
-    problems = {
-        f"{where} lacks the triggers {{}}: {CREATE_AGAIN}": missing,
-        f"the triggers {{}} of {where} are of another version, or for other columns or unique indexes: {CREATE_AGAIN}": outdated,
-    }
-    return [problem.format(", ".join(sorted(names))) for problem, names in problems.items() if names]
+    problems: list[str] = []
+    if missing:
+        problems.append(f"{where} lacks the triggers {', '.join(sorted(missing))}: {CREATE_AGAIN}")
+    if outdated:
+        names = ", ".join(sorted(outdated))
+        problems.append(
+            f"the triggers {names} of {where} are of another version, or for other columns or unique indexes: {CREATE_AGAIN}"
+        )
+    return problems
 
 
 def quoted(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Column, Connection, Select, select
+from sqlalchemy import Column, ColumnElement, Connection, FromClause, select
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._engine import identities_of, may_overlap
@@ -78,38 +78,23 @@ class Owners:
 def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return backend, location and identity of the refs of a column, and of their variants, that lead to one of the locations."""
     dialect = connection.dialect.name
+
+    def find(source: FromClause, location: ColumnElement[str], *others: ColumnElement[str]) -> list[Any]:
+        statement = select(*(selected_text(value, dialect) for value in (location, *others))).select_from(source)
+        if column.table.schema is not None:
+            statement = statement.execution_options(schema_translate_map={})
+        return list(connection.execute(statement.where(location.in_(wanted))))
+
+    backend, location = location_of(column, dialect)
+    others = backend, value_in(column, "identity", dialect)
     try:
-        rows = _select(connection, column, wanted, is_safe=False)
+        rows = find(column.table, location, *others)
     except OperationalError:  # on SQLite one value that is no JSON fails the whole statement
         if dialect != "sqlite":
             raise
-        rows = _select(connection, column, wanted, is_safe=True)
-    rows += _select_variants(connection, column, wanted)
+        rows = find(column.table, where_json(column, location), *others)
+    source, variant = join_variants(column, dialect)
+    rows += find(source, *(value_in(variant, key, dialect) for key in ("location", "backend", "identity")))
     encoding = text_encoding(connection)
     found = (tuple(as_text(value, encoding) for value in row) for row in rows)
-    return [(backend, location, identity) for backend, location, identity in found]
-
-
-def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
-    dialect = connection.dialect.name
-    backend, location = location_of(column, dialect)
-    identity = value_in(column, "identity", dialect)
-    if is_safe:
-        location = where_json(column, location)
-    statement = select(*(selected_text(value, dialect) for value in (backend, location, identity))).where(location.in_(wanted))
-    return _run(connection, column, statement)
-
-
-def _select_variants(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[Any]:
-    """Return backend, location and identity of the variants in the refs of a column that lead to one of the locations."""
-    dialect = connection.dialect.name
-    source, variant = join_variants(column, dialect)
-    texts = [value_in(variant, key, dialect) for key in ("backend", "location", "identity")]
-    found = select(*(selected_text(text, dialect) for text in texts)).select_from(source)
-    return _run(connection, column, found.where(texts[1].in_(wanted)))
-
-
-def _run(connection: Connection, column: Column[Any], statement: Select[Any]) -> list[Any]:
-    if column.table.schema is not None:
-        statement = statement.execution_options(schema_translate_map={})
-    return list(connection.execute(statement))
+    return [(backend, location, identity) for location, backend, identity in found]

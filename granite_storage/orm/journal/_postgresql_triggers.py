@@ -100,9 +100,14 @@ class PostgreSQLTriggers(TableTriggers):
             run(connection, statement)
 
     def _find_trigger_problems(self, connection: Connection) -> list[str]:
-        """Return what is wrong with those that are there, relation by relation."""
-        found = _read(connection, self._qualified)
-        return [problem for relation, triggers in found.items() for problem in _describe(relation, triggers, self.digest)]
+        problems: list[str] = []
+        for relation, found in _read(connection, self._qualified).items():
+            outdated = [name for name, (_, made) in found.items() if made != self.digest]
+            disabled = sorted(name for name, (state, _) in found.items() if state != "O")
+            problems += describe_triggers(relation, TRIGGERS.keys() - found.keys(), outdated)
+            if disabled:
+                problems.append(f"the triggers {', '.join(disabled)} of {relation} do not fire: ALTER TABLE ... ENABLE TRIGGER")
+        return problems
 
     def _has_index(self, connection: Connection, holder: Holder) -> bool:
         return bool(ask(connection, _INDEXED, name=_qualified(holder.place), column=holder.column).scalar_one())
@@ -558,15 +563,6 @@ def _function(place: Place, what: str) -> str:
 
 
 # What is there, by the catalogue.
-
-
-def _describe(relation: str, found: dict[str, tuple[str, str]], digest: str) -> list[str]:
-    outdated = [name for name, (_, made) in found.items() if made != digest]
-    disabled = sorted(name for name, (state, _) in found.items() if state != "O")
-    problems = describe_triggers(relation, TRIGGERS.keys() - found.keys(), outdated)
-    if disabled:
-        problems.append(f"the triggers {', '.join(disabled)} of {relation} do not fire: ALTER TABLE ... ENABLE TRIGGER")
-    return problems
 
 
 _TRIGGERS = text("""

@@ -44,9 +44,6 @@ _KINDS: Final[Mapping[str, type[TableTriggers]]] = {
 }
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
 
-_NAMES = "PostgreSQL, MariaDB and SQLite"
-"""The databases in messages."""
-
 
 def storage_triggers(metadata: MetaData) -> None:
     """Declare triggers on the tables with attachments, for writers past the sessions: SQL, other programs, COPY. Idempotent.
@@ -164,8 +161,8 @@ def _kind_of(connection: Connection) -> type[TableTriggers]:
     found = _KINDS.get(connection.dialect.name)
     if found is None:
         raise ConfigurationError(
-            f"storage_triggers are for {_NAMES}, and this database is {connection.dialect.name}: leave the call out there, and"
-            " let the garbage collector find what SQL past the sessions leaves behind"
+            f"storage_triggers are for PostgreSQL, MariaDB and SQLite, and this database is {connection.dialect.name}: leave the"
+            " call out there, and let the garbage collector find what SQL past the sessions leaves behind"
         )
     return found
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_triggers", "create_storage_triggers", "drop_storage_triggers"]
 
-_LEFT = "  # then create those of the earlier models, if there were any"
+_LEFT_TO_DO = "  # then create those of the earlier models, if there were any"
 """What a downgrade says is left to do."""
 
 
@@ -104,7 +104,7 @@ def _declare(connection: Connection, metadata: MetaData, tables: Mapping[str, Se
 
 def _drop(tables: Sequence[str], comment: str = "") -> CallOp:
     """Return the call that drops triggers; a downgrade drops them as well, since it knows no earlier columns."""
-    return CallOp("drop_storage_triggers", tables, comment=comment, undo=partial(_drop, tables, _LEFT))
+    return CallOp("drop_storage_triggers", tables, comment=comment, undo=partial(_drop, tables, _LEFT_TO_DO))
 
 
 def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
@@ -130,17 +130,15 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
     }
     if dropped:
         upgrade_ops.ops.insert(0, _drop(sorted(dropped)))
-    if columns and (
-        dropped or not _are_current(connection, metadata, {*journal.all, *(column.table for column in found.refs())})
-    ):
+    needed = {*journal.all, *(column.table for column in found.refs())}
+    if columns and (dropped or not _are_current(connection, metadata, needed)):
         tables, plain = _by_table(columns), _by_table(column for column in found.refs() if column not in set(columns))
-        undo = partial(_drop, list(tables), _LEFT)
-        schema = journal.intent.schema
-        upgrade_ops.ops.append(CallOp("create_storage_triggers", tables, plain=plain, journal_schema=schema, undo=undo))
+        undo, schema = partial(_drop, list(tables), _LEFT_TO_DO), journal.intent.schema
+        upgrade_ops.ops.append(CallOp("create_storage_triggers", tables, undo=undo, plain=plain, journal_schema=schema))
 
 
 def _are_current(connection: Connection, metadata: MetaData, needed: Iterable[Table]) -> bool:
-    """Return whether all tables are there, and have the triggers; those for columns that are missing are others."""
+    """Return whether the tables are there and have their triggers, whose SQL names each column that the models have."""
     return all(resolve(connection, table) for table in needed) and all(
         source.is_current(connection) for source in sources_of(connection, metadata)
     )

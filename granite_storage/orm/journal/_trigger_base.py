@@ -93,6 +93,9 @@ class TableTriggers(ABC):
         schema: The schema that they are in.
     """
 
+    _wrong_index = ""
+    """What else may be wrong with an index, in words."""
+
     def __init__(self, connection: Connection, table: GuardedTable, journal: JournalTables, schema: str) -> None:
         self.table = table
         self.journal = journal
@@ -114,9 +117,6 @@ class TableTriggers(ABC):
             f"{self._wrong_index}: create_location_index(op, ...) in a migration makes one"
             for holder in self._find_unindexed(connection)
         ]
-
-    _wrong_index = ""
-    """What an index may be instead of missing."""
 
     def _label(self, holder: Holder) -> str:
         return ".".join(holder.place)
@@ -203,7 +203,7 @@ def describe_gone(gone: Iterable[tuple[str, str]], consequence: str) -> list[str
     ]
 
 
-def describe_triggers(where: str, missing: Iterable[str], outdated: Iterable[str]) -> list[str]:
+def describe_triggers(where: str, missing: Collection[str], outdated: Collection[str]) -> list[str]:
     """Return in words which triggers of a table are missing or old, and what to do."""
     problems: list[str] = []
     if missing:

@@ -145,16 +145,12 @@ def find_sources(
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
     evidence = sorted(Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None)
-    return [
-        kind(
-            connection,
-            GuardedTable(*found, _keys_of(table), tuple(sorted(column.name for column in own)), evidence),
-            journal,
-            place[0],
-        )
-        for table, own in group(columns, attrgetter("table")).items()
-        if (found := places[table]) is not None
-    ]
+    sources: list[TableTriggers] = []
+    for table, own in group(columns, attrgetter("table")).items():
+        if (found := places[table]) is not None:
+            guarded = GuardedTable(*found, _keys_of(table), tuple(sorted(column.name for column in own)), evidence)
+            sources.append(kind(connection, guarded, journal, place[0]))
+    return sources
 
 
 def _kind_of(connection: Connection) -> type[TableTriggers]:

@@ -236,8 +236,10 @@ class MariaDBTriggers(TableTriggers):
 
     def _create(self, connection: Connection, wanted: _Wanted) -> None:
         (schema, table), (timing, event) = wanted.place, wanted.moment
-        of_kind = ask(connection, _OF_KIND, schema=schema, table=table, timing=timing, event=event).scalars().all()
-        others = [name for name in of_kind if name != wanted.name] if wanted.is_first else []
+        values = {"schema": schema, "table": table, "timing": timing, "event": event}
+        others = (
+            [name for name in ask(connection, _OF_KIND, **values).scalars() if name != wanted.name] if wanted.is_first else []
+        )
         first = f"PRECEDES {_quoted(others[0])} " if others else ""
         run(
             connection,

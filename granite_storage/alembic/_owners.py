@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Column, Connection, Select, select
+from sqlalchemy import Column, ColumnElement, Connection, FromClause, select
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._engine import identities_of, may_overlap
@@ -34,8 +35,8 @@ class Owners:
         found = [item for item in find_json_columns(connection) if item.is_readable and not item.is_foreign]
         columns = [as_found(item.schema, item.table, item.name) for item in found]
         self._columns = [target, *find_with_refs(connection, columns, None, is_sample=False)]
-        self._keys: dict[str, frozenset[str]] = {}
-        self._identities: dict[str, tuple[str, ...] | None] = {}
+        self._keys_like = cache(self._find_keys_like)
+        self._identities_of = cache(self._find_identities)
 
     def addresses(self, item: InPlace) -> set[Address]:
         """Return every address of an object: by each key of the manager that may lead to it."""
@@ -56,27 +57,20 @@ class Owners:
                     taken.update(self.addresses(item))
         return taken
 
-    def _keys_like(self, key: str) -> frozenset[str]:
+    def _find_keys_like(self, key: str) -> frozenset[str]:
         """Return the keys of the manager that may lead to the same objects as one of them does."""
-        if key not in self._keys:
-            self._keys[key] = run(self._find_keys_like(key))
-        return self._keys[key]
-
-    async def _find_keys_like(self, key: str) -> frozenset[str]:
         backend = self._manager.backend(key)
-        others = {other: await may_overlap(backend, found) for other, found in self._manager.backends.items() if other != key}
-        return frozenset({key, *(other for other, overlaps in others.items() if overlaps is not False)})
+        backends = self._manager.backends.items()
+        return frozenset(other for other, found in backends if run(may_overlap(backend, found)) is not False)
 
     def _may_be_of(self, key: str, identity: str) -> bool:
         """Return whether a ref with this identity, or none, may lead to the store of a backend."""
-        if key not in self._identities:
-            self._identities[key] = run(self._find_identities(key))
-        identities = self._identities[key]
+        identities = self._identities_of(key)
         return not identity or not identities or identity in identities
 
-    async def _find_identities(self, key: str) -> tuple[str, ...] | None:
+    def _find_identities(self, key: str) -> tuple[str, ...] | None:
         try:
-            return await identities_of(self._manager.backend(key))
+            return run(identities_of(self._manager.backend(key)))
         except BackendError:
             return None
 
@@ -84,38 +78,23 @@ class Owners:
 def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return backend, location and identity of the refs of a column, and of their variants, that lead to one of the locations."""
     dialect = connection.dialect.name
+
+    def find(source: FromClause, location: ColumnElement[str], *others: ColumnElement[str]) -> list[Any]:
+        statement = select(*(selected_text(value, dialect) for value in (location, *others))).select_from(source)
+        if column.table.schema is not None:
+            statement = statement.execution_options(schema_translate_map={})
+        return list(connection.execute(statement.where(location.in_(wanted))))
+
+    backend, location = location_of(column, dialect)
+    others = backend, value_in(column, "identity", dialect)
     try:
-        rows = _select(connection, column, wanted, is_safe=False)
+        rows = find(column.table, location, *others)
     except OperationalError:  # on SQLite one value that is no JSON fails the whole statement
         if dialect != "sqlite":
             raise
-        rows = _select(connection, column, wanted, is_safe=True)
-    rows += _select_variants(connection, column, wanted)
+        rows = find(column.table, where_json(column, location), *others)
+    source, variant = join_variants(column, dialect)
+    rows += find(source, *(value_in(variant, key, dialect) for key in ("location", "backend", "identity")))
     encoding = text_encoding(connection)
     found = (tuple(as_text(value, encoding) for value in row) for row in rows)
-    return [(backend, location, identity) for backend, location, identity in found]
-
-
-def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
-    dialect = connection.dialect.name
-    backend, location = location_of(column, dialect)
-    identity = value_in(column, "identity", dialect)
-    if is_safe:
-        location = where_json(column, location)
-    statement = select(*(selected_text(value, dialect) for value in (backend, location, identity))).where(location.in_(wanted))
-    return _run(connection, column, statement)
-
-
-def _select_variants(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[Any]:
-    """Return backend, location and identity of the variants in the refs of a column that lead to one of the locations."""
-    dialect = connection.dialect.name
-    source, variant = join_variants(column, dialect)
-    texts = [value_in(variant, key, dialect) for key in ("backend", "location", "identity")]
-    found = select(*(selected_text(text, dialect) for text in texts)).select_from(source)
-    return _run(connection, column, found.where(texts[1].in_(wanted)))
-
-
-def _run(connection: Connection, column: Column[Any], statement: Select[Any]) -> list[Any]:
-    if column.table.schema is not None:
-        statement = statement.execution_options(schema_translate_map={})
-    return list(connection.execute(statement))
+    return [(backend, location, identity) for location, backend, identity in found]

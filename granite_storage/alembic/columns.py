@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, func, select
-from sqlalchemy.dialects import mysql
+from sqlalchemy import Column, Connection, MetaData, Table, and_, func, select
 
 from granite_storage._jobs import require_concurrency
 from granite_storage._tasks import run_bounded
@@ -18,13 +17,11 @@ from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.columns import (
-    INDEXED_LOCATION,
-    LONGEST_LOCATION,
     generated_location,
     join_variants,
     location_column_name,
+    location_index,
     location_index_name,
-    location_of,
     portable_storage_ref_type,
 )
 from granite_storage.orm.locking import among
@@ -183,7 +180,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
     context = op.get_context()
     concurrently = concurrently and context.dialect.name == "postgresql"
     with context.autocommit_block() if concurrently else nullcontext():
-        index = _index(op, table, column, schema, concurrently)
+        index = location_index(context.dialect.name, table, column, schema, concurrently=concurrently)
         if context.dialect.name in ("mysql", "mariadb"):
             _add_generated_column(op, table, column, schema)
         context.impl.create_index(index, if_not_exists=True)
@@ -194,17 +191,6 @@ def drop_location_index(op: Op, table: str, column: str, *, schema: str | None =
     op.drop_index(location_index_name(table, column), table_name=table, schema=schema, if_exists=True)
     if op.get_context().dialect.name in ("mysql", "mariadb") and _has_generated_column(op, table, column, schema):
         op.drop_column(table, location_column_name(column), schema=schema)
-
-
-def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bool) -> Index:
-    dialect = op.get_context().dialect.name
-    refs = Column(column, portable_storage_ref_type())
-    generated = Column(location_column_name(column), mysql.VARCHAR(LONGEST_LOCATION))
-    Table(table, MetaData(), refs, generated, schema=schema)
-    if dialect in ("mysql", "mariadb"):
-        length = {generated.name: INDEXED_LOCATION}
-        return Index(location_index_name(table, column), generated, mysql_length=length, mariadb_length=length)
-    return Index(location_index_name(table, column), location_of(refs, dialect)[1], postgresql_concurrently=concurrently)
 
 
 def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -> None:

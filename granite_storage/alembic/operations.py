@@ -155,20 +155,18 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
         connection = op.get_bind()
         report = ConversionReport(what.table, what.source, what.target, count(connection, table, waiting))
         for keys in key_pages(connection, table, waiting, what.rows_per_step):
-            made: Sequence[Made] = []
-            is_written = False
-            try:
-                with step():
-                    rows = _lock_rows(connection, table, target, and_(among(table, keys), waiting))
-                    made = work(connection, table, rows)
+            with step():
+                rows = _lock_rows(connection, table, target, and_(among(table, keys), waiting))
+                made = work(connection, table, rows)
+                try:
                     _write(connection, table, target, rows, made)
-                    is_written = True
-            except BaseException:
-                if not is_written:
+                except BaseException:
                     _undo(made)
-                raise
+                    raise
             report = _add_counts(report, made)
-            _report_progress(report, progress)
+            logger.info("%s.%s -> %s: %d of %d rows", what.table, what.source, what.target, report.done, report.total)
+            if progress is not None:
+                progress(report)
     return report
 
 
@@ -200,20 +198,9 @@ def _undo(made: Sequence[Made]) -> None:
 
 
 def _add_counts(report: ConversionReport, made: Sequence[Made]) -> ConversionReport:
-    skipped = sum(item.value is None for item in made)
-    adopted = sum(item.is_adopted for item in made)
-    return replace(
-        report,
-        stored=report.stored + len(made) - skipped - adopted,
-        adopted=report.adopted + adopted,
-        skipped=report.skipped + skipped,
-    )
-
-
-def _report_progress(report: ConversionReport, progress: Progress | None) -> None:
-    logger.info("%s.%s -> %s: %d of %d rows", report.table, report.source, report.target, report.done, report.total)
-    if progress is not None:
-        progress(report)
+    skipped, adopted = sum(item.value is None for item in made), sum(item.is_adopted for item in made)
+    stored = len(made) - skipped - adopted
+    return replace(report, stored=report.stored + stored, adopted=report.adopted + adopted, skipped=report.skipped + skipped)
 
 
 # The operations that migrations call.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from alembic.autogenerate import comparators, renderers
+from alembic.autogenerate import comparators
 from alembic.operations import ops
 from alembic.util import DispatchPriority
 
+from granite_storage.alembic._calls import CallOp
 from granite_storage.alembic.triggers import compare_triggers
 from granite_storage.orm.columns import (
     LOCATION_COLUMN_PREFIX,
@@ -69,31 +71,20 @@ def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: ob
     own = autogen_context.opts.get("render_item")
     if not isinstance(own, _Composed):
         autogen_context.opts["render_item"] = _Composed(own)
-    outlived = [_LocationIndexOp(*place) for operation in upgrade_ops.ops for place in _outlived(operation)]
+    outlived = [
+        _location_index("drop_location_index", "create_location_index", *place)
+        for operation in upgrade_ops.ops
+        for place in _outlived(operation)
+    ]
     _exclude_location_indexes(upgrade_ops)
     upgrade_ops.ops[:0] = outlived
     compare_triggers(autogen_context, upgrade_ops)
 
 
-class _LocationIndexOp(ops.MigrateOperation):
-    """The call of `drop_location_index` in a migration, or of `create_location_index` in its downgrade."""
-
-    def __init__(self, table: str, column: str, schema: str | None, *, creates: bool = False) -> None:
-        self.table, self.column, self.schema, self.creates = table, column, schema, creates
-
-    def reverse(self) -> _LocationIndexOp:
-        return _LocationIndexOp(self.table, self.column, self.schema, creates=not self.creates)
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        return ("create_location_index" if self.creates else "drop_location_index", self.table, self.column)
-
-
-@renderers.dispatch_for(_LocationIndexOp)
-def _render_location_index(autogen_context: AutogenContext, operation: _LocationIndexOp) -> str:
-    name = "create_location_index" if operation.creates else "drop_location_index"
-    autogen_context.imports.add(f"from granite_storage.alembic import {name}")
-    schema = f", schema={operation.schema!r}" if operation.schema is not None else ""
-    return f"{name}(op, {operation.table!r}, {operation.column!r}{schema})"
+def _location_index(name: str, opposite: str, table: str, column: str, schema: str | None) -> CallOp:
+    """Return the call of one of the functions for indexes over locations; a downgrade calls the opposite one."""
+    undo = partial(_location_index, opposite, name, table, column, schema)
+    return CallOp(name, table, column, schema=schema, undo=undo)
 
 
 def _outlived(operation: ops.MigrateOperation) -> list[tuple[str, str, str | None]]:

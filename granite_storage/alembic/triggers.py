@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from alembic.autogenerate import renderers
 from alembic.operations import ops
 from sqlalchemy import Column, Connection, MetaData, Table, inspect
 
+from granite_storage.alembic._calls import CallOp
 from granite_storage.alembic._transactions import Op, require_online
 from granite_storage.orm._interfaces import are_triggers_declared, tables_of
+from granite_storage.orm._util import group
 from granite_storage.orm.columns import attachment_tables, portable_storage_ref_type
+from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.journal.triggers import (
     create_triggers,
@@ -20,7 +23,7 @@ from granite_storage.orm.journal.triggers import (
     find_triggers_in_the_way,
     has_some_triggers,
     have_triggers,
-    require_rolled_out,
+    sources_of,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_triggers", "create_storage_triggers", "drop_storage_triggers"]
 
-_IMPORT = "from granite_storage.alembic import create_storage_triggers, drop_storage_triggers"
+_LEFT_TO_DO = "  # then create those of the earlier models, if there were any"
+"""What a downgrade says is left to do."""
 
 
 def create_storage_triggers(
@@ -63,9 +67,7 @@ def create_storage_triggers(
     columns = _declare(connection, metadata, tables)
     others = _declare(connection, metadata, plain or {})
     journal = journal_tables(metadata, schema=journal_schema)
-    sources = find_sources(connection, columns, [*columns, *others], journal)
-    require_rolled_out(connection, sources, journal)
-    create_triggers(connection, sources)
+    create_triggers(connection, find_sources(connection, columns, [*columns, *others], journal))
 
 
 def drop_storage_triggers(op: Op, tables: Iterable[str]) -> None:
@@ -100,51 +102,9 @@ def _declare(connection: Connection, metadata: MetaData, tables: Mapping[str, Se
     return declared
 
 
-class _CreateTriggersOp(ops.MigrateOperation):
-    """The call of `create_storage_triggers` in a migration."""
-
-    def __init__(
-        self, tables: Mapping[str, Sequence[str]], plain: Mapping[str, Sequence[str]], journal_schema: str | None
-    ) -> None:
-        self.tables, self.plain, self.journal_schema = tables, plain, journal_schema
-
-    def reverse(self) -> _DropTriggersOp:
-        return _DropTriggersOp(list(self.tables), is_downgrade=True)
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        return ("create_storage_triggers", self.tables)
-
-
-class _DropTriggersOp(ops.MigrateOperation):
-    """The call of `drop_storage_triggers` in a migration.
-
-    A downgrade drops triggers as well, since it knows no earlier columns; a comment in it says what is left to do.
-    """
-
-    def __init__(self, tables: Sequence[str], *, is_downgrade: bool = False) -> None:
-        self.tables = tables
-        self.is_downgrade = is_downgrade
-
-    def reverse(self) -> _DropTriggersOp:
-        return _DropTriggersOp(self.tables, is_downgrade=True)
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        return ("drop_storage_triggers", self.tables)
-
-
-@renderers.dispatch_for(_CreateTriggersOp)
-def _render_create(autogen_context: AutogenContext, operation: _CreateTriggersOp) -> str:
-    autogen_context.imports.add(_IMPORT)
-    options = f", plain={operation.plain!r}" if operation.plain else ""
-    options += f", journal_schema={operation.journal_schema!r}" if operation.journal_schema is not None else ""
-    return f"create_storage_triggers(op, {operation.tables!r}{options})"
-
-
-@renderers.dispatch_for(_DropTriggersOp)
-def _render_drop(autogen_context: AutogenContext, operation: _DropTriggersOp) -> str:
-    autogen_context.imports.add(_IMPORT)
-    left = "  # then create those of the earlier models, if there were any" if operation.is_downgrade else ""
-    return f"drop_storage_triggers(op, {operation.tables!r}){left}"
+def _drop(tables: Sequence[str], comment: str = "") -> CallOp:
+    """Return the call that drops triggers; a downgrade drops them as well, since it knows no earlier columns."""
+    return CallOp("drop_storage_triggers", tables, comment=comment, undo=partial(_drop, tables, _LEFT_TO_DO))
 
 
 def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
@@ -169,24 +129,19 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
         *find_triggers_in_the_way(connection, changed),
     }
     if dropped:
-        upgrade_ops.ops.insert(0, _DropTriggersOp(sorted(dropped)))
-    if columns and (dropped or not _are_current(connection, metadata)):
-        plain = [column for column in found.refs() if column not in set(columns)]
-        upgrade_ops.ops.append(_CreateTriggersOp(_by_table(columns), _by_table(plain), journal.intent.schema))
+        upgrade_ops.ops.insert(0, _drop(sorted(dropped)))
+    needed = {*journal.all, *(column.table for column in found.refs())}
+    if columns and (dropped or not _are_current(connection, metadata, needed)):
+        tables, plain = _by_table(columns), _by_table(column for column in found.refs() if column not in set(columns))
+        undo, schema = partial(_drop, list(tables), _LEFT_TO_DO), journal.intent.schema
+        upgrade_ops.ops.append(CallOp("create_storage_triggers", tables, undo=undo, plain=plain, journal_schema=schema))
 
 
-def _are_current(connection: Connection, metadata: MetaData) -> bool:
-    journal = tables_of(metadata)
-    inspector = inspect(connection)
-    found = attachment_tables(metadata)
-    for table in {column.table for column in found.refs()} | set(journal.all if journal is not None else ()):
-        if not inspector.has_table(table.name, schema=table.schema):
-            return False
-        there = {column["name"] for column in inspector.get_columns(table.name, schema=table.schema)}
-        if any(column.table is table and column.name not in there for column in found.refs()):
-            return False
-    sources = [] if journal is None else find_sources(connection, found.all_attachments(), found.refs(), journal)
-    return all(source.is_current(connection) for source in sources)
+def _are_current(connection: Connection, metadata: MetaData, needed: Iterable[Table]) -> bool:
+    """Return whether the tables are there and have their triggers, whose SQL names each column that the models have."""
+    return all(resolve(connection, table) for table in needed) and all(
+        source.is_current(connection) for source in sources_of(connection, metadata)
+    )
 
 
 def _named(metadata: MetaData, others: Iterable[str]) -> dict[str, Table]:
@@ -209,7 +164,5 @@ def _changed(operation: ops.MigrateOperation) -> list[str]:
 
 
 def _by_table(columns: Iterable[Column[Any]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for column in columns:
-        found.setdefault(column.table.fullname, []).append(column.name)
-    return {name: sorted(found[name]) for name in sorted(found)}
+    found = group(columns, lambda column: column.table.fullname)
+    return {name: sorted(column.name for column in found[name]) for name in sorted(found)}

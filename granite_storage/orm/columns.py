@@ -20,6 +20,7 @@ from sqlalchemy import (
     ColumnElement,
     ForeignKeyConstraint,
     FromClause,
+    Index,
     MetaData,
     Table,
     Text,
@@ -788,6 +789,26 @@ _DIGITS = 8
 def location_index_name(table: str, column: str) -> str:
     """Return the name of the index over a column's locations; it fits every database."""
     return fitting_name(LOCATION_INDEX_PREFIX, f"{table}_{column}")
+
+
+def location_index(dialect: str, table: str, column: str, schema: str | None, *, concurrently: bool = False) -> Index:
+    """Return the index over a column's locations: on an expression, or on the generated column where no index can be.
+
+    Args:
+        dialect: The name of the database.
+        table: The table.
+        column: The column of refs.
+        schema: The table's schema.
+        concurrently: Whether PostgreSQL builds it without locking out writers.
+    """
+    refs = Column(column, portable_storage_ref_type())
+    generated = Column(location_column_name(column), Text())
+    Table(table, MetaData(), refs, generated, schema=schema)
+    name = location_index_name(table, column)
+    if dialect in ("mysql", "mariadb"):
+        length = {generated.name: INDEXED_LOCATION}
+        return Index(name, generated, mysql_length=length, mariadb_length=length)
+    return Index(name, location_of(refs, dialect)[1], postgresql_concurrently=concurrently)
 
 
 def location_column_name(column: str) -> str:

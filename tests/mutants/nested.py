@@ -153,7 +153,7 @@ MUTANTS = [
         name="nested-variants-are-adopted",
         rule="A variant has an owner, and no other row adopts it.",
         path="granite_storage/alembic/_owners.py",
-        old="    rows += _select_variants(connection, column, wanted)\n",
+        old='    rows += find(source, *(value_in(variant, key, dialect) for key in ("location", "backend", "identity")))\n',
         new="",
         tests=("tests/alembic/test_one_owner.py::test_a_variant_of_another_file_has_an_owner",),
     ),

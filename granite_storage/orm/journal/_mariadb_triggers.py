@@ -32,28 +32,38 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from hashlib import sha256
-from typing import TypeAlias
+from operator import attrgetter
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, bindparam, text
+from sqlalchemy import Connection, Row, bindparam, text
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import REFUSAL, JournalTables
-from granite_storage.orm._util import UNTRANSLATED
+from granite_storage.orm._util import group
 from granite_storage.orm.columns import (
-    INDEXED_LOCATION,
     LONGEST_LOCATION,
     fitting_name,
     generated_location,
     location_column_name,
-    location_index_name,
 )
-from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, run
-from granite_storage.orm.journal.gone_columns import describe_gone
+from granite_storage.orm.journal._trigger_base import (
+    CREATE_AGAIN,
+    GuardedTable,
+    Holder,
+    Place,
+    TableTriggers,
+    ask,
+    describe_gone,
+    find_gone_columns,
+    literal,
+    run,
+)
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
 
-__all__ = ["MariaDBSource", "MariaDBTriggers"]
+__all__ = ["MariaDBTriggers"]
 
 VERSION = 2
 """The version of the SQL; each trigger has it, with a digest of the rest."""
@@ -61,22 +71,6 @@ VERSION = 2
 _PREFIX = "granite_storage_"
 _SHOWN = 100
 """How much of a location an error shows."""
-
-Place: TypeAlias = tuple[str, str]
-"""A schema and a table."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Collated:
-    """A column, and the character set and collation of its texts."""
-
-    name: str
-    charset: str | None
-    collation: str | None
-
-    def like(self, expression: str) -> str:
-        """Return an expression that compares with the column by the column's own index."""
-        return expression if self.charset is None else f"CONVERT({expression} USING {self.charset}) COLLATE {self.collation}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +85,6 @@ class _Cascade:
 
 Path: TypeAlias = tuple[_Cascade, ...]
 """A way by which deletes cascade, from the topmost table down."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What the triggers of a table depend on in the catalogue.
-
-    Attributes:
-        name: The column of the names in `granite_storage_meta`.
-        keys: The primary keys of the tables that hold refs.
-        paths: The ways by which deletes cascade to the table, each from an ancestor down to it.
-        own: The foreign keys by which a table on such a way deletes its own rows.
-    """
-
-    name: _Collated
-    keys: Mapping[Place, Sequence[_Collated]]
-    paths: Sequence[Path]
-    own: Mapping[Place, Sequence[_Cascade]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,140 +107,83 @@ class _Wanted:
     names: Sequence[tuple[Place, str]]
     is_first: bool = True
 
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A trigger of the library's that is there.
-
-    Attributes:
-        place: The table that it is on.
-        name: Its name.
-        label: The table whose files it is for.
-        made: What it was made from.
-        order: Its number among those of its kind on the table.
-        names: The columns that it names.
-    """
-
-    place: Place
-    name: str
-    label: str
-    made: str
-    order: int
-    names: Sequence[tuple[Place, str]]
-
     @property
     def key(self) -> tuple[str, str]:
         """The schema and the name, by which the database knows it."""
         return self.place[0], self.name
 
 
-class MariaDBTriggers:
-    """Triggers on MariaDB; see `TriggerDialect`."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A trigger of the library's that is there.
 
-    def source(
-        self, connection: Connection, table: GuardedTable, holders: Sequence[Holder], journal: JournalTables, schema: str
-    ) -> MariaDBSource:
-        """Return the triggers of a table.
-
-        Raises:
-            ConfigurationError: It is MySQL, a table that holds refs has no primary key, or cascades lead in a circle.
-        """
-        _require_mariadb(connection)
-        place = (table.schema, table.name)
-        paths, own = _find_cascades(connection, place)
-        facts = _Facts(
-            name=_type_of(connection, (schema, journal.meta.name), journal.meta.c.name.name),
-            keys={found: _primary_key(connection, found) for found in {place, *((item.schema, item.table) for item in holders)}},
-            paths=paths,
-            own=own,
-        )
-        names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
-        return MariaDBSource(table, holders, schema, names, facts)
-
-    def drop(self, connection: Connection, schema: str, table: str) -> None:
-        """Drop the triggers of a table, and those of its ancestors that read it, and the indexes that no trigger uses now."""
-        place = (schema, table)
-        for found in [*_read(connection, place), *_read_left(connection, [place])]:
-            run(connection, f"DROP TRIGGER IF EXISTS {_qualified(found.key)}")
-        _drop_unused_indexes(connection, schema)
-
-    def has_some(self, connection: Connection, schema: str, table: str) -> bool:
-        """Return whether a table has any of these triggers, on it or on its ancestors."""
-        place = (schema, table)
-        return bool(_read(connection, place) or _read_left(connection, [place]))
-
-    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
-        """Return in words which tables or columns triggers name that are gone."""
-        tables: dict[str, list[str]] = {}
-        there: dict[Place, Collection[str]] = {}
-        for found in sorted(_read_all(connection, schemas), key=lambda found: found.place):
-            for place, column in found.names:
-                if place not in there:
-                    there[place] = _columns(connection, place).keys()
-                if column not in there[place]:
-                    table = ".".join(place)
-                    gone = f"the column {column} of {table}" if there[place] else f"the table {table}"
-                    tables.setdefault(gone, []).append(".".join(found.place))
-        consequence = "statements which write their rows fail"
-        return [describe_gone(dict.fromkeys(of), gone, consequence) for gone, of in sorted(tables.items())]
-
-    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
-        """Return nothing: triggers name tables that need not be there."""
-        return []
-
-
-class MariaDBSource:
-    """The triggers of one table, on it and on its ancestors, and their SQL.
-
-    Args:
-        table: The table.
-        holders: Every column whose rows are evidence for a location.
-        journal: The schema of the journal's tables.
-        names: The names of the tables of intents, of fences, and `granite_storage_meta`.
-        facts: What the catalogue says.
+    Attributes:
+        key: Its schema and its name.
+        place: The table that it is on.
+        label: The table whose files it is for.
+        made: What it was made from.
+        order: Its number among those of its kind on the table.
+        names: The columns that it names.
     """
 
-    def __init__(
-        self, table: GuardedTable, holders: Sequence[Holder], journal: str, names: tuple[str, str, str], facts: _Facts
-    ) -> None:
-        self.table = table
-        self.holders = holders
-        self._place = (table.schema, table.name)
-        self._facts = facts
-        self._intent, self._reclaim, self._meta = (_qualified((journal, name)) for name in names)
+    key: tuple[str, str]
+    place: Place
+    label: str
+    made: str
+    order: int
+    names: Sequence[tuple[Place, str]]
 
-    def create(self, connection: Connection) -> None:
-        """Create what is missing, or is of another version or for other columns; and the indexes.
 
-        What guards comes first: meanwhile a delete that is not recorded leaves an orphan, and what is not guarded might dangle.
-        """
-        for holder in self.holders:
-            _create_index(connection, holder)
-        found = {item.key: item for item in _read(connection, self._place, self._ancestors)}
-        wanted = self._wanted
-        left = [item.key for item in _read_left(connection, [self._place, *self._ancestors])]
-        with _sql_mode(connection):
-            for item in wanted:
-                known = found.pop((item.place[0], item.name), None)
-                if known is None or not self._is_right(known, item):
-                    if known is not None and known.place != item.place:
-                        run(connection, f"DROP TRIGGER IF EXISTS {_qualified(known.key)}")
-                    self._create(connection, item)
-            for key in [*found, *left]:  # of cascades that are there no more, and of tables that were renamed
-                run(connection, f"DROP TRIGGER IF EXISTS {_qualified(key)}")
+class MariaDBTriggers(TableTriggers):
+    """The triggers of MariaDB, on the table and on its ancestors.
+
+    Raises:
+        ConfigurationError: It is MySQL, a table that holds refs has no primary key, or cascades lead in a circle.
+    """
+
+    _wrong_index = ", or one over a virtual column, with which MariaDB can crash"
+
+    def __init__(self, connection: Connection, table: GuardedTable, journal: JournalTables, schema: str) -> None:
+        super().__init__(connection, table, journal, schema)
+        _require_mariadb(connection)
+        self._place = table.place
+        # The ways by which deletes cascade to the table, and the foreign keys by which tables on them delete their own rows.
+        self._paths, self._own = _find_cascades(connection, self._place)
+        places = {self._place, *(holder.place for holder in table.holders)}
+        self._keys = {place: _primary_key(connection, place) for place in places}
+        names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
+        self._intent, self._reclaim, self._meta = (_qualified((schema, name)) for name in names)
+        self._name = _columns(connection, (schema, journal.meta.name))[journal.meta.c.name.name]
 
     def is_current(self, connection: Connection) -> bool:
         """Return whether the table and its ancestors have these very triggers."""
-        found = {item.key: item for item in _read(connection, self._place, self._ancestors)}
-        wanted = {(item.place[0], item.name): item for item in self._wanted}
-        return found.keys() == wanted.keys() and all(self._is_right(found[key], item) for key, item in wanted.items())
+        found, wanted = self._find_own(connection), self._wanted
+        return found.keys() == {item.key for item in wanted} and all(self._is_right(found[item.key], item) for item in wanted)
 
-    def find_problems(self, connection: Connection) -> list[str]:
-        """Return what is wrong with those that are there, and with the indexes."""
-        found = {item.key: item for item in _read(connection, self._place, self._ancestors)}
+    def _find_own(self, connection: Connection) -> dict[tuple[str, str], _Found]:
+        return {item.key: item for item in _read(connection, self._place, self._ancestors)}
+
+    def _create_triggers(self, connection: Connection) -> None:
+        """Create what is missing or old, and drop what is left of other tables.
+
+        What guards comes first: meanwhile a delete that is not recorded leaves an orphan, and what is not guarded might dangle.
+        """
+        found = self._find_own(connection)
+        left = [item.key for item in _read_left(connection, [self._place, *self._ancestors])]
+        with _sql_mode(connection):
+            for item in self._wanted:
+                known = found.pop(item.key, None)
+                if known is None or not self._is_right(known, item):
+                    if known is not None and known.place != item.place:
+                        _drop(connection, [known.key])
+                    self._create(connection, item)
+            _drop(connection, [*found, *left])  # of cascades that are there no more, and of tables that were renamed
+
+    def _find_trigger_problems(self, connection: Connection) -> list[str]:
+        found = self._find_own(connection)
         problems: list[str] = []
         for item in self._wanted:
-            known, where = found.get((item.place[0], item.name)), ".".join(item.place)
+            known, where = found.get(item.key), _label(item.place)
             if known is None:
                 problems.append(
                     f"{where} lacks the trigger {item.name}, or this role lacks the privilege TRIGGER, without which MariaDB"
@@ -276,58 +196,87 @@ class MariaDBSource:
                     f"the trigger {item.name} of {where} does not fire before all others of its kind, whose work it would not"
                     f" guard: {CREATE_AGAIN}"
                 )
-        return problems + [
-            f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in,"
-            " or one over a virtual column, with which MariaDB can crash: create_location_index(op, ...) in a migration makes one"
-            for holder in self.holders
-            if not _has_index(connection, holder)
-        ]
+        return problems
+
+    def _has_index(self, connection: Connection, holder: Holder) -> bool:
+        values = {"schema": holder.schema, "table": holder.table, "column": location_column_name(holder.column)}
+        return bool(ask(connection, _INDEXES, **values).scalar_one())
+
+    def _create_index(self, connection: Connection, holder: Holder) -> None:
+        column = location_column_name(holder.column)
+        name = _quoted(column)
+        # Without its index it may be a virtual one, of an earlier version; see `generated_location`. With IF EXISTS, drivers
+        # print a warning where it is not there.
+        first = f"DROP COLUMN {name}, " if column in _columns(connection, holder.place) else ""
+        generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
+        run(connection, f"ALTER TABLE {_qualified(holder.place)} {first}ADD COLUMN {name} {generated}")
+        super()._create_index(connection, holder)
+
+    @staticmethod
+    def drop(connection: Connection, schema: str, table: str) -> None:
+        """Drop the triggers of a table, and those of its ancestors that read it, and the indexes that no trigger uses now."""
+        _drop(connection, [found.key for found in _read_with_left(connection, (schema, table))])
+        _drop_unused_indexes(connection, schema)
+
+    @staticmethod
+    def has_some(connection: Connection, schema: str, table: str) -> bool:
+        """Return whether a table has any of these triggers, on it or on its ancestors."""
+        return bool(_read_with_left(connection, (schema, table)))
+
+    @staticmethod
+    def find_gone(connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words which tables or columns triggers name that are gone."""
+        found = sorted(_read_all(connection, schemas), key=attrgetter("place"))
+        named = ((_label(item.place), place, column) for item in found for place, column in item.names)
+        gone = find_gone_columns(named, partial(_columns, connection))
+        return describe_gone(gone, "statements which write their rows fail")
 
     def _is_right(self, found: _Found, wanted: _Wanted) -> bool:
         return found.made == self.digest and found.place == wanted.place and (found.order == 1 or not wanted.is_first)
 
     def _create(self, connection: Connection, wanted: _Wanted) -> None:
-        others = [name for name in _others(connection, wanted) if name != wanted.name] if wanted.is_first else []
+        (schema, table), (timing, event) = wanted.place, wanted.moment
+        values = {"schema": schema, "table": table, "timing": timing, "event": event}
+        others = (
+            [name for name in ask(connection, _OF_KIND, **values).scalars() if name != wanted.name] if wanted.is_first else []
+        )
         first = f"PRECEDES {_quoted(others[0])} " if others else ""
         run(
             connection,
-            f"CREATE OR REPLACE TRIGGER {_qualified((wanted.place[0], wanted.name))} {' '.join(wanted.moment)}"
-            f" ON {_qualified(wanted.place)} FOR EACH ROW {first}{self._with_digest(wanted, self.digest)}",
+            f"CREATE OR REPLACE TRIGGER {_qualified(wanted.key)} {timing} {event}"
+            f" ON {_qualified(wanted.place)} FOR EACH ROW {first}{self._with_digest(wanted)}",
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The version and a digest of all of it, by which what is there is known."""
         parts = "\n".join(f"{item.name} {item.place} {item.moment} {item.body} {item.names}" for item in self._wanted)
         return f"{VERSION}:{sha256(parts.encode()).hexdigest()[:32]}"
 
-    def _with_digest(self, wanted: _Wanted, digest: str) -> str:
+    def _with_digest(self, wanted: _Wanted) -> str:
         """Return a body with what it is known by, and what it names; comments would not do, which clients leave out of dumps.
 
         Both stand behind the end of the body, where they are never reached and cost nothing.
         """
-        known_by = f"SET @{_PREFIX}made_of = {literal(f'{digest} {_label(self._place)}')}"
+        known_by = f"SET @{_PREFIX}made_of = {literal(f'{self.digest} {_label(self._place)}')}"
         names = f"SET @{_PREFIX}names = {literal(json.dumps([[*place, column] for place, column in wanted.names]))}"
         return f"g_body: BEGIN\n{wanted.body}\n  LEAVE g_body;\n  {known_by};\n  {names};\nEND"
 
     @property
     def _ancestors(self) -> list[Place]:
-        return [path[0].parent for path in self._facts.paths]
+        return [path[0].parent for path in self._paths]
 
-    @property
+    @cached_property
     def _wanted(self) -> list[_Wanted]:
         """Every trigger, the guards first."""
         name = self.table.name
         own = [(self._place, column) for column in self.table.columns]
-        bodies = {"insert": self._on_insert(), "update": self._on_update(), "delete": self._on_delete()}
+        bodies = {"insert": self._guard(is_update=False), "update": self._on_update(), "delete": self._on_delete()}
         wanted = [
             _Wanted(fitting_name(f"{_PREFIX}{what}_", name), self._place, ("AFTER", what.upper()), body, self._names)
             for what, body in bodies.items()
         ]
-        by_ancestor: dict[Place, list[Path]] = {}
-        for path in self._facts.paths:
-            by_ancestor.setdefault(path[0].parent, []).append(path)
-        for ancestor, paths in by_ancestor.items():
+        for ancestor, paths in group(self._paths, lambda path: path[0].parent).items():
             named = fitting_name(f"{_PREFIX}cascade_", f"{ancestor[1]}_{name}")
             body = "\n".join(self._nominate_below(path) for path in paths)
             names = tuple(dict.fromkeys([*own, *(link for path in paths for link in self._links(path))]))
@@ -337,13 +286,13 @@ class MariaDBSource:
     @property
     def _names(self) -> Sequence[tuple[Place, str]]:
         """The columns that the triggers of the table name."""
-        keys = [(place, key.name) for place, columns in self._facts.keys.items() for key in columns]
+        keys = sorted((place, key) for place, columns in self._keys.items() for key in columns)
         own = [(self._place, name) for name in (*self.table.keys, *self.table.columns)]
-        return tuple(dict.fromkeys([*own, *(((item.schema, item.table), item.column) for item in self.holders), *sorted(keys)]))
+        return tuple(dict.fromkeys([*own, *((holder.place, holder.column) for holder in self.table.holders), *keys]))
 
     def _links(self, path: Path) -> Iterator[tuple[Place, str]]:
         """Yield the columns that the SELECT of the rows below a delete names."""
-        own = [loop for step in path for place in (step.parent, step.child) for loop in self._facts.own.get(place, ())]
+        own = [loop for step in path for place in (step.parent, step.child) for loop in self._own.get(place, ())]
         for cascade in (*path, *own):
             for child, parent in cascade.links:
                 yield cascade.child, child
@@ -408,7 +357,9 @@ class MariaDBSource:
         """
         longest = f"SELECT MAX(CAST(a.value AS DOUBLE)) FROM {self._meta} a WHERE a.name LIKE {literal(RETENTION_PREFIX + '%')}"
         name = f"LEFT(CONCAT({literal(RETENTION_PREFIX)}, {_value_of(value, 'storage_key')}), {LONGEST_META_NAME})"
-        own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {self._facts.name.like(name)}"
+        # In the character set and the collation of the column, whose index is used then.
+        like_it = f"CONVERT({name} USING {self._name.character_set_name}) COLLATE {self._name.collation_name}"
+        own = f"SELECT CAST(m.value AS DOUBLE) FROM {self._meta} m WHERE m.name = {like_it}"
         seconds = f"COALESCE(({own}), ({longest}), 0)"
         return f"SELECT TIMESTAMPADD(MICROSECOND, 1000000 * {seconds}, UTC_TIMESTAMP(6)) INTO {_DUE};"
 
@@ -427,14 +378,11 @@ class MariaDBSource:
         """Return what nominates the files of the rows that a delete reaches by one way of cascades."""
         columns = [f"t.{name} AS g_value_{number}" for number, name in enumerate(self._columns)]
         nominated = "\n".join(self._nominate(f"g_row.g_value_{number}") for number in range(len(columns)))
-        return f"""  FOR g_row IN ({_Below(self._facts, path).select(columns)}) DO
+        return f"""  FOR g_row IN ({_Below(path, self._own, self._keys[self._place]).select(columns)}) DO
 {nominated}
   END FOR;"""
 
     # Guarding.
-
-    def _on_insert(self) -> str:
-        return self._guard(is_update=False)
 
     def _guard(self, *, is_update: bool) -> str:
         """Return what locks the evidence for each location that has come into the row, those of variants last, or refuses it.
@@ -491,9 +439,9 @@ class MariaDBSource:
             " COLLATE utf8mb4_bin), 0) > 0",
         ]
         if is_update:
-            own = [_quoted(holder.column) for holder in self.holders if (holder.schema, holder.table) == self._place]
+            own = [_quoted(holder.column) for holder in self.table.holders if holder.place == self._place]
             known += [_holds(f"OLD.{name}", is_variant) for name in dict.fromkeys([*self._columns, *own])]
-        looks = "".join(self._look_at(number, holder, is_variant) for number, holder in enumerate(self.holders))
+        looks = "".join(self._look_at(number, holder, is_variant) for number, holder in enumerate(self.table.holders))
         return f"""          SET {_KNOWN} = {" OR ".join(known)};
           BEGIN
             DECLARE CONTINUE HANDLER FOR NOT FOUND BEGIN END;{looks}
@@ -501,8 +449,7 @@ class MariaDBSource:
 
     def _look_at(self, number: int, holder: Holder, is_variant: bool) -> str:
         """Return what finds a row of a column that holds the location, or as a variant of the same original, and locks it."""
-        place = (holder.schema, holder.table)
-        names = [key.name for key in self._facts.keys[place]]
+        place, names = holder.place, self._keys[holder.place]
         variables = [f"@{_PREFIX}key_{number}_{position}" for position in range(len(names))]
         keys = ", ".join(f"t.{_quoted(name)}" for name in names)
         is_found = " AND ".join(f"t.{_quoted(name)} = {variable}" for name, variable in zip(names, variables, strict=True))
@@ -588,26 +535,25 @@ class _Below:
     A table that deletes its own rows is followed down by a common table expression.
 
     Args:
-        facts: What the catalogue says.
         path: The way.
+        own: The foreign keys by which tables on it delete their own rows.
+        keys: The primary key of the table.
     """
 
-    def __init__(self, facts: _Facts, path: Path) -> None:
-        self._facts = facts
+    def __init__(self, path: Path, own: Mapping[Place, Sequence[_Cascade]], keys: Sequence[str]) -> None:
         self._expressions: list[str] = []
         self._tables: list[str] = []
         self._criteria: list[str] = []
         self._source = "OLD"
-        if loops := facts.own.get(path[0].parent, ()):
+        if loops := own.get(path[0].parent, ()):
             referred = list(dict.fromkeys([*_referred(loops), *(column for _, column in path[0].links)]))
             self._follow("a", path[0].parent, loops, referred, f"SELECT {', '.join(f'OLD.{_quoted(c)}' for c in referred)}")
         for number, cascade in enumerate(path):
             is_last = number == len(path) - 1
             alias = "t" if is_last else f"p{number}"
             self._join(alias, cascade)
-            loops = facts.own.get(cascade.child, ())
+            loops = own.get(cascade.child, ())
             if loops and not (len(path) == 1 and cascade.child == cascade.parent):
-                keys = [key.name for key in facts.keys[cascade.child]] if is_last else []
                 below = keys if is_last else [column for _, column in path[number + 1].links]
                 referred = list(dict.fromkeys([*_referred(loops), *below]))
                 columns = ", ".join(f"{alias}.{_quoted(name)}" for name in referred)
@@ -683,8 +629,8 @@ _INDEXES = text("""
 """)
 _MADE = text("""
     SELECT table_name, column_name FROM information_schema.columns
-    WHERE table_schema IN :schemas AND column_comment = :comment ORDER BY 1, 2
-""").bindparams(bindparam("schemas", expanding=True))
+    WHERE table_schema = :schema AND column_comment = :comment ORDER BY 1, 2
+""")
 _MADE_HERE = "for granite_storage triggers"
 """The comment of the generated columns that triggers have brought along."""
 
@@ -704,19 +650,13 @@ def _require_mariadb(connection: Connection) -> None:
         )
 
 
-def _columns(connection: Connection, place: Place) -> dict[str, tuple[_Collated, bool]]:
-    """Return the columns of a table by name, each with whether it is of the primary key."""
-    values = {"schema": place[0], "table": place[1]}
-    rows = connection.execute(_COLUMNS, values, execution_options=UNTRANSLATED)
-    return {name: (_Collated(name, charset, collation), key == "PRI") for name, charset, collation, key in rows}
+def _columns(connection: Connection, place: Place) -> dict[str, Row[*tuple[Any, ...]]]:
+    """Return the columns of a table by name."""
+    return {row.column_name: row for row in ask(connection, _COLUMNS, schema=place[0], table=place[1])}
 
 
-def _type_of(connection: Connection, place: Place, column: str) -> _Collated:
-    return _columns(connection, place)[column][0]
-
-
-def _primary_key(connection: Connection, place: Place) -> list[_Collated]:
-    keys = [column for column, is_key in _columns(connection, place).values() if is_key]
+def _primary_key(connection: Connection, place: Place) -> list[str]:
+    keys = [name for name, column in _columns(connection, place).items() if column.column_key == "PRI"]
     if not keys:
         raise ConfigurationError(
             f"the table {place[1]} has no primary key, by which triggers lock the rows that hold files: give it one"
@@ -755,9 +695,8 @@ def _find_cascades(connection: Connection, place: Place) -> tuple[list[Path], di
 
 
 def _cascades_of(connection: Connection, child: Place) -> list[_Cascade]:
-    values = {"schema": child[0], "table": child[1]}
     found: dict[tuple[str, Place], list[tuple[str, str]]] = {}
-    for name, column, schema, table, referred in connection.execute(_CASCADES, values, execution_options=UNTRANSLATED):
+    for name, column, schema, table, referred in ask(connection, _CASCADES, schema=child[0], table=child[1]):
         found.setdefault((name, (schema, table)), []).append((column, referred))
     return [_Cascade(child, parent, tuple(links)) for (_, parent), links in found.items()]
 
@@ -768,60 +707,42 @@ def _read(connection: Connection, place: Place, ancestors: Iterable[Place] = ())
     return [found for found in _read_all(connection, schemas) if found.label == _label(place)]
 
 
+def _read_with_left(connection: Connection, place: Place) -> list[_Found]:
+    """Return the triggers for a table, and those on it for tables that are gone."""
+    return [*_read(connection, place), *_read_left(connection, [place])]
+
+
 def _read_left(connection: Connection, places: Collection[Place]) -> list[_Found]:
     """Return the triggers on tables that are for the files of tables which are gone, as after a rename."""
     found = [item for item in _read_all(connection, {schema for schema, _ in places}) if item.place in places]
     labels = {item.label for item in found} - {_label(place) for place in places}
     if not labels:
         return []
-    there = set(connection.execute(_THERE, {"labels": sorted(labels)}, execution_options=UNTRANSLATED).scalars())
+    there = set(ask(connection, _THERE, labels=sorted(labels)).scalars())
     return [item for item in found if item.label in labels - there]
 
 
 def _read_all(connection: Connection, schemas: Collection[str]) -> list[_Found]:
     """Return all of the library's triggers on the tables of schemas."""
     found: list[_Found] = []
-    values = {"schemas": sorted(schemas)}
-    for schema, name, body, order, table in connection.execute(_TRIGGERS, values, execution_options=UNTRANSLATED):
+    for schema, name, body, order, table in ask(connection, _TRIGGERS, schemas=sorted(schemas)):
         made, named = _MADE_OF.search(body), _NAMES.search(body)
         if made is not None:
             listed = [] if named is None else json.loads(named[1].replace("''", "'"))
             names = [((place[0], place[1]), place[2]) for place in listed]
-            found.append(_Found((schema, table), name, made[2].replace("''", "'"), made[1], order, names))
+            found.append(_Found((schema, name), (schema, table), made[2].replace("''", "'"), made[1], order, names))
     return found
 
 
-def _others(connection: Connection, wanted: _Wanted) -> list[str]:
-    """Return the triggers of the same kind on the table, in the order in which they fire."""
-    (schema, table), (timing, event) = wanted.place, wanted.moment
-    values = {"schema": schema, "table": table, "timing": timing, "event": event}
-    return list(connection.execute(_OF_KIND, values, execution_options=UNTRANSLATED).scalars())
-
-
-def _has_index(connection: Connection, holder: Holder) -> bool:
-    values = {"schema": holder.schema, "table": holder.table, "column": location_column_name(holder.column)}
-    return bool(connection.execute(_INDEXES, values, execution_options=UNTRANSLATED).scalar_one())
-
-
-def _create_index(connection: Connection, holder: Holder) -> None:
-    if _has_index(connection, holder):
-        return
-    place, column = (holder.schema, holder.table), location_column_name(holder.column)
-    name = _quoted(column)
-    # Without its index it may be a virtual one, of an earlier version; see `generated_location`. With IF EXISTS, drivers print
-    # a warning where it is not there.
-    first = f"DROP COLUMN {name}, " if column in _columns(connection, place) else ""
-    generated = f"{generated_location(_quoted(holder.column))} COMMENT {literal(_MADE_HERE)}"
-    run(connection, f"ALTER TABLE {_qualified(place)} {first}ADD COLUMN {name} {generated}")
-    index = _quoted(location_index_name(holder.table, holder.column))
-    run(connection, f"CREATE INDEX IF NOT EXISTS {index} ON {_qualified(place)} ({name}({INDEXED_LOCATION}))")
+def _drop(connection: Connection, keys: Iterable[tuple[str, str]]) -> None:
+    for key in keys:
+        run(connection, f"DROP TRIGGER IF EXISTS {_qualified(key)}")
 
 
 def _drop_unused_indexes(connection: Connection, schema: str) -> None:
     """Drop the generated columns that were made for triggers, and their indexes: MariaDB drops no column that one depends on."""
-    values = {"schemas": [schema], "comment": _MADE_HERE}
-    bodies = [row.action_statement for row in connection.execute(_TRIGGERS, values, execution_options=UNTRANSLATED)]
-    for table, column in connection.execute(_MADE, values, execution_options=UNTRANSLATED).all():
+    bodies = [row.action_statement for row in ask(connection, _TRIGGERS, schemas=[schema])]
+    for table, column in ask(connection, _MADE, schema=schema, comment=_MADE_HERE).all():
         place, name = _qualified((schema, table)), _quoted(column)
         if not any(place in body and name in body for body in bodies):
             run(connection, f"ALTER TABLE {place} DROP COLUMN {name}")
@@ -830,12 +751,12 @@ def _drop_unused_indexes(connection: Connection, schema: str) -> None:
 @contextmanager
 def _sql_mode(connection: Connection) -> Iterator[None]:
     """Let triggers be created that work alike whatever the mode of the connection is, which MariaDB keeps with them."""
-    usual = connection.execute(text("SELECT @@sql_mode"), execution_options=UNTRANSLATED).scalar_one()
+    usual = ask(connection, text("SELECT @@sql_mode")).scalar_one()
     run(connection, "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_BACKSLASH_ESCAPES'")
     try:
         yield
     finally:
-        connection.execute(text("SET SESSION sql_mode = :mode"), {"mode": usual}, execution_options=UNTRANSLATED)
+        ask(connection, text("SET SESSION sql_mode = :mode"), mode=usual)
 
 
 def _label(place: Place) -> str:

@@ -19,19 +19,31 @@ row is written, after all others of its kind, nominates first and guards then: s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from hashlib import sha256
 
 from sqlalchemy import Connection, bindparam, text
 
 from granite_storage.orm._interfaces import REFUSAL, JournalTables
-from granite_storage.orm._util import UNTRANSLATED
-from granite_storage.orm.columns import fitting_name, location_index_name
-from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, quoted, run
-from granite_storage.orm.journal.gone_columns import comment_of, find_gone_columns
+from granite_storage.orm.columns import fitting_name
+from granite_storage.orm.journal._trigger_base import (
+    GuardedTable,
+    Holder,
+    Place,
+    TableTriggers,
+    ask,
+    describe_gone,
+    describe_triggers,
+    find_gone_columns,
+    literal,
+    quoted,
+    run,
+)
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
 
-__all__ = ["CLAIMED", "TRIGGERS", "PostgreSQLSource", "PostgreSQLTriggers"]
+__all__ = ["CLAIMED", "TRIGGERS", "PostgreSQLTriggers"]
 
 VERSION = 2
 """The version of the SQL; the arguments of the triggers begin with it."""
@@ -66,49 +78,58 @@ TRIGGERS = {
 """The triggers of each table by name, and the functions that they call."""
 
 
-class PostgreSQLSource:
-    """The triggers of one table, and their SQL.
+class PostgreSQLTriggers(TableTriggers):
+    """The triggers of PostgreSQL."""
 
-    Args:
-        table: The table.
-        holders: Every column whose rows are evidence for a location.
-        journal: The schema of the journal's tables.
-        names: The names of the tables of intents, of fences, and `granite_storage_meta`.
-    """
-
-    def __init__(self, table: GuardedTable, holders: Sequence[Holder], journal: str, names: tuple[str, str, str]) -> None:
-        self.table = table
-        self.holders = holders
-        self._qualified = _qualified(table.schema, table.name)
-        self._intent, self._reclaim, self._meta = (f"{quoted(journal)}.{quoted(name)}" for name in names)
-
-    def create(self, connection: Connection) -> None:
-        """Create what is missing, or is of another version or for other columns; and the indexes."""
-        for holder in _unindexed(connection, self.holders):
-            run(connection, _create_index(holder))
-        outdated = self._outdated(connection)
-        if not outdated:
-            return
-        for statement in self.functions:
-            run(connection, statement)
-        for relation, is_parent in outdated:
-            for statement in self.triggers(relation, is_parent=is_parent):
-                run(connection, statement)
+    def __init__(self, connection: Connection, table: GuardedTable, journal: JournalTables, schema: str) -> None:
+        super().__init__(connection, table, journal, schema)
+        self._qualified = _qualified(table.place)
+        names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
+        self._intent, self._reclaim, self._meta = (_qualified((schema, name)) for name in names)
 
     def is_current(self, connection: Connection) -> bool:
         """Return whether the table and its partitions have these very triggers."""
         return not self._outdated(connection)
 
-    def find_problems(self, connection: Connection) -> list[str]:
-        """Return what is wrong with those that are there, relation by relation, and with the indexes."""
+    def _create_triggers(self, connection: Connection) -> None:
+        outdated = self._outdated(connection)
+        statements = self.functions if outdated else []
+        for relation, is_parent in outdated:
+            statements += self._triggers(relation, self.digest, is_parent=is_parent)
+        for statement in statements:
+            run(connection, statement)
+
+    def _find_trigger_problems(self, connection: Connection) -> list[str]:
         problems: list[str] = []
         for relation, found in _read(connection, self._qualified).items():
-            problems += _describe(relation, found, self.digest)
-        return problems + [
-            f"{holder.schema}.{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in:"
-            " create_location_index(op, ...) in a migration makes one"
-            for holder in _unindexed(connection, self.holders)
-        ]
+            outdated = [name for name, (_, made) in found.items() if made != self.digest]
+            disabled = sorted(name for name, (state, _) in found.items() if state != "O")
+            problems += describe_triggers(relation, TRIGGERS.keys() - found.keys(), outdated)
+            if disabled:
+                problems.append(f"the triggers {', '.join(disabled)} of {relation} do not fire: ALTER TABLE ... ENABLE TRIGGER")
+        return problems
+
+    def _has_index(self, connection: Connection, holder: Holder) -> bool:
+        return bool(ask(connection, _INDEXED, name=_qualified(holder.place), column=holder.column).scalar_one())
+
+    @staticmethod
+    def drop(connection: Connection, schema: str, table: str) -> None:
+        """Drop the functions of a table, and with them the triggers."""
+        functions = [f"{_function((schema, table), what)}()" for what in sorted(set(TRIGGERS.values()))]
+        for function in [*functions, f"{_function((schema, table), 'guard')}(text, text, bigint)"]:
+            run(connection, f"DROP FUNCTION IF EXISTS {function} CASCADE")
+
+    @staticmethod
+    def has_some(connection: Connection, schema: str, table: str) -> bool:
+        """Return whether a table has any of these triggers."""
+        return any(_read(connection, _qualified((schema, table))).values())
+
+    @staticmethod
+    def find_gone(connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words which tables or columns functions name that are gone."""
+        named = _read_named(connection, schemas)
+        gone = find_gone_columns(named, lambda place: set(ask(connection, _COLUMNS, schema=place[0], table=place[1]).scalars()))
+        return describe_gone(gone, "statements which write files to their rows fail")
 
     def _outdated(self, connection: Connection) -> list[tuple[str, bool]]:
         """Return the relations whose triggers are not these, in SQL, the table first, and whether each is the table.
@@ -126,9 +147,9 @@ class PostgreSQLSource:
         return [(relation, relation == self._qualified) for relation in wrong]
 
     def _function(self, what: str) -> str:
-        return _function(self.table.schema, self.table.name, what)
+        return _function(self.table.place, what)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The version and a digest of all of it; the argument of each trigger, by which what is there is known."""
         text = "\n".join((*self.functions, *self._triggers(self._qualified, "", is_parent=True)))
@@ -163,24 +184,25 @@ $granite$"""
                 for what, body in bodies.items()
             ]
             + [f"REVOKE EXECUTE ON FUNCTION {self._function(what)}() FROM PUBLIC" for what in bodies]
-            + [f"COMMENT ON FUNCTION {self._function('delete')}() IS {literal(comment_of(self._named))}"]
+            + [f"COMMENT ON FUNCTION {self._function('delete')}() IS {literal(self._comment)}"]
         )
 
     @property
-    def _named(self) -> list[tuple[str, str, str]]:
-        own = [(self.table.schema, self.table.name, name) for name in (*self.table.keys, *self.table.columns)]
-        return own + [(holder.schema, holder.table, holder.column) for holder in self.holders]
+    def _comment(self) -> str:
+        """The comment of a function: the columns that the functions name, by schema, table and name."""
+        own = [(*self.table.place, name) for name in (*self.table.keys, *self.table.columns)]
+        holders = [(*holder.place, holder.column) for holder in self.table.holders]
+        return _BEGINNING + json.dumps([list(column) for column in sorted({*own, *holders})])
 
-    def triggers(self, relation: str, *, is_parent: bool) -> list[str]:
+    def _triggers(self, relation: str, digest: str, *, is_parent: bool) -> list[str]:
         """Return the statements that create the triggers of a relation, or replace them.
 
         Args:
             relation: The table, or a partition of it, in SQL.
+            digest: What they are known by.
             is_parent: Whether it is the table; a partition has its trigger for UPDATE from there.
         """
-        return self._triggers(relation, self.digest, is_parent=is_parent)
 
-    def _triggers(self, relation: str, digest: str, *, is_parent: bool) -> list[str]:
         def trigger(name: str, moment: str, how: str = "FOR EACH STATEMENT") -> list[str]:
             function = f"{self._function(TRIGGERS[name])}({literal(digest)})"
             made = f"CREATE TRIGGER {name} {moment} ON {relation} {how} EXECUTE FUNCTION {function}"
@@ -424,14 +446,14 @@ END"""
         intent of the location as a variant of another original, or as no variant, is no evidence: its worker would not look for
         the object where it is now.
         """
-        by_location = [self._lock_holder(item, _at(item, "wanted")) for item in self.holders]
+        by_location = [self._lock_holder(item, _at(item, "wanted")) for item in self.table.holders]
         by_original = [
             self._lock_holder(
                 item,
                 f"{_at(item, 'original')} AND jsonb_path_exists(CAST(t.{quoted(item.column)} AS jsonb),"
                 " '$.variants.*.location ? (@ == $wanted)', jsonb_build_object('wanted', wanted))",
             )
-            for item in self.holders
+            for item in self.table.holders
         ]
         return f"""DECLARE
   own xid := CAST(pg_current_xact_id() AS xid);
@@ -456,7 +478,7 @@ END"""
     def _lock_holder(self, holder: Holder, is_holder: str) -> str:
         return f"""
     IF NOT is_known THEN
-      PERFORM FROM {_qualified(holder.schema, holder.table)} t WHERE {is_holder}
+      PERFORM FROM {_qualified(holder.place)} t WHERE {is_holder}
         AND (before IS NULL OR NOT ({_COMMAND} >= before AND {_is_own("t")})) LIMIT 1 FOR SHARE;
       is_known := FOUND;
     END IF;"""
@@ -531,65 +553,16 @@ def _is_not_in(one: str, other: str) -> str:
       SELECT FROM jsonb_path_query({other}, '$.variants.*') AS k(value) WHERE k.value ->> 'location' = v.value ->> 'location'))"""
 
 
-class PostgreSQLTriggers:
-    """The triggers of PostgreSQL."""
-
-    def source(
-        self,
-        connection: Connection,
-        table: GuardedTable,
-        holders: Sequence[Holder],
-        journal: JournalTables,
-        schema: str,
-    ) -> PostgreSQLSource:
-        """Return the triggers of a table."""
-        return PostgreSQLSource(table, holders, schema, (journal.intent.name, journal.reclaim.name, journal.meta.name))
-
-    def drop(self, connection: Connection, schema: str, table: str) -> None:
-        """Drop the functions of a table, and with them the triggers."""
-        functions = [f"{_function(schema, table, what)}()" for what in sorted(set(TRIGGERS.values()))]
-        functions.append(f"{_function(schema, table, 'guard')}(text, text, bigint)")
-        for function in functions:
-            run(connection, f"DROP FUNCTION IF EXISTS {function} CASCADE")
-
-    def has_some(self, connection: Connection, schema: str, table: str) -> bool:
-        """Return whether a table has any of these triggers."""
-        return any(_read(connection, _qualified(schema, table)).values())
-
-    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
-        """Return in words which tables or columns functions name that are gone."""
-        return [problem for schema in sorted(schemas) for problem in find_gone_columns(connection, schema)]
-
-    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
-        """Return nothing: functions name tables that need not be there."""
-        return []
+def _qualified(place: Place) -> str:
+    return ".".join(map(quoted, place))
 
 
-def _qualified(schema: str, name: str) -> str:
-    return f"{quoted(schema)}.{quoted(name)}"
-
-
-def _function(schema: str, table: str, what: str) -> str:
+def _function(place: Place, what: str) -> str:
     """Return the name of one of the functions of a table in SQL, without arguments."""
-    return _qualified(schema, fitting_name(f"granite_storage_{what}_", table))
+    return _qualified((place[0], fitting_name(f"granite_storage_{what}_", place[1])))
 
 
 # What is there, by the catalogue.
-
-
-def _describe(relation: str, found: dict[str, tuple[str, str]], digest: str) -> list[str]:
-    missing = sorted(TRIGGERS.keys() - found.keys())
-    disabled = sorted(name for name, (state, _) in found.items() if state != "O")
-    outdated = sorted(name for name, (_, made) in found.items() if made != digest)
-    return [
-        *([f"{relation} lacks the triggers {', '.join(missing)}: {CREATE_AGAIN}"] if missing else ()),
-        *(
-            [f"the triggers {', '.join(outdated)} of {relation} are of another version or for other columns: {CREATE_AGAIN}"]
-            if outdated
-            else ()
-        ),
-        *([f"the triggers {', '.join(disabled)} of {relation} do not fire: ALTER TABLE ... ENABLE TRIGGER"] if disabled else ()),
-    ]
 
 
 _TRIGGERS = text("""
@@ -611,34 +584,36 @@ _INDEXED = text("""
             AND trim(pg_get_indexdef(indexrelid, 1, false), '()') = quote_ident(:column) || ' ->> ''location''::text'
     )
 """)
+_BEGINNING = "granite_storage: "
+"""What the comments of functions begin with."""
+
+_COMMENTS = text("""
+    SELECT concat(n.nspname, '.', c.relname), obj_description(t.tgfoid, 'pg_proc')
+    FROM pg_trigger t
+    JOIN pg_class c ON c.oid = t.tgrelid AND NOT c.relispartition
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE t.tgname = 'granite_storage_delete' AND n.nspname IN :schemas ORDER BY 1
+""").bindparams(bindparam("schemas", expanding=True))
+_COLUMNS = text("""
+    SELECT a.attname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
+    WHERE n.nspname = :schema AND c.relname = :table AND a.attnum > 0 AND NOT a.attisdropped
+""")
 
 
 def _read(connection: Connection, qualified: str) -> dict[str, dict[str, tuple[str, str]]]:
     """Return the triggers of a table and of its partitions, by their names in SQL: whether they fire, and their argument."""
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    rows = connection.execute(_TRIGGERS, {"name": qualified}, execution_options=UNTRANSLATED)
-    for schema, name, trigger, state, argument in rows:
-        triggers = found.setdefault(f"{quoted(schema)}.{quoted(name)}", {})
+    for schema, name, trigger, state, argument in ask(connection, _TRIGGERS, name=qualified):
+        triggers = found.setdefault(_qualified((schema, name)), {})
         if trigger is not None:
-            triggers[trigger] = (_text(state), argument.removesuffix("\\000"))
+            fires = state.decode() if isinstance(state, bytes) else state  # drivers differ in the type "char"
+            triggers[trigger] = (fires, argument.removesuffix("\\000"))
     return found
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value  # drivers differ in the type "char"
-
-
-def _unindexed(connection: Connection, holders: Iterable[Holder]) -> list[Holder]:
-    return [
-        holder
-        for holder in holders
-        if not connection.execute(
-            _INDEXED, {"name": _qualified(holder.schema, holder.table), "column": holder.column}, execution_options=UNTRANSLATED
-        ).scalar_one()
-    ]
-
-
-def _create_index(holder: Holder) -> str:
-    name = quoted(location_index_name(holder.table, holder.column))
-    table = _qualified(holder.schema, holder.table)
-    return f"CREATE INDEX IF NOT EXISTS {name} ON {table} (({quoted(holder.column)} ->> 'location'))"
+def _read_named(connection: Connection, schemas: Collection[str]) -> Iterator[tuple[str, Place, str]]:
+    """Yield the tables with triggers, each with the columns that its functions name."""
+    for relation, comment in ask(connection, _COMMENTS, schemas=sorted(schemas)):
+        if comment is not None and comment.startswith(_BEGINNING):
+            for schema, table, column in json.loads(comment.removeprefix(_BEGINNING)):
+                yield relation, (schema, table), column

@@ -23,25 +23,36 @@ decisions before its rows, where the guard looks, and deletes them afterwards in
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property, partial
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import REFUSAL, JournalTables
-from granite_storage.orm._util import UNTRANSLATED
 from granite_storage.orm.columns import location_index_name
-from granite_storage.orm.journal._trigger_base import CREATE_AGAIN, GuardedTable, Holder, literal, quoted, run
-from granite_storage.orm.journal.gone_columns import describe_gone, describe_made_for
+from granite_storage.orm.journal._trigger_base import (
+    RENAME_BACK,
+    GuardedTable,
+    Holder,
+    TableTriggers,
+    ask,
+    describe_gone,
+    describe_triggers,
+    literal,
+    quoted,
+    run,
+)
 from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX
 
-__all__ = ["SQLiteSource", "SQLiteTriggers"]
+__all__ = ["SQLiteTriggers"]
 
 _PREFIX = "granite_storage_"
+_CREATE = "CREATE TRIGGER "
 _Part: TypeAlias = tuple[str, str, str]
 """When a trigger fires, the condition for that, and its statement."""
 
@@ -81,76 +92,100 @@ class _Key:
         return "(" + " OR ".join(f"OLD.{name} IS NOT NEW.{name}" for name, *_ in self.columns) + ")"
 
 
-class SQLiteSource:
-    """The triggers of one table, and their SQL.
+class SQLiteTriggers(TableTriggers):
+    """The triggers of SQLite.
 
-    Args:
-        table: The table.
-        holders: Every column whose rows are evidence for a location.
-        journal: The journal's tables.
-        keys: The primary key and the unique indexes of the table.
-        rowid: What the number of a row is called, quoted if it is a column; None without one.
+    Raises:
+        ConfigurationError: The journal, or a table whose rows are evidence, is in another file.
     """
 
-    def __init__(
-        self,
-        table: GuardedTable,
-        holders: Sequence[Holder],
-        journal: JournalTables,
-        keys: Sequence[_Key],
-        rowid: str | None,
-    ) -> None:
-        self._table = table
-        self._holders = holders
-        self._keys = keys
+    def __init__(self, connection: Connection, table: GuardedTable, journal: JournalTables, schema: str) -> None:
+        super().__init__(connection, table, journal, schema)
+        others = {schema, *(holder.schema for holder in table.holders)} - {table.schema}
+        if others:
+            raise ConfigurationError(
+                f"the triggers of {table.name} reach no other database than {table.schema}, and not {', '.join(sorted(others))}:"
+                " keep the rows with files, and the journal, in one file",
+                see=Page.JOURNAL_ON_SQLITE,
+            )
+        # What rows may be pushed out by, and what the number of a row is called.
+        self._keys, rowid = _read_keys(connection, table)
         # The ids of rows that follow each other are beside each other, which costs less to insert.
         self._new_id = _RANDOM_ID if rowid is None else f"printf('%016x%016x', OLD.{rowid}, random())"
         names = (journal.intent.name, journal.reclaim.name, journal.decision.name, journal.meta.name)
         self._intent, self._reclaim, self._decision, self._meta = map(quoted, names)
 
-    def create(self, connection: Connection) -> None:
-        """Create what is missing, or is of another version or for other columns; and the indexes."""
-        for holder in _unindexed(connection, self._holders):
-            run(connection, _create_index(holder))
-        if not self.is_current(connection):
-            _drop(connection, self._table.schema, self._table.name)
-            for trigger in self.triggers.values():
-                run(connection, f"CREATE TRIGGER {quoted(self._table.schema)}.{trigger}")
-
     def is_current(self, connection: Connection) -> bool:
         """Return whether the table has these very triggers."""
-        return _read(connection, self._table.schema, self._table.name) == self._stored
+        return _read(connection, *self.table.place) == self.triggers
 
-    def find_problems(self, connection: Connection) -> list[str]:
-        """Return what is wrong with those that are there, and with the indexes."""
-        found, wanted = _read(connection, self._table.schema, self._table.name), self._stored
-        missing = sorted(wanted.keys() - found.keys())
-        others = sorted(name for name, sql in found.items() if wanted.get(name) != sql)
-        problems = [f"{self._table.name} lacks the triggers {', '.join(missing)}: {CREATE_AGAIN}"] if missing else []
-        if others:
-            problems.append(
-                f"the triggers {', '.join(others)} of {self._table.name} are of another version, or for other columns or unique"
-                f" indexes: {CREATE_AGAIN}"
-            )
-        return problems + [
-            f"{holder.table} has no index over the locations in {holder.column}, which each guarded row looks in:"
-            " create_location_index(op, ...) in a migration makes one"
-            for holder in _unindexed(connection, self._holders)
+    def _create_triggers(self, connection: Connection) -> None:
+        if not self.is_current(connection):
+            self.drop(connection, *self.table.place)
+            for sql in self.triggers.values():
+                run(connection, sql.replace(_CREATE, f"{_CREATE}{quoted(self.table.schema)}.", 1))
+
+    def _find_trigger_problems(self, connection: Connection) -> list[str]:
+        found, wanted = _read(connection, *self.table.place), self.triggers
+        outdated = [name for name, sql in found.items() if wanted.get(name) != sql]
+        return describe_triggers(self.table.name, wanted.keys() - found.keys(), outdated)
+
+    def _label(self, holder: Holder) -> str:
+        return holder.table
+
+    def _has_index(self, connection: Connection, holder: Holder) -> bool:
+        found = text(f"SELECT 1 FROM {quoted(holder.schema)}.sqlite_master WHERE type = 'index' AND name = :name")
+        return ask(connection, found, name=location_index_name(holder.table, holder.column)).first() is not None
+
+    @staticmethod
+    def drop(connection: Connection, schema: str, table: str) -> None:
+        """Drop the triggers of a table."""
+        for name in _read(connection, schema, table):
+            run(connection, f"DROP TRIGGER {quoted(schema)}.{quoted(name)}")
+
+    @staticmethod
+    def has_some(connection: Connection, schema: str, table: str) -> bool:
+        """Return whether a table has any of these triggers."""
+        return bool(_read(connection, schema, table))
+
+    @staticmethod
+    def find_gone(connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
+        """Return in words what is gone that triggers name, or were made for: a rename changes their text as well."""
+        guarded: set[str] = set()
+        naming: list[tuple[str, str]] = []
+        for schema in sorted(schemas):
+            tables = text(f"SELECT lower(name) FROM {quoted(schema)}.sqlite_master WHERE type IN ('table', 'view')")
+            there = set(ask(connection, tables).scalars())
+            for row in _read_all(connection, schema):
+                guarded.add(row.tbl_name)
+                named = [name.replace('""', '"') for name in _NAMED.findall(row.sql)]
+                naming += [(f"the table {name}", row.tbl_name) for name in named if name.lower() not in there]
+        of_models = dict.fromkeys(_gone_of_models(connection, declared)) if guarded else {}
+        gone = {what for what, _ in naming}
+        return describe_gone(naming, "statements which write files to their rows fail") + [
+            f"the triggers of {', '.join(sorted(guarded))} were made for {what} of the models, which is gone. {RENAME_BACK}"
+            for what in of_models
+            if what not in gone
         ]
 
-    @property
-    def _stored(self) -> dict[str, str]:
-        """The triggers by name, as the database keeps them."""
-        return {name: f"CREATE TRIGGER {trigger}" for name, trigger in self.triggers.items()}
+    @staticmethod
+    def find_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
+        """Return the tables whose triggers name one of others.
 
-    @property
+        Batch mode puts a new table in the place of the old one, which fails where a trigger names that. With the old table its
+        own triggers are gone.
+        """
+        named = [quoted(name) for name in tables]
+        return sorted({row.tbl_name for row in _read_all(connection, "main") if any(name in row.sql for name in named)})
+
+    @cached_property
     def triggers(self) -> dict[str, str]:
-        """The triggers by name: what comes after CREATE TRIGGER.
+        """The triggers by name: their SQL as the database keeps it.
 
         What is rarely there has triggers of its own, because a condition costs less than a statement that finds nothing.
         """
-        parts = {f"{what}{n}": part for n, name in enumerate(self._table.columns, 1) for what, part in self._parts(name).items()}
-        olds = [f"OLD.{quoted(name)}" for name in self._table.columns]
+        parts = {f"{what}{n}": part for n, name in enumerate(self.table.columns, 1) for what, part in self._parts(name).items()}
+        olds = [f"OLD.{quoted(name)}" for name in self.table.columns]
         have_variants, variants = " OR ".join(map(_has_variants, olds)), "\n    UNION ALL ".join(map(_variants, olds))
         parts["deletevariants"] = ("AFTER DELETE", have_variants, self._nominate_all(variants))
         if self._keys:
@@ -158,14 +193,14 @@ class SQLiteSource:
                 "BEFORE INSERT", " OR ".join(f"({key.matches('t', 'NEW')})" for key in self._keys)
             )
             changed = dict.fromkeys(
-                (*_ROWIDS, *map(quoted, self._table.keys), *(name for key in self._keys for name, *_ in key.columns))
+                (*_ROWIDS, *map(quoted, self.table.keys), *(name for key in self._keys for name, *_ in key.columns))
             )
             of_columns = "" if any(key.is_generated for key in self._keys) else f" OF {', '.join(changed)}"
             moved_onto = " OR ".join(f"({key.has_changed} AND {key.matches('t', 'NEW')})" for key in self._keys)
             parts["rekey"] = self._on_replace(f"BEFORE UPDATE{of_columns}", moved_onto)
         return {
-            f"{_PREFIX}{what}_{self._table.name}": (
-                f"{quoted(f'{_PREFIX}{what}_{self._table.name}')} {moment} ON {quoted(self._table.name)} FOR EACH ROW"
+            f"{_PREFIX}{what}_{self.table.name}": (
+                f"{_CREATE}{quoted(f'{_PREFIX}{what}_{self.table.name}')} {moment} ON {quoted(self.table.name)} FOR EACH ROW"
                 f" WHEN {condition}\nBEGIN\n{statement};\nEND"
             )
             for what, (moment, condition, statement) in parts.items()
@@ -180,7 +215,7 @@ class SQLiteSource:
         is_other = f"{_field(old, 'location')} IS NOT {_field(new, 'location')}"
         is_left = f"({is_other} OR NOT {_has_variant(new, 'v.location')})"
         is_gained = f"({is_other} OR NOT {_has_variant(old, 'w.location')})"
-        message = literal(f"{REFUSAL[0]}of {self._table.name}.{column}{REFUSAL[1]}")
+        message = literal(f"{REFUSAL[0]}of {self.table.name}.{column}{REFUSAL[1]}")
         guard, guard_variants = self._guard(new, message), self._guard_variants(new, message, "true")
         escaped, has_escapes = self._refuse_escaped_keys(column, new), f"{new} GLOB '*\\u00[5-7]*'"
         return {
@@ -205,7 +240,7 @@ class SQLiteSource:
 
     def _on_replace(self, moment: str, is_pushed_out: str) -> _Part:
         """Return the parts of a trigger that nominates what the rows hold which a new one may push out."""
-        table, columns = quoted(self._table.name), [quoted(name) for name in self._table.columns]
+        table, columns = quoted(self.table.name), [quoted(name) for name in self.table.columns]
         holds = " OR ".join(f"t.{name} IS NOT NULL" for name in columns)
         refs = [
             found
@@ -265,7 +300,9 @@ class SQLiteSource:
 
         An intent of the object as a variant of another one is no evidence: its worker looks for it in the rows of that one only.
         """
-        holders = [f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, 'w.location')})" for item in self._holders]
+        holders = [
+            f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, 'w.location')})" for item in self.table.holders
+        ]
         location = _field(new, "location")
         return f"""  SELECT RAISE(ABORT, {message}) FROM (SELECT {location} AS location) w
   WHERE w.location IS NOT NULL AND ({self._is_refused("NULL", holders)})"""
@@ -279,7 +316,7 @@ class SQLiteSource:
         holders = [
             f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, source)}"
             f" AND {_has_variant(f't.{quoted(item.column)}', 'w.location')})"
-            for item in self._holders
+            for item in self.table.holders
         ]
         return f"""  SELECT RAISE(ABORT, {message}) FROM ({_variants(new)}) w
   WHERE w.location IS NOT NULL AND {is_gained} AND ({self._is_refused(source, holders)})"""
@@ -287,7 +324,7 @@ class SQLiteSource:
     def _refuse_escaped_keys(self, column: str, new: str) -> str:
         """Return the SELECT that fails if a ref spells a key with escapes, where SQLite before 3.45 does not find it."""
         message = literal(
-            f"granite_storage: a key of a ref in {self._table.name}.{column} is spelled with escapes, write it plainly"
+            f"granite_storage: a key of a ref in {self.table.name}.{column} is spelled with escapes, write it plainly"
         )
         keys = ", ".join(map(literal, ("backend", "location", "storage_key", "variants")))
         return f"""  SELECT RAISE(ABORT, {message}) FROM json_tree({new}) k
@@ -303,67 +340,6 @@ class SQLiteSource:
         return f"""EXISTS (SELECT 1 FROM {self._reclaim} r WHERE r.location = w.location)
     OR EXISTS ({intents} AND i.source IS NOT {source})
     OR NOT ({" OR ".join(evidence)})"""
-
-
-class SQLiteTriggers:
-    """The triggers of SQLite."""
-
-    def source(
-        self,
-        connection: Connection,
-        table: GuardedTable,
-        holders: Sequence[Holder],
-        journal: JournalTables,
-        schema: str,
-    ) -> SQLiteSource:
-        """Return the triggers of a table.
-
-        Raises:
-            ConfigurationError: The journal, or a table whose rows are evidence, is in another file.
-        """
-        others = {schema, *(holder.schema for holder in holders)} - {table.schema}
-        if others:
-            raise ConfigurationError(
-                f"the triggers of {table.name} reach no other database than {table.schema}, and not {', '.join(sorted(others))}:"
-                " keep the rows with files, and the journal, in one file",
-                see=Page.JOURNAL_ON_SQLITE,
-            )
-        return SQLiteSource(table, holders, journal, *_read_keys(connection, table))
-
-    def drop(self, connection: Connection, schema: str, table: str) -> None:
-        """Drop the triggers of a table."""
-        _drop(connection, schema, table)
-
-    def has_some(self, connection: Connection, schema: str, table: str) -> bool:
-        """Return whether a table has any of these triggers."""
-        return bool(_read(connection, schema, table))
-
-    def find_gone(self, connection: Connection, schemas: Collection[str], declared: Sequence[Holder]) -> list[str]:
-        """Return in words what is gone that triggers name, or were made for: a rename changes their text as well."""
-        guarded: set[str] = set()
-        naming: dict[str, list[str]] = {}
-        for schema in sorted(schemas):
-            there = _tables(connection, schema)
-            for table, name in _read_named(connection, schema):
-                guarded.add(table)
-                if name.lower() not in there:
-                    naming.setdefault(f"the table {name}", []).append(table)
-        consequence = "statements which write files to their rows fail"
-        problems = [describe_gone(dict.fromkeys(tables), gone, consequence) for gone, tables in naming.items()]
-        of_models = dict.fromkeys(_gone_of_models(connection, declared)) if guarded else {}
-        return problems + [describe_made_for(sorted(guarded), gone) for gone in of_models if gone not in naming]
-
-    def find_in_the_way(self, connection: Connection, tables: Collection[str]) -> list[str]:
-        """Return the tables whose triggers name one of others.
-
-        Batch mode puts a new table in the place of the old one, which fails where a trigger names that. With the old table its
-        own triggers are gone.
-        """
-        found = text("SELECT tbl_name, sql FROM sqlite_master WHERE type = 'trigger' AND substr(name, 1, :length) = :prefix")
-        values = {"prefix": _PREFIX, "length": len(_PREFIX)}
-        named = [quoted(name) for name in tables]
-        rows = connection.execute(found, values, execution_options=UNTRANSLATED)
-        return sorted({row.tbl_name for row in rows if any(name in row.sql for name in named)})
 
 
 _RANDOM_ID = "lower(hex(randomblob(16)))"
@@ -440,55 +416,38 @@ _NAMED = re.compile(r'\b(?:FROM|INTO|ON) "((?:[^"]|"")+)"')
 
 def _read(connection: Connection, schema: str, table: str) -> dict[str, str]:
     """Return the library's triggers of a table: their SQL by name."""
+    return {row.name: row.sql for row in _read_all(connection, schema, "AND tbl_name = :table COLLATE NOCASE", table=table)}
+
+
+def _read_all(connection: Connection, schema: str, which: str = "", **values: str) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Return the library's triggers in a database, by the names of their tables."""
     found = text(
-        f"SELECT name, sql FROM {quoted(schema)}.sqlite_master WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
-        " AND substr(name, 1, :length) = :prefix"
+        f"SELECT tbl_name, name, sql FROM {quoted(schema)}.sqlite_master WHERE type = 'trigger'"
+        f" AND substr(name, 1, {len(_PREFIX)}) = {literal(_PREFIX)} {which} ORDER BY tbl_name, name"
     )
-    values = {"table": table, "prefix": _PREFIX, "length": len(_PREFIX)}
-    return {row.name: row.sql for row in connection.execute(found, values, execution_options=UNTRANSLATED)}
+    return ask(connection, found, **values).all()
 
 
-def _read_named(connection: Connection, schema: str) -> list[tuple[str, str]]:
-    """Return the tables that have triggers of the library's, each with every table that these name."""
-    found = text(
-        f"SELECT tbl_name, sql FROM {quoted(schema)}.sqlite_master WHERE type = 'trigger' AND substr(name, 1, :length) = :prefix"
-        " ORDER BY tbl_name, name"
-    )
-    values = {"prefix": _PREFIX, "length": len(_PREFIX)}
-    rows = connection.execute(found, values, execution_options=UNTRANSLATED)
-    named = [(row.tbl_name, name.replace('""', '"')) for row in rows for name in _NAMED.findall(row.sql)]
-    return list(dict.fromkeys(named))
+def _pragma(connection: Connection, schema: str, name: str, argument: str) -> list[tuple[object, ...]]:
+    statement = f"PRAGMA {quoted(schema)}.{name}({quoted(argument)})"
+    return [tuple(row) for row in connection.exec_driver_sql(statement)]
 
 
-def _tables(connection: Connection, schema: str) -> set[str]:
-    found = text(f"SELECT lower(name) FROM {quoted(schema)}.sqlite_master WHERE type IN ('table', 'view')")
-    return set(connection.execute(found, execution_options=UNTRANSLATED).scalars())
-
-
-def _gone_of_models(connection: Connection, declared: Iterable[Holder]) -> Iterable[str]:
-    columns: dict[tuple[str, str], set[str]] = {}
-    for schema, table, column in sorted((item.schema, item.table, item.column) for item in declared):
-        if (schema, table) not in columns:
-            info = connection.exec_driver_sql(f"PRAGMA {quoted(schema)}.table_xinfo({quoted(table)})")
-            columns[schema, table] = {str(row[1]).lower() for row in info}
-        if not columns[schema, table]:
-            yield f"the table {table}"
-        elif column.lower() not in columns[schema, table]:
-            yield f"the column {column} of {table}"
-
-
-def _drop(connection: Connection, schema: str, table: str) -> None:
-    for name in _read(connection, schema, table):
-        run(connection, f"DROP TRIGGER {quoted(schema)}.{quoted(name)}")
+def _gone_of_models(connection: Connection, declared: Iterable[Holder]) -> Iterator[str]:
+    for item in sorted(declared):
+        there = {str(row[1]).lower() for row in _pragma(connection, item.schema, "table_xinfo", item.table)}
+        if not there:
+            yield f"the table {item.table}"
+        elif item.column.lower() not in there:
+            yield f"the column {item.column} of {item.table}"
 
 
 def _read_keys(connection: Connection, table: GuardedTable) -> tuple[list[_Key], str | None]:
-    """Return what rows of a table may be pushed out by, without indexes over expressions; and what their number is called."""
+    """Return what rows of a table may be pushed out by, without indexes over expressions; and what their number is called.
 
-    def pragma(name: str, argument: str) -> list[tuple[object, ...]]:
-        statement = f"PRAGMA {quoted(table.schema)}.{name}({quoted(argument)})"
-        return [tuple(row) for row in connection.exec_driver_sql(statement)]
-
+    The name is quoted if it is that of a column, and None without a number.
+    """
+    pragma = partial(_pragma, connection, table.schema)
     keys: list[_Key] = []
     info = pragma("table_xinfo", table.name)
     columns, key = {str(row[1]).lower() for row in info}, [str(row[1]) for row in info if row[5]]
@@ -512,18 +471,3 @@ def _read_keys(connection: Connection, table: GuardedTable) -> tuple[list[_Key],
             of_index = tuple((quoted(str(row[2])), quoted(str(row[4])), defaults.get(str(row[2]))) for row in parts)
             keys.append(_Key(of_index, any(str(row[2]) in generated for row in parts)))
     return list(dict.fromkeys(keys)), rowid
-
-
-def _unindexed(connection: Connection, holders: Iterable[Holder]) -> list[Holder]:
-    def has_index(holder: Holder) -> bool:
-        found = text(f"SELECT 1 FROM {quoted(holder.schema)}.sqlite_master WHERE type = 'index' AND name = :name")
-        name = location_index_name(holder.table, holder.column)
-        return connection.execute(found, {"name": name}, execution_options=UNTRANSLATED).first() is not None
-
-    return [holder for holder in holders if not has_index(holder)]
-
-
-def _create_index(holder: Holder) -> str:
-    name = quoted(location_index_name(holder.table, holder.column))
-    location = _field(quoted(holder.column), "location")
-    return f"CREATE INDEX IF NOT EXISTS {quoted(holder.schema)}.{name} ON {quoted(holder.table)} ({location})"

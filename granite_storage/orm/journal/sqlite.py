@@ -217,7 +217,7 @@ _NAME_OF_SIDECAR: Final = select(_TABLES.meta.c.value).where(_TABLES.meta.c.name
 
 
 @dataclass(slots=True)
-class _Main:
+class _Known:
     """What is known of the rows' database: its path, and the settings of the application's connections."""
 
     path: str | None = None
@@ -248,7 +248,7 @@ class SQLitePool(_LockingPool):
         if "cache=shared" in asked:
             raise _refuse("connections that share a cache do not lock each other out: leave cache=shared out of the URL")
         self._one_machine = one_machine
-        self._main = _Main()
+        self._known = _Known()
         self._sidecar = SidecarPool(self, size, sidecar)
 
     @property
@@ -274,28 +274,23 @@ class SQLitePool(_LockingPool):
         """Write something: a COMMIT without a write brings nothing to the disk."""
         await connection.execute(_put(_BARRIER, ""))
 
-    @property
-    def known_path(self) -> str | None:
-        """The path of the database, where it is known already."""
-        return self._main.path
-
     async def path(self) -> str:
         """Return the path of the database.
 
         Raises:
             ConfigurationError: It has no file.
         """
-        if self._main.path is None:
+        if self._known.path is None:
             async with self.reading() as connection:
                 found = await connection.run_sync(file_of)
-            self._main.path = await asyncio.to_thread(os.path.realpath, found) if found else ""
-        if not self._main.path:
+            self._known.path = await asyncio.to_thread(os.path.realpath, found) if found else ""
+        if not self._known.path:
             raise _refuse("the database has no file: use one")
-        return self._main.path
+        return self._known.path
 
     async def require_fit(self, tables: JournalTables, others: Sequence[Table]) -> None:
         """Refuse a database or settings with which a committed transaction may be lost or torn, or locks do not hold."""
-        path, settings = await self.path(), self._main.settings
+        path, settings = await self.path(), self._known.settings
         if settings["synchronous"] == 0:
             raise _refuse("with synchronous=OFF a crash of the machine damages the database: set NORMAL or FULL")
         if settings["journal_mode"] in ("off", "memory"):
@@ -322,12 +317,8 @@ class SQLitePool(_LockingPool):
         engine = as_async_engine(without_pool(self._outer))
         async with self._in_time(), AsyncExitStack() as stack:
             stack.push_async_callback(engine.dispose)
-            locked = []
-            for _ in range(2):
-                connection = await engine.connect()
-                stack.push_async_callback(connection.close)
-                locked.append(await connection.run_sync(_try_to_lock))
-            if all(locked):
+            connections = [await stack.enter_async_context(engine.connect()) for _ in range(2)]
+            if all([await connection.run_sync(_try_to_lock) for connection in connections]):
                 raise _refuse(
                     "its lock does not keep a second connection from writing, so that commits damage each other: leave nolock=1,"
                     " and the name of a VFS without locks, such as vfs=unix-none, out of the URL"
@@ -372,7 +363,7 @@ class SQLitePool(_LockingPool):
         if _OF_CONNECTION not in info:
             found = file_of(connection)
             info[_OF_CONNECTION] = wait(asyncio.to_thread(os.path.realpath, found)) if found else ""
-        own = self._main.path or wait(self.path())
+        own = self._known.path or wait(self.path())
         if info[_OF_CONNECTION] != own:
             raise ConfigurationError(
                 f"the session is on the database {info[_OF_CONNECTION] or ':memory:'}, and the journal's engine on {own}: give"
@@ -420,7 +411,7 @@ class SQLitePool(_LockingPool):
             cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
             for name in ("synchronous", "journal_mode", "locking_mode"):  # as the application's listeners have set them
                 cursor.execute(f"PRAGMA {name}")
-                self._main.settings[name] = cursor.fetchone()[0]
+                self._known.settings[name] = cursor.fetchone()[0]
             cursor.execute("PRAGMA synchronous = EXTRA")
         finally:
             cursor.close()
@@ -595,7 +586,7 @@ class SidecarPool(_LockingPool):
         path = str(self._file.path)
         while True:
             try:
-                before = _create(path, like=self._main.known_path)
+                before = _create(path, like=self._main._known.path)
                 connection = sqlite3.connect(
                     path, timeout=_BUSY_MILLISECONDS / 1000, check_same_thread=False, factory=_SidecarConnection
                 )

@@ -1,11 +1,11 @@
 """Triggers that keep the journal's promise for every program that writes the rows, on the databases that have them.
 
-Each database has a module of its own, such as `_postgresql_triggers`, which provides a `TriggerDialect`.
+Each database has a module of its own, such as `_postgresql_triggers`, with a class of `TableTriggers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
 from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
-from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TriggerDialect, TriggerSource
+from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TableTriggers
 from granite_storage.orm.journal.database import require_current_workers
 
 __all__ = [
@@ -31,22 +31,18 @@ __all__ = [
     "find_triggers_in_the_way",
     "has_some_triggers",
     "have_triggers",
-    "require_rolled_out",
     "sources_of",
     "storage_triggers",
     "triggers_work",
 ]
 
-_DIALECTS: Final[Mapping[str, TriggerDialect]] = {
-    "mariadb": MariaDBTriggers(),
-    "mysql": MariaDBTriggers(),  # the name of SQLAlchemy's dialect for both, which can tell them apart
-    "postgresql": PostgreSQLTriggers(),
-    "sqlite": SQLiteTriggers(),
+_KINDS: Final[Mapping[str, type[TableTriggers]]] = {
+    "mariadb": MariaDBTriggers,
+    "mysql": MariaDBTriggers,  # the name of SQLAlchemy's dialect for both, which can tell them apart
+    "postgresql": PostgreSQLTriggers,
+    "sqlite": SQLiteTriggers,
 }
 """The databases that have triggers, by the names of SQLAlchemy's dialects."""
-
-_NAMES = "PostgreSQL, MariaDB and SQLite"
-"""The databases in messages."""
 
 
 def storage_triggers(metadata: MetaData) -> None:
@@ -83,7 +79,7 @@ def storage_triggers(metadata: MetaData) -> None:
 
 def have_triggers(dialect: str) -> bool:
     """Return whether a database, by the name of its dialect, can have these triggers."""
-    return dialect in _DIALECTS
+    return dialect in _KINDS
 
 
 def triggers_work(dialect: str, metadata: MetaData) -> bool:
@@ -97,9 +93,7 @@ def triggers_work(dialect: str, metadata: MetaData) -> bool:
 
 
 def _after_create(metadata: MetaData, connection: Connection, **_: Any) -> None:
-    sources = sources_of(connection, metadata)
-    require_rolled_out(connection, sources, tables_of(metadata))
-    create_triggers(connection, sources)
+    create_triggers(connection, sources_of(connection, metadata))
 
 
 def _before_drop(metadata: MetaData, connection: Connection, *, tables: Iterable[Table], **_: Any) -> None:
@@ -112,7 +106,7 @@ def _guarded_tables(metadata: MetaData) -> list[Table]:
     return list(dict.fromkeys(column.table for column in attachment_tables(metadata).all_attachments()))
 
 
-def sources_of(connection: Connection, metadata: MetaData) -> list[TriggerSource]:
+def sources_of(connection: Connection, metadata: MetaData) -> list[TableTriggers]:
     """Return the triggers that the models of a metadata need, on those of their tables that are there.
 
     Raises:
@@ -127,7 +121,7 @@ def sources_of(connection: Connection, metadata: MetaData) -> list[TriggerSource
 
 def find_sources(
     connection: Connection, columns: Iterable[Column[Any]], holders: Iterable[Column[Any]], journal: JournalTables
-) -> list[TriggerSource]:
+) -> list[TableTriggers]:
     """Return the triggers for attachment columns, on those of their tables that are there.
 
     Args:
@@ -139,7 +133,7 @@ def find_sources(
     Raises:
         ConfigurationError: As `sources_of`.
     """
-    dialect = _dialect_of(connection)
+    kind = _kind_of(connection)
     place = resolve(connection, journal.intent)
     if place is None:
         raise ConfigurationError(
@@ -151,20 +145,20 @@ def find_sources(
     columns, holders = list(columns), list(holders)
     places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
     evidence = sorted(Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None)
-    sources: list[TriggerSource] = []
+    sources: list[TableTriggers] = []
     for table, own in group(columns, attrgetter("table")).items():
         if (found := places[table]) is not None:
-            guarded = GuardedTable(*found, _keys_of(table), tuple(sorted(column.name for column in own)))
-            sources.append(dialect.source(connection, guarded, evidence, journal, place[0]))
+            guarded = GuardedTable(*found, _keys_of(table), tuple(sorted(column.name for column in own)), evidence)
+            sources.append(kind(connection, guarded, journal, place[0]))
     return sources
 
 
-def _dialect_of(connection: Connection) -> TriggerDialect:
-    found = _DIALECTS.get(connection.dialect.name)
+def _kind_of(connection: Connection) -> type[TableTriggers]:
+    found = _KINDS.get(connection.dialect.name)
     if found is None:
         raise ConfigurationError(
-            f"storage_triggers are for {_NAMES}, and this database is {connection.dialect.name}: leave the call out there, and"
-            " let the garbage collector find what SQL past the sessions leaves behind"
+            f"storage_triggers are for PostgreSQL, MariaDB and SQLite, and this database is {connection.dialect.name}: leave the"
+            " call out there, and let the garbage collector find what SQL past the sessions leaves behind"
         )
     return found
 
@@ -177,29 +171,26 @@ def _keys_of(table: Table) -> tuple[str, ...]:
     return tuple(column.name for column in table.primary_key)
 
 
-def require_rolled_out(connection: Connection, sources: Iterable[TriggerSource], journal: JournalTables | None) -> None:
-    """Refuse to create or replace triggers beside workers of an older version.
+def create_triggers(connection: Connection, sources: Sequence[TableTriggers]) -> None:
+    """Create triggers that are missing, or replace those of another version or for other columns; and the indexes they need.
 
     Raises:
-        ConfigurationError: One was at work lately, and triggers are to be created.
+        ConfigurationError: A worker of an older version was at work lately, and triggers are to be created.
     """
-    if journal is not None and not all(source.is_current(connection) for source in sources):
-        require_current_workers(connection, journal)
-
-
-def create_triggers(connection: Connection, sources: Iterable[TriggerSource]) -> None:
-    """Create triggers that are missing, or replace those of another version or for other columns; and the indexes they need."""
+    outdated = [source for source in sources if not source.is_current(connection)]
+    if outdated:
+        require_current_workers(connection, outdated[0].journal)
     for source in sources:
         source.create(connection)
 
 
 def drop_triggers(connection: Connection, tables: Iterable[Table]) -> None:
     """Drop the triggers of tables, and their functions; nothing happens where they are gone already."""
-    dialect = _dialect_of(connection)
+    kind = _kind_of(connection)
     for table in tables:
         place = resolve(connection, table)
         if place is not None:
-            dialect.drop(connection, *place)
+            kind.drop(connection, *place)
 
 
 def find_trigger_problems(connection: Connection, metadata: MetaData) -> list[str]:
@@ -210,7 +201,7 @@ def find_trigger_problems(connection: Connection, metadata: MetaData) -> list[st
     """
     sources = sources_of(connection, metadata)
     declared = _declared(connection, metadata)
-    gone = _dialect_of(connection).find_gone(connection, {item.schema for item in declared}, declared)
+    gone = _kind_of(connection).find_gone(connection, {item.schema for item in declared}, declared)
     return list(dict.fromkeys([*gone, *(problem for source in sources for problem in source.find_problems(connection))]))
 
 
@@ -227,11 +218,11 @@ def _declared(connection: Connection, metadata: MetaData) -> list[Holder]:
 
 
 def find_triggers_in_the_way(connection: Connection, tables: Collection[str]) -> list[str]:
-    """Return the tables whose triggers are to be dropped before others are changed; see `TriggerDialect.find_in_the_way`."""
-    return _dialect_of(connection).find_in_the_way(connection, tables)
+    """Return the tables whose triggers are to be dropped before others are changed; see `TableTriggers.find_in_the_way`."""
+    return _kind_of(connection).find_in_the_way(connection, tables)
 
 
 def has_some_triggers(connection: Connection, table: Table) -> bool:
     """Return whether a table has any of these triggers."""
     place = resolve(connection, table)
-    return place is not None and _dialect_of(connection).has_some(connection, *place)
+    return place is not None and _kind_of(connection).has_some(connection, *place)

@@ -743,6 +743,6 @@ class TestChecks:
 
     async def test_mysql(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         async with env.engine.connect() as connection:
-            monkeypatch.setattr(connection.dialect, "is_mariadb", False)
-            with pytest.raises(ConfigurationError, match="this is MySQL"):
+            with monkeypatch.context() as patch, pytest.raises(ConfigurationError, match="this is MySQL"):
+                patch.setattr(connection.dialect, "is_mariadb", False)
                 await connection.run_sync(lambda it: sources_of(it, Base.metadata))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -37,7 +37,7 @@ from granite_storage.exceptions import (
     StorageError,
 )
 from granite_storage.gc.database import DatabaseReferences
-from granite_storage.gc.merge import PAGE, Spool, join_pages, temporary_file
+from granite_storage.gc.merge import PAGE, Spool, join_pages
 from granite_storage.gc.periodic import repeat_as_leader
 from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
 from granite_storage.locations import check_location, generated_time, matches_generated_name
@@ -332,15 +332,12 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _collect(self) -> AsyncGenerator[CollectedObject, None]:
         await require_one_key(self._manager, self._scope.backend)
         await self._source.require_fit(allow_restored_database=self._allow_restored_database)
-        async with AsyncExitStack() as stack:
-            listed = Spool(await stack.enter_async_context(temporary_file()))
-            nominees = Spool(await stack.enter_async_context(temporary_file()))
+        async with Spool() as listed, Spool() as nominees, Spool() as unmentioned:
             await self._list(listed)
             if self._stopped:
                 return
             await self._nominate(listed, nominees)
             await self._require_mounted()
-            unmentioned = Spool(await stack.enter_async_context(temporary_file()))
             await self._keep_mentioned(nominees, unmentioned)
             orphans = self._find_orphans(unmentioned) if self.report.dry_run else self._delete(unmentioned)
             async with aclosing(orphans):

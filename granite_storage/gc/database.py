@@ -45,7 +45,7 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage._words import describe_duration
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention, find_mentions
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
+from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order
 from granite_storage.orm._interfaces import JournalTables, active_bindings, tables_of
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, join_variants, value_in, where_json
@@ -514,8 +514,7 @@ class DatabaseReferences:
     @asynccontextmanager
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
         """Yield the locations of all references: streamed in order, and those of `extra` sorted on disk."""
-        async with temporary_file() as file, AsyncExitStack() as stack:
-            named = SortedSpool(file)
+        async with SortedSpool() as named, AsyncExitStack() as stack:
             async with aclosing(self._iter_named()) as locations:
                 async for location, is_here in locations:
                     await named.add(location, is_here)
@@ -530,7 +529,8 @@ class DatabaseReferences:
                 yield named.pages()
                 return
             referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
-            yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
+            ordered = require_byte_order(referred, "the database's references")
+            yield ordered if named.is_empty else merge_pages(ordered, named.pages())
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""

@@ -12,7 +12,7 @@ from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
+from granite_storage.gc.merge import Reference, SortedSpool, take_page
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import named_in, references_among
@@ -113,8 +113,7 @@ class GivenReferences:
         """Yield the locations of all references, sorted on disk."""
         self._storage_keys.clear()
         identities = await identities_of(self._manager._engine.backend(backend))
-        async with temporary_file() as file:
-            spool = SortedSpool(file)
+        async with SortedSpool() as spool:
             async with aclosing(self._refs()) as refs:
                 async for ref in refs:
                     for one in iter_refs(ref):

@@ -25,7 +25,7 @@ from granite_storage._tasks import shielded_cleanup
 from granite_storage._words import count_of, describe_duration
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.output import escape_text
-from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, in_options, run
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, command, in_options
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.gc.database import ILLEGIBLE, DatabaseReferences
@@ -60,11 +60,10 @@ class Check:
     message: str
 
 
-@click.command("doctor")
+@command("doctor")
 @click.option("--read-only", is_flag=True, help="Write no probe object.")
 @JSON
-@click.pass_obj
-def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
+async def doctor_command(context: CommandContext, read_only: bool) -> Exit | None:
     """Check the set-up.
 
     It checks the configuration, the database with its tables, what its rows refer to, the journal and the backends.
@@ -72,21 +71,16 @@ def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     On each backend that a policy writes to, it stores, reads, lists and deletes a small object, unless --read-only is given. The
     exit code is 1 where something is bad; a note may be as you want it.
     """
-
-    async def work(context: CommandContext) -> Exit | None:
-        checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
-        if as_json:
-            for check in checks:
-                context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
-        else:
-            rows = [
-                (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message))
-                for check in checks
-            ]
-            context.output.table(["", "what", "found"], rows)
-        return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
-
-    run(settings, work, as_json=as_json)
+    checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
+    if context.output.as_json:
+        for check in checks:
+            context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
+    else:
+        rows = [
+            (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message)) for check in checks
+        ]
+        context.output.table(["", "what", "found"], rows)
+    return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
 
 
 async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:

@@ -80,6 +80,13 @@ class Output:
             console = self._progress.console
         console.print(Text(escape_text(text), style=style or ""), soft_wrap=True)
 
+    def item(self, values: Mapping[str, Any], text: str, style: str | None = None) -> None:
+        """Write an object for a program, or a line for a person."""
+        if self.as_json:
+            self.record(values)
+        else:
+            self.line(text, style)
+
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write a table for a person; numbers stand on the right."""
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -40,11 +40,11 @@ __all__ = [
     "Duration",
     "Exit",
     "Settings",
+    "command",
     "in_options",
     "load_binding",
     "of_a_job",
     "require_rows",
-    "run",
     "usage_of",
 ]
 
@@ -184,10 +184,8 @@ class CommandContext:
         finally:
             self._stop = None
 
-    def confirm(self, question: str, *, yes: bool) -> bool:
+    def confirm(self, question: str) -> bool:
         """Ask before something is deleted; refuse where there is no terminal to ask on."""
-        if yes:
-            return True
         if not sys.stdin.isatty():
             raise click.UsageError(
                 "the command needs a confirmation, and there is no terminal: pass --yes, or --dry-run to delete nothing"
@@ -220,7 +218,22 @@ class CommandContext:
 Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 
 
-def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
+def command(name: str) -> Callable[[Callable[..., Awaitable[Exit | None]]], click.Command]:
+    """Make a command of a coroutine function, which gets the context and the options; `JSON` is an option of the output."""
+
+    def decorate(function: Callable[..., Awaitable[Exit | None]]) -> click.Command:
+        @click.command(name)
+        @click.pass_obj
+        @functools.wraps(function)
+        def called(settings: Settings, /, as_json: bool = False, **options: Any) -> None:
+            _run(settings, lambda context: function(context, **options), as_json=as_json)
+
+        return called
+
+    return decorate
+
+
+def _run(settings: Settings, work: Work, *, as_json: bool) -> None:
     """Run a command with the application's binding, and exit with its code."""
     if settings.app is None:
         raise click.UsageError("no application is given: pass --app module:attribute, or set GRANITE_STORAGE_APP")
@@ -366,23 +379,18 @@ YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 
 
-def of_a_job(command: Callable[..., None]) -> Callable[..., None]:
+def of_a_job(function: Callable[..., Awaitable[Exit | None]]) -> Callable[..., Awaitable[Exit | None]]:
     """Give a command the options of a job over rows; its function gets them in `job`, as the arguments of the job."""
 
     @click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
     @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
     @click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")
     @click.option("--schema", "schemas", multiple=True, metavar="NAME", help="Only this schema; may be repeated.")
-    @functools.wraps(command)
+    @functools.wraps(function)
     def collected(
-        *args: Any,
-        after: str | None,
-        concurrency: int | None,
-        rate: float | None,
-        schemas: Sequence[str],
-        **others: Any,
-    ) -> None:
+        *args: Any, after: str | None, concurrency: int | None, rate: float | None, schemas: Sequence[str], **others: Any
+    ) -> Awaitable[Exit | None]:
         given = {"after": after, "concurrency": concurrency, "bytes_per_second": rate, "schemas": schemas or None}
-        command(*args, job={name: value for name, value in given.items() if value is not None}, **others)
+        return function(*args, job={name: value for name, value in given.items() if value is not None}, **others)
 
     return collected

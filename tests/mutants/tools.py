@@ -9,8 +9,8 @@ MUTANTS = [
         name="cli-deletes-without-asking",
         rule="Nothing is deleted where there is neither --yes nor a terminal to ask at.",
         path="granite_storage/cli/runtime.py",
-        old="        if yes:\n            return True\n",
-        new="        if yes or not sys.stdin.isatty():\n            return True\n",
+        old="        if not sys.stdin.isatty():\n            raise",
+        new="        if not sys.stdin.isatty():\n            return True\n            raise",
         tests=("tests/cli/test_commands.py::TestMigrate::test_nothing_happens_without_a_word[sqlite]",),
     ),
     Mutant(

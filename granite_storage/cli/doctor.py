@@ -109,15 +109,10 @@ async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncItera
 def _check_configuration(binding: StorageBinding) -> list[Check]:
     columns = binding.ref_columns()
     managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
-    checks = [
-        Check(
-            CheckResult.GOOD,
-            "models",
-            f"{count_of(len(managed), 'attachment column')}, {count_of(len(columns) - len(managed), 'plain column')} of refs",
-        )
-    ]
-    if not columns:
-        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
+    checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
+    if columns:
+        said = f"{count_of(len(managed), 'attachment column')}, {count_of(len(columns) - len(managed), 'plain column')} of refs"
+        checks = [Check(CheckResult.GOOD, "models", said)]
     for column_type in managed:
         try:
             column_type.manager_in(binding)

@@ -55,6 +55,12 @@ _FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 # What a context of Flask, or of Quart, says that is missing.
 _NEEDS_CONTEXT = "outside of application context"
+_GIVE_CONTEXT = (
+    "the sessions of the application need an application context: let --app name a function that pushes one, as by"
+    " app.app_context().push(), and returns the binding"
+)
+_BACKGROUND = "\n(Background on this error"
+"""How the part of SQLAlchemy's messages begins that names a page of its documentation."""
 _OPTIONS = {
     "raise max_deleted_share": "raise --max-share",
     "allow_no_references=True": "--allow-no-references",
@@ -262,25 +268,19 @@ def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
         traceback.print_exception(error)
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    see = None
     if isinstance(error, StorageError):
-        output.note(f"error: {in_options(str(error))}", "red")
-        if error.docs is not None:
-            output.note(f"see {error.docs}")
-        return
-    if isinstance(error, RuntimeError) and _NEEDS_CONTEXT in str(error):
-        output.note(
-            "error: the sessions of the application need an application context: let --app name a function that pushes one, as by"
-            " app.app_context().push(), and returns the binding",
-            "red",
-        )
-        output.note(f"see {Page.COMMAND_LINE.url}")
-        return
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        output.note(f"error: {error.filename}: {error.strerror}", "red")
-        return
-    said = str(error).split("\n(Background on this error", 1)[0]
-    output.note(f"error: {type(error).__name__}: {said}", "red")
-    if not debug and not isinstance(error, SQLAlchemyError | OSError):
+        said, see = in_options(str(error)), error.docs
+    elif isinstance(error, RuntimeError) and _NEEDS_CONTEXT in str(error):
+        said, see = _GIVE_CONTEXT, Page.COMMAND_LINE.url
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}"
+    else:
+        said = f"{type(error).__name__}: {str(error).split(_BACKGROUND, 1)[0]}"
+    output.note(f"error: {said}", "red")
+    if see is not None:
+        output.note(f"see {see}")
+    elif not debug and not isinstance(error, StorageError | SQLAlchemyError | OSError):
         output.note("this error is unexpected: pass --debug to see its traceback")
 
 

@@ -8,7 +8,6 @@ import json
 import tempfile
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from operator import itemgetter
 from typing import IO, Any, Self, TypeAlias
@@ -19,7 +18,6 @@ from granite_storage.orm._util import batches
 
 __all__ = [
     "PAGE",
-    "Joined",
     "Page",
     "Reference",
     "SortedSpool",
@@ -147,28 +145,19 @@ def take_page(items: Iterator[Any]) -> Page:
 # Joining and merging pages.
 
 
-@dataclass(slots=True)
-class Joined:
-    """The result of the join for a range of locations.
-
-    Attributes:
-        referenced: The objects with a reference.
-        unreferenced: The objects without one.
-        missing: The locations of references that lead here and have no object, none twice.
-    """
-
-    referenced: Page
-    unreferenced: Page
-    missing: set[str]
-
-
-async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
+async def join_pages(
+    objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]
+) -> AsyncIterator[tuple[Page, Page, set[str]]]:
     """Join pages of objects, of which each begins with its location, with pages of references to locations.
 
     A reference counts whatever backend it names: a place may have two keys, or have had another one.
 
     An object is decided on once every reference to it, and to what comes before it, was read. No object may come twice; a
     reference may.
+
+    Yields:
+        For one range of locations after the other: the objects with a reference, those without one, and the locations of
+        references that lead here and have no object, none twice.
     """
     last = ""
     async for bound, items, refs in _stretches(_Pages(objects), _Pages(references)):
@@ -180,7 +169,7 @@ async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[lis
             missing = {location for location, is_here in refs if is_here}.difference(map(_location, referenced))
         missing.discard(last)
         last = bound if bound is not None else last
-        yield Joined(referenced, unreferenced, missing)
+        yield referenced, unreferenced, missing
 
 
 async def require_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:

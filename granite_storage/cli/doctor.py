@@ -36,8 +36,6 @@ from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.tables import clock
 
-__all__ = ["doctor_command"]
-
 _TIMEOUT = 20.0
 _SKEW = 5.0
 _CONTENT = b"granite-storage doctor"

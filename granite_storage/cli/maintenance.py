@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["derive_command", "gc_command", "migrate_command", "recover_command", "verify_command"]
-
 _MOST_SHOWN = 20
 _STATES = ("due", "later", "dead")
 _WORK = {UPLOAD: "upload to check", STAGING: "direct upload to check", DELETE: "delete", SCAN: "scan"}
@@ -174,16 +172,12 @@ async def verify_command(context: CommandContext, storage_key: str | None, deep:
             facts["bytes read"] = format_size(report.bytes_read)
         return {**known, "replaceable": report.replaceable, "counts": counts}, facts
 
-    await _run_job(
-        context,
-        verification,
-        "verifying",
-        show=show,
-        reach=lambda bar: bar.reach(report.rows, report.bytes_read),
-        describe=describe,
-        state="the remaining rows were not checked",
-    )
-    return Exit.FOUND if verification.report.problems or verification.report.unseen else None
+    def reach(bar: Bar) -> None:
+        bar.reach(report.rows, report.bytes_read)
+
+    state = "the remaining rows were not checked"
+    await _run_job(context, verification, "verifying", show=show, reach=reach, describe=describe, state=state)
+    return Exit.FOUND if report.problems or report.unseen else None
 
 
 # recover
@@ -552,13 +546,9 @@ async def derive_command(
         facts = {"rows": f"{report.rows:,}", **{name: f"{number:,}" for name, number in counts.items()}}
         return known, {**facts, "originals read": format_size(report.bytes_read)}
 
-    await _run_job(
-        context,
-        derivation,
-        "deriving",
-        show=show,
-        reach=lambda bar: bar.reach(report.rows, report.bytes_read),
-        describe=describe,
-        state="every row is consistent",
-    )
+    def reach(bar: Bar) -> None:
+        bar.reach(report.rows, report.bytes_read)
+
+    state = "every row is consistent"
+    await _run_job(context, derivation, "deriving", show=show, reach=reach, describe=describe, state=state)
     return None if report.complete and not report.failed else Exit.FOUND

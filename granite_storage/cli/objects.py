@@ -21,8 +21,6 @@ from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
 from granite_storage.manager import StorageManager
 
-__all__ = ["cp_command", "ls_command", "stat_command"]
-
 _CHUNK = 1 << 20
 
 

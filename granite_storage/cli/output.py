@@ -15,8 +15,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Output", "escape_text", "format_size", "option_after"]
-
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 

@@ -31,23 +31,6 @@ from granite_storage.exceptions import ConfigurationError, InvalidLocationError,
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.references import Scan
 
-__all__ = [
-    "DRY_RUN",
-    "JSON",
-    "YES",
-    "ByteCount",
-    "CommandContext",
-    "Duration",
-    "Exit",
-    "Settings",
-    "command",
-    "in_options",
-    "load_binding",
-    "of_a_job",
-    "require_rows",
-    "usage_of",
-]
-
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -48,20 +48,6 @@ from granite_storage.orm.references import is_text
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = [
-    "CollectedObject",
-    "CollectionRun",
-    "CollectionScope",
-    "DanglingReference",
-    "GarbageCollectionReport",
-    "OrphanStatus",
-    "StorageGarbageCollector",
-    "SyncGarbageCollector",
-    "is_valid",
-    "require_one_key",
-]
-
-
 # The report of a collection.
 
 

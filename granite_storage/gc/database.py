@@ -81,26 +81,6 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Binding, Sidecar
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = [
-    "ELSEWHERE",
-    "HERE",
-    "ILLEGIBLE",
-    "UNKNOWN_BACKEND",
-    "UNKNOWN_IDENTITY",
-    "BoundBase",
-    "DatabaseReferences",
-    "RefColumn",
-    "bound_bases",
-    "commit_durably",
-    "find_columns",
-    "require_fit",
-    "require_heartbeat",
-    "require_one_database",
-    "select_counts",
-    "select_first",
-    "select_locations",
-]
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _KINDS = (AttachmentType, StoredObjectRefType)
@@ -669,7 +649,7 @@ class DatabaseReferences(ReferenceSource):
     @asynccontextmanager
     async def _snapshot(self, **options: Any) -> AsyncIterator[AsyncConnection]:
         """Open a connection on which several statements see the same moment."""
-        level = {} if self._dialect == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        level: dict[str, Any] = {} if self._dialect == "sqlite" else {"isolation_level": "REPEATABLE READ"}
         async with self._connection(**level, **options) as connection:
             if self._dialect == "sqlite":
                 driver: Any = (await connection.get_raw_connection()).driver_connection
@@ -722,7 +702,7 @@ async def _refused_if_unreadable(kind: type[DBAPIError] = ProgrammingError) -> A
 
 
 @asynccontextmanager
-async def _streamed(connection: AsyncConnection, statement: Any) -> AsyncIterator[AsyncResult[Any]]:
+async def _streamed(connection: AsyncConnection, statement: Any) -> AsyncIterator[AsyncResult[*tuple[Any, ...]]]:
     """Execute a statement whose rows are fetched a page at a time."""
     result = await connection.stream(statement.execution_options(yield_per=PAGE))
     try:

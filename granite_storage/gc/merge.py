@@ -16,18 +16,6 @@ from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.orm._util import batches
 
-__all__ = [
-    "PAGE",
-    "Page",
-    "Reference",
-    "SortedSpool",
-    "Spool",
-    "join_pages",
-    "merge_pages",
-    "require_byte_order",
-    "take_page",
-]
-
 PAGE = 2000
 """How many items are written, read and compared together."""
 

@@ -18,8 +18,6 @@ from granite_storage.orm._util import without_pool
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Leadership", "repeat_as_leader"]
-
 _JITTER = 0.1
 _LONGEST_FIRST_PAUSE = 60.0
 _LOCKS: dict[str, TextClause] = {

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import shielded, shielded_cleanup
@@ -18,16 +18,14 @@ from granite_storage.manager import StorageManager
 from granite_storage.orm.references import named_in, references_among
 from granite_storage.refs import StoredObjectRef, iter_refs
 
-__all__ = ["GivenReferences", "IterReferences", "ReferenceSource"]
 
-
-class ReferenceSource(Protocol):
+class ReferenceSource:
     """All references, whatever their storage key, for one collection of one backend's objects."""
 
     @property
     def batch_size(self) -> int:
         """The most locations that `find_references` takes."""
-        ...
+        raise NotImplementedError
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Refuse what could not be relied on; by default nothing.
@@ -42,7 +40,7 @@ class ReferenceSource(Protocol):
         Raises:
             CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
         """
-        ...
+        raise NotImplementedError
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
         """Search everything else once; yield what mentions one of the locations, or may and cannot be searched.
@@ -61,7 +59,7 @@ class ReferenceSource(Protocol):
 
         A location also counts as referenced by a reference to another one with its generated id, which is another name for it.
         """
-        ...
+        raise NotImplementedError
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Refuse references of one policy where others share its place, once `in_order` was read to its end; by default none.

@@ -93,7 +93,9 @@ def is_here(engine: Engine) -> bool:
         return True
     _note_loop(engine)
     known = _loops.get(engine.pool)
-    return not portal.is_here if known is None else known() is asyncio.get_running_loop()
+    if known is None:
+        return not portal.is_here
+    return known() is asyncio.get_running_loop()
 
 
 def _note_loop(engine: Engine) -> None:

@@ -33,7 +33,7 @@ MUTANTS = [
         name="cli-verify-always-succeeds",
         rule="verify exits with 1 where something is wrong.",
         path="granite_storage/cli/maintenance.py",
-        old="return Exit.FOUND if verification.report.problems or verification.report.unseen else None",
+        old="return Exit.FOUND if report.problems or report.unseen else None",
         new="return None",
         tests=("tests/cli/test_commands.py::TestVerify::test_a_missing_object[sqlite]",),
     ),

@@ -648,7 +648,7 @@ class StorageGarbageCollector:
       reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
       backend leads to, another backend of the manager on the same place, or a local folder without its marker.
 
-    Memory does not grow with the number of objects; lists are kept on disk, where `tempfile` keeps its files.
+    Memory does not grow with the number of objects; long lists are kept on disk, where `tempfile` keeps its files.
 
     Args:
         manager: The manager, whose backends have the objects.

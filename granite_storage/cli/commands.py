@@ -12,8 +12,6 @@ from granite_storage.cli.maintenance import derive_command, gc_command, migrate_
 from granite_storage.cli.objects import cp_command, ls_command, stat_command
 from granite_storage.cli.runtime import Settings
 
-__all__ = ["command_line"]
-
 
 @click.group(name="granite-storage", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(

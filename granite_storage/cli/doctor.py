@@ -25,7 +25,7 @@ from granite_storage._tasks import shielded_cleanup
 from granite_storage._words import count_of, describe_duration
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.output import escape_text
-from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, in_options, run
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, command, in_options
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.gc.database import ILLEGIBLE, DatabaseReferences
@@ -35,8 +35,6 @@ from granite_storage.orm._interfaces import are_triggers_declared, tables_of
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.tables import clock
-
-__all__ = ["doctor_command"]
 
 _TIMEOUT = 20.0
 _SKEW = 5.0
@@ -60,11 +58,10 @@ class Check:
     message: str
 
 
-@click.command("doctor")
+@command("doctor")
 @click.option("--read-only", is_flag=True, help="Write no probe object.")
 @JSON
-@click.pass_obj
-def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
+async def doctor_command(context: CommandContext, read_only: bool) -> Exit | None:
     """Check the set-up.
 
     It checks the configuration, the database with its tables, what its rows refer to, the journal and the backends.
@@ -72,21 +69,16 @@ def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     On each backend that a policy writes to, it stores, reads, lists and deletes a small object, unless --read-only is given. The
     exit code is 1 where something is bad; a note may be as you want it.
     """
-
-    async def work(context: CommandContext) -> Exit | None:
-        checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
-        if as_json:
-            for check in checks:
-                context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
-        else:
-            rows = [
-                (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message))
-                for check in checks
-            ]
-            context.output.table(["", "what", "found"], rows)
-        return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
-
-    run(settings, work, as_json=as_json)
+    checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
+    if context.output.as_json:
+        for check in checks:
+            context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
+    else:
+        rows = [
+            (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message)) for check in checks
+        ]
+        context.output.table(["", "what", "found"], rows)
+    return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
 
 
 async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:
@@ -115,15 +107,10 @@ async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncItera
 def _check_configuration(binding: StorageBinding) -> list[Check]:
     columns = binding.ref_columns()
     managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
-    checks = [
-        Check(
-            CheckResult.GOOD,
-            "models",
-            f"{count_of(len(managed), 'attachment column')}, {count_of(len(columns) - len(managed), 'plain column')} of refs",
-        )
-    ]
-    if not columns:
-        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
+    checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
+    if columns:
+        said = f"{count_of(len(managed), 'attachment column')}, {count_of(len(columns) - len(managed), 'plain column')} of refs"
+        checks = [Check(CheckResult.GOOD, "models", said)]
     for column_type in managed:
         try:
             column_type.manager_in(binding)

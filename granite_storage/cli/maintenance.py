@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ import click
 from sqlalchemy import case, func, literal, select
 
 from granite_storage._documentation import Page
-from granite_storage._jobs import RowReport
+from granite_storage._jobs import Item, RowReport, RowRun
 from granite_storage._words import count_of
-from granite_storage.cli.output import format_size, option_after
+from granite_storage.cli.output import Bar, format_size, option_after
 from granite_storage.cli.runtime import (
     DRY_RUN,
     JSON,
@@ -22,40 +22,38 @@ from granite_storage.cli.runtime import (
     CommandContext,
     Duration,
     Exit,
-    Settings,
+    command,
     in_options,
     of_a_job,
     require_rows,
-    run,
     usage_of,
 )
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc import CollectedObject, CollectionRun, GarbageCollectionReport, OrphanStatus, StorageGarbageCollector
-from granite_storage.migration import MigratedObject, Migration, MigrationStatus, migrate
+from granite_storage.migration import MigratedObject, MigrationStatus, migrate
 from granite_storage.orm.journal.jobs import EFFECT, SCAN, VARIANT
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import DELETE, STAGING, UPLOAD, FailedReclaim, RecoveryReport, clock
 from granite_storage.orm.variants import Which
 from granite_storage.rederivation import (
-    Rederivation,
     RederivationStatus,
     RederivedVariant,
     rederive,
     require_columns,
     require_names,
 )
-from granite_storage.verification import Finding, Verification, verify
+from granite_storage.verification import Finding, verify
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["derive_command", "gc_command", "migrate_command", "recover_command", "verify_command"]
-
 _MOST_SHOWN = 20
 _STATES = ("due", "later", "dead")
 _WORK = {UPLOAD: "upload to check", STAGING: "direct upload to check", DELETE: "delete", SCAN: "scan"}
 _ALWAYS_SHOWN = ("scanned", "referenced", "orphaned")
+_NO_VARIANT = "(all)"
+_SHOWN = {RederivationStatus.FAILED: "red", RederivationStatus.REFUSED: "yellow"}
 
 
 def _show_row(
@@ -69,22 +67,19 @@ def _show_row(
     **more: object,
 ) -> None:
     """Show what became of a value of a row."""
-    if context.output.as_json:
-        where = {"table": item.table, "primary_key": item.primary_key, "column": item.column}
-        context.output.record({key: said, **where, **more, "message": item.message})
-        return
+    where = {"table": item.table, "primary_key": item.primary_key, "column": item.column}
     row = ", ".join(map(str, item.primary_key))
-    context.output.line(f"{said}: {item.table} {row} {column}: {item.message}", style)
+    text = f"{said}: {item.table} {row} {column}: {item.message}"
+    context.output.item({key: said, **where, **more, "message": item.message}, text, style)
 
 
-def _show_waiting(
-    context: CommandContext, records: Sequence[Mapping[str, Any]], headers: Sequence[str], rows: Sequence[Any], nothing: str
-) -> None:
+def _show_waiting(context: CommandContext, records: Sequence[Mapping[str, Any]], headers: Sequence[str], nothing: str) -> None:
     """Show what there is to do."""
     if context.output.as_json:
         context.output.record({"waiting": records})
-    elif rows:
-        context.output.table(headers, rows)
+    elif records:
+        shown = ({**record, "bytes": format_size(record["bytes"])} if "bytes" in record else record for record in records)
+        context.output.table(headers, [list(record.values()) for record in shown])
     else:
         context.output.line(nothing)
 
@@ -94,6 +89,46 @@ def _show_unseen(context: CommandContext, report: RowReport) -> None:
     if not context.output.as_json:
         for said in report.unseen:
             context.output.line(f"not seen: {in_options(said)}", "red")
+
+
+async def _run_job(
+    context: CommandContext,
+    job: RowRun[Item, Any],
+    doing: str,
+    *,
+    show: Callable[[Item], None],
+    reach: Callable[[Bar], None],
+    describe: Callable[[], tuple[Mapping[str, Any], Mapping[str, object]]],
+    state: str,
+) -> None:
+    """Do a job over rows, and show its items and, whatever ends it, its report.
+
+    Args:
+        context: The command.
+        job: The job.
+        doing: What it does, beside the bar.
+        show: Shows an item.
+        reach: Shows on the bar how much is done.
+        describe: Returns the report for a program, and for a person.
+        state: What holds where it has not come to its end.
+    """
+    report = job.report
+    try:
+        total = await job.count()
+        with context.stoppable(job.stop), context.output.progress(doing, total) as bar:
+            async for item in job.on_progress(lambda: reach(bar)):
+                show(item)
+    finally:
+        counts, facts = describe()
+        if context.output.as_json:
+            rest = {"key": report.key, "complete": report.complete, "unseen": report.unseen}
+            context.output.record({"report": {**counts, **rest}})
+        else:
+            context.output.facts(facts)
+            _show_unseen(context, report)
+        if not job.has_ended:
+            onward = "" if report.key is None else f" and {option_after(report.key)}"
+            context.output.note(f"not complete; {state}. To continue, run the same command{onward}")
 
 
 def _require_policy(context: CommandContext, storage_key: str | None) -> None:
@@ -106,78 +141,54 @@ def _require_policy(context: CommandContext, storage_key: str | None) -> None:
 # verify
 
 
-@click.command("verify")
+@command("verify")
 @click.option("--storage-key", metavar="KEY", help="Only the references of this policy.")
 @click.option("--deep", is_flag=True, help="Read all bytes and compare their checksums.")
 @of_a_job
 @JSON
-@click.pass_obj
-def verify_command(
-    settings: Settings,
-    storage_key: str | None,
-    deep: bool,
-    job: Mapping[str, Any],
-    as_json: bool,
-) -> None:
+async def verify_command(context: CommandContext, storage_key: str | None, deep: bool, job: Mapping[str, Any]) -> Exit | None:
     """Compare every reference with its object.
 
     Nothing is changed. The exit code is 1 where something is wrong; an unknown checksum is reported, and is not wrong.
     """
-
-    async def work(context: CommandContext) -> Exit | None:
-        _require_policy(context, storage_key)
-        await require_rows(context.binding, job)
-        verification = verify(context.binding, storage_key=storage_key, deep=deep, **job)
-        try:
-            await _verify(context, verification)
-        finally:
-            _show_verification(context, verification)
-        return Exit.FOUND if verification.report.problems or verification.report.unseen else None
-
-    run(settings, work, as_json=as_json)
-
-
-async def _verify(context: CommandContext, verification: Verification) -> None:
+    _require_policy(context, storage_key)
+    await require_rows(context.binding, job)
+    verification = verify(context.binding, storage_key=storage_key, deep=deep, **job)
     report = verification.report
-    total = await verification.count()
-    with context.stoppable(verification.stop), context.output.progress("verifying", total) as bar:
-        async for item in verification.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
-            style = "yellow" if item.is_harmless or item.is_replaceable else "red"
-            more = {"variant": item.variant, "ref": None if item.ref is None else item.ref.to_dict()}
-            _show_row(context, "finding", item.problem.value, item, style, column=item.column, **more)
 
+    def show(item: Finding) -> None:
+        style = "yellow" if item.is_harmless or item.is_replaceable else "red"
+        more = {"variant": item.variant, "ref": None if item.ref is None else item.ref.to_dict()}
+        _show_row(context, "finding", item.problem.value, item, style, column=item.column, **more)
 
-def _show_verification(context: CommandContext, verification: Verification) -> None:
-    report = verification.report
-    if context.output.as_json:
+    def describe() -> tuple[dict[str, Any], dict[str, str]]:
         counts = {problem.value: number for problem, number in report.counts.items()}
-        known: dict[str, Any] = {"rows": report.rows, "checked": report.checked, "bytes_read": report.bytes_read}
-        known["replaceable"] = report.replaceable
-        known |= {"counts": counts, "key": report.key, "complete": report.complete, "unseen": report.unseen}
-        context.output.record({"report": known})
-    else:
+        known = {"rows": report.rows, "checked": report.checked, "bytes_read": report.bytes_read}
         facts = {"references checked": f"{report.checked:,}", "problems": f"{report.problems:,}"}
-        facts |= {f"  {problem.value}": f"{number:,}" for problem, number in sorted(report.counts.items())}
+        facts |= {f"  {name}": f"{number:,}" for name, number in sorted(counts.items())}
         if report.replaceable:
             facts["of variants, which can be made again"] = f"{report.replaceable:,}"
         if report.bytes_read:
             facts["bytes read"] = format_size(report.bytes_read)
-        context.output.facts(facts)
-        _show_unseen(context, report)
-    if not verification.has_ended and report.key is not None:
-        context.output.note(f"not complete; to continue, pass {option_after(report.key)}")
+        return {**known, "replaceable": report.replaceable, "counts": counts}, facts
+
+    def reach(bar: Bar) -> None:
+        bar.reach(report.rows, report.bytes_read)
+
+    state = "the remaining rows were not checked"
+    await _run_job(context, verification, "verifying", show=show, reach=reach, describe=describe, state=state)
+    return Exit.FOUND if report.problems or report.unseen else None
 
 
 # recover
 
 
-@click.command("recover")
+@command("recover")
 @click.option("--retry-dead-letters", is_flag=True, help="Retry dead letters.")
 @YES
 @DRY_RUN
 @JSON
-@click.pass_obj
-def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+async def recover_command(context: CommandContext, retry_dead_letters: bool, yes: bool, dry_run: bool) -> Exit | None:
     """Let the journal do everything that is due.
 
     It deletes uploads that no transaction has kept, and objects that rows have released; it has held files scanned, makes
@@ -186,28 +197,24 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
     The exit code is 1 while something has failed. A file of which a recipe can make no variant is no failure: the run that finds
     it says so, and no later one does.
     """
-
-    async def work(context: CommandContext) -> Exit | None:
-        journal = context.binding.journal
-        if journal is None:
-            raise ConfigurationError(
-                "the application has no journal: pass journal=StorageJournal(engine) to bind_storage()", see=Page.JOURNAL
-            )
-        if dry_run or not yes:
-            plan = await _show_due(context, journal)
-            is_idle = not any(item["due"] or (retry_dead_letters and item["dead"]) for item in plan)
-            if is_idle and plan:
-                context.output.note("nothing is due now")
-            if dry_run or is_idle or not context.confirm("Do what is due now?", yes=False):
-                return None
-        if retry_dead_letters:
-            retried = count_of(await journal.retry_dead_letters(), "dead letter")
-            context.output.note(f"{retried} will be retried")
-        report = await journal.recover()
-        _show_recovery(context, report)
-        return Exit.FOUND if report.failed or report.unknown_backends else None
-
-    run(settings, work, as_json=as_json)
+    journal = context.binding.journal
+    if journal is None:
+        raise ConfigurationError(
+            "the application has no journal: pass journal=StorageJournal(engine) to bind_storage()", see=Page.JOURNAL
+        )
+    if dry_run or not yes:
+        plan = await _show_due(context, journal)
+        is_idle = not any(item["due"] or (retry_dead_letters and item["dead"]) for item in plan)
+        if is_idle and plan:
+            context.output.note("nothing is due now")
+        if dry_run or is_idle or not context.confirm("Do what is due now?"):
+            return None
+    if retry_dead_letters:
+        retried = count_of(await journal.retry_dead_letters(), "dead letter")
+        context.output.note(f"{retried} will be retried")
+    report = await journal.recover()
+    _show_recovery(context, report)
+    return Exit.FOUND if report.failed or report.unknown_backends else None
 
 
 async def _show_due(context: CommandContext, journal: StorageJournal) -> list[dict[str, Any]]:
@@ -229,7 +236,7 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> list[di
         for backend, work in sorted({(backend, work) for backend, work, _ in counted})
     ]
     headers = ["backend", "work", "due now", "later", "dead letters"]
-    _show_waiting(context, plan, headers, [list(row.values()) for row in plan], "nothing is waiting")
+    _show_waiting(context, plan, headers, "nothing is waiting")
     return plan
 
 
@@ -287,7 +294,7 @@ def _describe_failure(item: FailedReclaim) -> dict[str, Any]:
 # gc
 
 
-@click.command("gc")
+@command("gc")
 @click.option("--storage-key", "storage_keys", multiple=True, metavar="KEY", help="Only this policy; may be repeated.")
 @click.option("--grace", type=Duration(), default="24h", show_default=True, help="How old an orphan must be, such as 7d.")
 @click.option(
@@ -303,48 +310,40 @@ def _describe_failure(item: FailedReclaim) -> dict[str, Any]:
 @YES
 @DRY_RUN
 @JSON
-@click.pass_obj
-def gc_command(
-    settings: Settings,
+async def gc_command(
+    context: CommandContext,
     storage_keys: Sequence[str],
     grace: timedelta,
     max_share: float,
-    allow_restored_database: bool,
-    allow_no_references: bool,
     yes: bool,
     dry_run: bool,
-    as_json: bool,
-) -> None:
+    **accepted: bool,
+) -> Exit | None:
     """Delete the objects that nothing refers to.
 
     The application may keep running. Without --yes the command shows what it has found, and asks; --dry-run ends there. The exit
     code is 1 where something could not be deleted, a reference leads to no object, or a dry run shows that what was found can
     hardly be true. It is 3 where a run is refused: then nothing is deleted.
     """
-    accepted = {"allow_restored_database": allow_restored_database, "allow_no_references": allow_no_references}
-
-    async def work(context: CommandContext) -> Exit | None:
-        collector = StorageGarbageCollector(
-            context.binding.manager, binding=context.binding, grace_period=grace, max_deleted_share=max_share
-        )
-        wrong = False
-        for storage_key in storage_keys:
-            _require_policy(context, storage_key)
-        for storage_key in storage_keys or sorted(context.binding.manager.policies):
-            if dry_run or not yes:
-                looked = collector.collection(storage_key=storage_key, dry_run=True, **accepted)
-                await _collect(context, looked)
-                wrong = wrong or _is_wrong(looked.report)
-                if context.stopped_by or dry_run or not _may_delete(context, looked.report):
-                    continue
-            collection = collector.collection(storage_key=storage_key, dry_run=False, **accepted)
-            await _collect(context, collection)
-            wrong = wrong or _is_wrong(collection.report)
-            if context.stopped_by:
-                break
-        return Exit.FOUND if wrong else None
-
-    run(settings, work, as_json=as_json)
+    collector = StorageGarbageCollector(
+        context.binding.manager, binding=context.binding, grace_period=grace, max_deleted_share=max_share
+    )
+    wrong = False
+    for storage_key in storage_keys:
+        _require_policy(context, storage_key)
+    for storage_key in storage_keys or sorted(context.binding.manager.policies):
+        if dry_run or not yes:
+            looked = collector.collection(storage_key=storage_key, dry_run=True, **accepted)
+            await _collect(context, looked)
+            wrong = wrong or _is_wrong(looked.report)
+            if context.stopped_by or dry_run or not _may_delete(context, looked.report):
+                continue
+        collection = collector.collection(storage_key=storage_key, dry_run=False, **accepted)
+        await _collect(context, collection)
+        wrong = wrong or _is_wrong(collection.report)
+        if context.stopped_by:
+            break
+    return Exit.FOUND if wrong else None
 
 
 async def _collect(context: CommandContext, collection: CollectionRun) -> None:
@@ -356,11 +355,8 @@ async def _collect(context: CommandContext, collection: CollectionRun) -> None:
                 shown += 1
                 if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
                     _show_object(context, item)
-    except CollectionRefusedError:
-        _show_report(context, report, is_refused=True)
-        raise
-    except BaseException:
-        _show_report(context, report)
+    except BaseException as error:
+        _show_report(context, report, is_refused=isinstance(error, CollectionRefusedError))
         raise
     _show_report(context, report)
 
@@ -369,7 +365,7 @@ def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> boo
     if report.refusal is not None or not report.orphaned:
         return False
     question = f"Delete {count_of(report.orphaned, 'orphan')} of {report.storage_key!r} ({format_size(report.orphaned_bytes)})?"
-    return context.confirm(question, yes=False)
+    return context.confirm(question)
 
 
 def _is_wrong(report: GarbageCollectionReport) -> bool:
@@ -377,13 +373,11 @@ def _is_wrong(report: GarbageCollectionReport) -> bool:
 
 
 def _show_object(context: CommandContext, item: CollectedObject) -> None:
-    if context.output.as_json:
-        said = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
-        context.output.record({**said, **({"error": item.error} if item.error else {})})
-        return
-    error = f": {item.error}" if item.error else ""
-    style = "red" if item.status is OrphanStatus.FAILED else None
-    context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)}){error}", style)
+    said = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
+    text = f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)})"
+    if item.error:
+        said, text = {**said, "error": item.error}, f"{text}: {item.error}"
+    context.output.item(said, text, "red" if item.status is OrphanStatus.FAILED else None)
 
 
 def _show_report(context: CommandContext, report: GarbageCollectionReport, *, is_refused: bool = False) -> None:
@@ -427,100 +421,70 @@ def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> Non
 # migrate
 
 
-@click.command("migrate")
+@command("migrate")
 @click.option("--storage-key", required=True, metavar="KEY", help="The policy whose objects to move.")
 @click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend to move them to.")
 @of_a_job
 @YES
 @DRY_RUN
 @JSON
-@click.pass_obj
-def migrate_command(
-    settings: Settings,
-    storage_key: str,
-    to_backend: str,
-    job: Mapping[str, Any],
-    yes: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+async def migrate_command(
+    context: CommandContext, storage_key: str, to_backend: str, job: Mapping[str, Any], yes: bool, dry_run: bool
+) -> Exit | None:
     """Move the objects of a policy to another backend.
 
     The application may keep running; its policy must write to the new backend already. Each object is copied and verified, its
     row is changed, and the old object is deleted as one that was replaced. Without --yes the command shows what there is to move,
     and asks.
     """
-
-    async def work(context: CommandContext) -> Exit | None:
-        _require_policy(context, storage_key)
-        with usage_of("--to"):
-            context.binding.manager.backend(to_backend)
-        await require_rows(context.binding, job)
-        migration = migrate(context.binding, storage_key=storage_key, to_backend=to_backend, **job)
-        if dry_run or not yes:
-            count = await _show_plan(context, migration)
-            _show_unseen(context, migration.report)
-            if dry_run or not count:
-                return Exit.FOUND if migration.report.unseen else None
-            if not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
-                return None
-        try:
-            await _move(context, migration)
-        finally:
-            _show_migration(context, migration)
-        return None if migration.report.complete and not migration.report.failed else Exit.FOUND
-
-    run(settings, work, as_json=as_json)
-
-
-async def _show_plan(context: CommandContext, migration: Migration) -> int:
-    waiting = await migration.waiting()
-    records = [{"backend": key, "objects": number, "bytes": size} for key, (number, size) in waiting.items()]
-    rows = [(key, number, format_size(size)) for key, (number, size) in sorted(waiting.items())]
-    _show_waiting(context, records, ["on backend", "objects", "bytes"], rows, "nothing is left to move")
-    return sum(number for number, _ in waiting.values())
-
-
-async def _move(context: CommandContext, migration: Migration) -> None:
+    _require_policy(context, storage_key)
+    with usage_of("--to"):
+        context.binding.manager.backend(to_backend)
+    await require_rows(context.binding, job)
+    migration = migrate(context.binding, storage_key=storage_key, to_backend=to_backend, **job)
     report = migration.report
-    total = await migration.count()
-    with context.stoppable(migration.stop), context.output.progress("moving", total) as bar:
-        done = 0
+    if dry_run or not yes:
+        waiting = sorted((await migration.waiting()).items())
+        records = [{"backend": key, "objects": number, "bytes": size} for key, (number, size) in waiting]
+        _show_waiting(context, records, ["on backend", "objects", "bytes"], "nothing is left to move")
+        if not _may_start(context, report, records, f"Move them to {to_backend!r}, and delete the old objects?", dry_run=dry_run):
+            return Exit.FOUND if report.unseen else None
+    before = 0
 
-        def show() -> None:
-            nonlocal done
-            if report.passes > 1 and done == 0:
-                done = report.rows
-                bar.restart("re-checking")
-            bar.reach(report.rows - done, report.bytes_moved)
+    def reach(bar: Bar) -> None:
+        nonlocal before
+        if report.passes > 1 and before == 0:
+            before = report.rows
+            bar.restart("re-checking")
+        bar.reach(report.rows - before, report.bytes_moved)
 
-        async for moved in migration.on_progress(show):
-            if context.output.as_json or moved.status is MigrationStatus.FAILED:
-                _show_row(context, "object", moved.status.value, moved, "red", column=moved.column)
+    def show(item: MigratedObject) -> None:
+        if context.output.as_json or item.status is MigrationStatus.FAILED:
+            _show_row(context, "object", item.status.value, item, "red", column=item.column)
 
-
-def _show_migration(context: CommandContext, migration: Migration) -> None:
-    report = migration.report
-    counts = {name: getattr(report, name) for name in ("moved", "bytes_moved", "changed", "manual", "failed")}
-    if context.output.as_json:
-        context.output.record({"report": {**counts, "key": report.key, "complete": report.complete, "unseen": report.unseen}})
-    else:
+    def describe() -> tuple[dict[str, Any], dict[str, str]]:
         facts = {"moved": f"{report.moved:,} ({format_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
         if report.changed:
             facts["changed meanwhile"] = f"{report.changed:,}"
         if report.manual:
             facts["left to the application"] = f"{report.manual:,} in plain columns of refs"
-        context.output.facts(facts)
-        _show_unseen(context, report)
-    if not migration.has_ended:
-        onward = "" if report.key is None else f" and {option_after(report.key)}"
-        context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")
+        return {name: getattr(report, name) for name in ("moved", "bytes_moved", "changed", "manual", "failed")}, facts
+
+    state = "every row refers to an existing object"
+    await _run_job(context, migration, "moving", show=show, reach=reach, describe=describe, state=state)
+    return None if report.complete and not report.failed else Exit.FOUND
+
+
+def _may_start(context: CommandContext, report: RowReport, waiting: Sequence[object], question: str, *, dry_run: bool) -> bool:
+    """Ask whether to do what is waiting, unless nothing is, or it is only shown."""
+    _show_unseen(context, report)
+    return not dry_run and bool(waiting) and context.confirm(question)
 
 
 # derive
 
 
-@click.command("derive")
+@command("derive")
 @click.option("--only-missing", is_flag=True, help="Make what is missing.  [default]")
 @click.option("--stale", is_flag=True, help="Also replace what another recipe, or version of an effect, has made.")
 @click.option("--all", "everything", is_flag=True, help="Make everything again.")
@@ -531,9 +495,8 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
 @YES
 @DRY_RUN
 @JSON
-@click.pass_obj
-def derive_command(
-    settings: Settings,
+async def derive_command(
+    context: CommandContext,
     only_missing: bool,
     stale: bool,
     everything: bool,
@@ -543,8 +506,7 @@ def derive_command(
     job: Mapping[str, Any],
     yes: bool,
     dry_run: bool,
-    as_json: bool,
-) -> None:
+) -> Exit | None:
     """Make the variants of files that rows hold already, and call their effects.
 
     The application may keep running. By default nothing is replaced or deleted, and nothing is asked. With --stale, --all or
@@ -554,71 +516,39 @@ def derive_command(
     if only_missing + stale + everything > 1:
         raise click.UsageError("--only-missing, --stale and --all exclude each other: pass one of them")
     which: Which = "all" if everything else "stale" if stale else "missing"
-    deletes = which != "missing" or drop_undeclared
-
-    async def work(context: CommandContext) -> Exit | None:
-        with usage_of("--column"):
-            require_columns(context.binding, columns)
-        with usage_of("--variant"):
-            require_names(context.binding, names, drop_undeclared=drop_undeclared)
-        await require_rows(context.binding, job)
-        derivation = rederive(context.binding, which=which, columns=columns, names=names, drop_undeclared=drop_undeclared, **job)
-        if dry_run or (deletes and not yes):
-            count = await _show_underived(context, derivation)
-            _show_unseen(context, derivation.report)
-            if dry_run or not count:
-                return Exit.FOUND if derivation.report.unseen else None
-            if not context.confirm("Make these, and delete what they take the places of?", yes=yes):
-                return None
-        try:
-            await _derive(context, derivation)
-        finally:
-            _show_rederivation(context, derivation)
-        return None if derivation.report.complete and not derivation.report.failed else Exit.FOUND
-
-    run(settings, work, as_json=as_json)
-
-
-_NO_VARIANT = "(all)"
-
-
-async def _show_underived(context: CommandContext, derivation: Rederivation) -> int:
-    waiting = sorted((await derivation.waiting()).items())
-    headers = ["column", "variant", "because", "files"]
-    rows = [(column, name or _NO_VARIANT, kind, number) for (column, name, kind), number in waiting]
-    _show_waiting(context, [dict(zip(headers, row, strict=True)) for row in rows], headers, rows, "nothing to make")
-    return sum(number for _, number in waiting)
-
-
-async def _derive(context: CommandContext, derivation: Rederivation) -> None:
+    with usage_of("--column"):
+        require_columns(context.binding, columns)
+    with usage_of("--variant"):
+        require_names(context.binding, names, drop_undeclared=drop_undeclared)
+    await require_rows(context.binding, job)
+    derivation = rederive(context.binding, which=which, columns=columns, names=names, drop_undeclared=drop_undeclared, **job)
     report = derivation.report
-    total = await derivation.count()
-    with context.stoppable(derivation.stop), context.output.progress("deriving", total) as bar:
-        async for item in derivation.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
-            if context.output.as_json or item.status in (RederivationStatus.FAILED, RederivationStatus.REFUSED):
-                style = "red" if item.status is RederivationStatus.FAILED else "yellow"
-                _show_row(
-                    context,
-                    "object",
-                    item.status.value,
-                    item,
-                    style,
-                    column=f"{item.column} {item.name}".rstrip(),
-                    variant=item.name,
-                )
+    if dry_run or ((which != "missing" or drop_undeclared) and not yes):
+        headers = ["column", "variant", "because", "files"]
+        records = [
+            dict(zip(headers, (column, name or _NO_VARIANT, kind, number), strict=True))
+            for (column, name, kind), number in sorted((await derivation.waiting()).items())
+        ]
+        _show_waiting(context, records, headers, "nothing to make")
+        question = "Make these, and delete what they take the places of?"
+        if not _may_start(context, report, records, question, dry_run=dry_run):
+            return Exit.FOUND if report.unseen else None
 
+    def show(item: RederivedVariant) -> None:
+        if context.output.as_json or item.status in _SHOWN:
+            column = f"{item.column} {item.name}".rstrip()
+            style = _SHOWN.get(item.status, "")
+            _show_row(context, "object", item.status.value, item, style, column=column, variant=item.name)
 
-def _show_rederivation(context: CommandContext, derivation: Rederivation) -> None:
-    report = derivation.report
-    counts = {status.value: number for status, number in sorted(report.counts.items())}
-    if context.output.as_json:
-        known: dict[str, Any] = {"rows": report.rows, "bytes_read": report.bytes_read, "counts": counts, "failed": report.failed}
-        known |= {"key": report.key, "complete": report.complete, "unseen": report.unseen}
-        context.output.record({"report": known})
-    else:
-        shown = {"rows": f"{report.rows:,}", **{name: f"{number:,}" for name, number in counts.items()}}
-        context.output.facts({**shown, "originals read": format_size(report.bytes_read)})
-        _show_unseen(context, report)
-    if not derivation.has_ended:
-        onward = "" if report.key is None else f" and {option_after(report.key)}"
-        context.output.note(f"not complete; every row is consistent. To continue, run the same command{onward}")
+    def describe() -> tuple[dict[str, Any], dict[str, str]]:
+        counts = {status.value: number for status, number in sorted(report.counts.items())}
+        known = {"rows": report.rows, "bytes_read": report.bytes_read, "counts": counts, "failed": report.failed}
+        facts = {"rows": f"{report.rows:,}", **{name: f"{number:,}" for name, number in counts.items()}}
+        return known, {**facts, "originals read": format_size(report.bytes_read)}
+
+    def reach(bar: Bar) -> None:
+        bar.reach(report.rows, report.bytes_read)
+
+    state = "every row is consistent"
+    await _run_job(context, derivation, "deriving", show=show, reach=reach, describe=describe, state=state)
+    return None if report.complete and not report.failed else Exit.FOUND

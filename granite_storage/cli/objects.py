@@ -16,44 +16,38 @@ from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader, closing_listing
 from granite_storage.cli.output import format_size
-from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run, usage_of
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, command, usage_of
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
 from granite_storage.manager import StorageManager
 
-__all__ = ["cp_command", "ls_command", "stat_command"]
-
 _CHUNK = 1 << 20
 
 
-@click.command("ls")
+@command("ls")
 @click.argument("address", required=False)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N objects.")
 @JSON
-@click.pass_obj
-def ls_command(settings: Settings, address: str | None, limit: int | None, as_json: bool) -> None:
+async def ls_command(context: CommandContext, address: str | None, limit: int | None) -> None:
     """List objects, as size, time and location.
 
     ADDRESS is BACKEND: or BACKEND:PREFIX, where the prefix is characters and not segments. Without one it lists the policies and
     the backends they write to.
     """
-
-    async def work(context: CommandContext) -> None:
-        if address is None:
-            _list_policies(context)
-            return
-        key, prefix = _address(address, context.binding.manager)
-        with usage_of(f"the prefix {prefix!r}"):
-            check_location(f"{prefix}x")  # a prefix of nothing but locations that cannot be would list nothing
-        number = 0
-        async with closing_listing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
-            async for info in objects:
-                _show_object(context, info)
-                number += 1
-                if number == limit:
-                    return
-
-    run(settings, work, as_json=as_json)
+    if address is None:
+        _list_policies(context)
+        return
+    key, prefix = _address(address, context.binding.manager)
+    with usage_of(f"the prefix {prefix!r}"):
+        check_location(f"{prefix}x")  # a prefix of nothing but locations that cannot be would list nothing
+    number = 0
+    async with closing_listing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
+        async for info in objects:
+            text = f"{format_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}"
+            context.output.item(_facts(info), text)
+            number += 1
+            if number == limit:
+                return
 
 
 def _list_policies(context: CommandContext) -> None:
@@ -69,13 +63,6 @@ def _list_policies(context: CommandContext) -> None:
     context.output.table(["policy", "backend", "prefix"], [*rows, *(("-", backend, "") for backend in unused)])
 
 
-def _show_object(context: CommandContext, info: ObjectInfo) -> None:
-    if context.output.as_json:
-        context.output.record(_facts(info))
-    else:
-        context.output.line(f"{format_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
-
-
 def _facts(info: ObjectInfo) -> dict[str, Any]:
     return {
         "location": info.location,
@@ -86,30 +73,25 @@ def _facts(info: ObjectInfo) -> dict[str, Any]:
     }
 
 
-@click.command("stat")
+@command("stat")
 @click.argument("address")
 @JSON
-@click.pass_obj
-def stat_command(settings: Settings, address: str, as_json: bool) -> None:
+async def stat_command(context: CommandContext, address: str) -> Exit | None:
     """Show what a backend knows of an object.
 
     ADDRESS is BACKEND:LOCATION. The exit code is 1 where there is no object.
     """
-
-    async def work(context: CommandContext) -> Exit | None:
-        key, location = _object_address(address, context.binding.manager)
-        try:
-            info = await context.binding.manager.backend(key).stat(location)
-        except ObjectNotFoundError:
-            return _note_missing(context, key, location)
-        if as_json:
-            context.output.record({"backend": key, **_facts(info)})
-        else:
-            facts = {name.replace("_", " "): value for name, value in _facts(info).items() if value is not None}
-            context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({format_size(info.size)})"})
-        return None
-
-    run(settings, work, as_json=as_json)
+    key, location = _object_address(address, context.binding.manager)
+    try:
+        info = await context.binding.manager.backend(key).stat(location)
+    except ObjectNotFoundError:
+        return _note_missing(context, key, location)
+    if context.output.as_json:
+        context.output.record({"backend": key, **_facts(info)})
+    else:
+        facts = {name.replace("_", " "): value for name, value in _facts(info).items() if value is not None}
+        context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({format_size(info.size)})"})
+    return None
 
 
 def _note_missing(context: CommandContext, key: str, location: str) -> Exit:
@@ -117,7 +99,7 @@ def _note_missing(context: CommandContext, key: str, location: str) -> Exit:
     return Exit.FOUND
 
 
-@click.command("cp")
+@command("cp")
 @click.argument("source")
 @click.argument("target")
 @click.option("--force", is_flag=True, help="Overwrite the target file.")
@@ -125,9 +107,8 @@ def _note_missing(context: CommandContext, key: str, location: str) -> Exit:
 @click.option("--entity", "entity_id", metavar="ID", help="For a new object: the id of its owner.  [default: a new UUID]")
 @click.option("--field", "field_name", default="file", metavar="NAME", help="For a new object: the name of the owner's field.")
 @click.option("--content-type", metavar="TYPE", help="For a new object.  [default: by the file's name]")
-@click.pass_obj
-def cp_command(
-    settings: Settings,
+async def cp_command(
+    context: CommandContext,
     source: str,
     target: str,
     force: bool,
@@ -135,7 +116,7 @@ def cp_command(
     entity_id: str | None,
     field_name: str,
     content_type: str | None,
-) -> None:
+) -> Exit | None:
     """Copy an object out to a file, or a file in to a new object.
 
     \b
@@ -150,32 +131,28 @@ def cp_command(
 
     A file whose name has a colon is written as ./a:b.
     """  # noqa: D301  # click wants the backspace
-
-    async def work(context: CommandContext) -> Exit | None:
-        manager = context.binding.manager
-        if _leads_to(source, manager.backends) and not _leads_to(target, manager.policies):
-            key, location = _object_address(source, manager)
-            try:
-                await _copy_out(context, key, location, target, force=force)
-            except ObjectNotFoundError:
-                return _note_missing(context, key, location)
-        elif _leads_to(target, manager.policies):
-            storage_key, _, rest = target.partition(":")
-            if rest:
-                raise click.UsageError(
-                    f"the location of a new object is generated, and cannot be {rest!r}: write {storage_key}: alone, and --model,"
-                    " --entity and --field for its parts"
-                )
-            names = {"model_name": model_name, "entity_id": entity_id or uuid7_hex(), "field_name": field_name}
-            await _copy_in(context, Path(source), storage_key, content_type, names)
-        else:
+    manager = context.binding.manager
+    if _leads_to(source, manager.backends) and not _leads_to(target, manager.policies):
+        key, location = _object_address(source, manager)
+        try:
+            await _copy_out(context, key, location, target, force=force)
+        except ObjectNotFoundError:
+            return _note_missing(context, key, location)
+    elif _leads_to(target, manager.policies):
+        storage_key, _, rest = target.partition(":")
+        if rest:
             raise click.UsageError(
-                f"SOURCE or TARGET must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
-                f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
+                f"the location of a new object is generated, and cannot be {rest!r}: write {storage_key}: alone, and --model,"
+                " --entity and --field for its parts"
             )
-        return None
-
-    run(settings, work)
+        names = {"model_name": model_name, "entity_id": entity_id or uuid7_hex(), "field_name": field_name}
+        await _copy_in(context, Path(source), storage_key, content_type, names)
+    else:
+        raise click.UsageError(
+            f"SOURCE or TARGET must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
+            f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
+        )
+    return None
 
 
 async def _copy_out(context: CommandContext, key: str, location: str, target: str, *, force: bool) -> None:

@@ -15,8 +15,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Output", "escape_text", "format_size", "option_after"]
-
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -79,6 +77,13 @@ class Output:
         if self._progress is not None and self._stream.isatty():
             console = self._progress.console
         console.print(Text(escape_text(text), style=style or ""), soft_wrap=True)
+
+    def item(self, values: Mapping[str, Any], text: str, style: str | None = None) -> None:
+        """Write an object for a program, or a line for a person."""
+        if self.as_json:
+            self.record(values)
+        else:
+            self.line(text, style)
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write a table for a person; numbers stand on the right."""

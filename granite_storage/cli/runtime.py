@@ -31,23 +31,6 @@ from granite_storage.exceptions import ConfigurationError, InvalidLocationError,
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.references import Scan
 
-__all__ = [
-    "DRY_RUN",
-    "JSON",
-    "YES",
-    "ByteCount",
-    "CommandContext",
-    "Duration",
-    "Exit",
-    "Settings",
-    "in_options",
-    "load_binding",
-    "of_a_job",
-    "require_rows",
-    "run",
-    "usage_of",
-]
-
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -55,6 +38,12 @@ _FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 # What a context of Flask, or of Quart, says that is missing.
 _NEEDS_CONTEXT = "outside of application context"
+_GIVE_CONTEXT = (
+    "the sessions of the application need an application context: let --app name a function that pushes one, as by"
+    " app.app_context().push(), and returns the binding"
+)
+_BACKGROUND = "\n(Background on this error"
+"""How the part of SQLAlchemy's messages begins that names a page of its documentation."""
 _OPTIONS = {
     "raise max_deleted_share": "raise --max-share",
     "allow_no_references=True": "--allow-no-references",
@@ -184,10 +173,8 @@ class CommandContext:
         finally:
             self._stop = None
 
-    def confirm(self, question: str, *, yes: bool) -> bool:
+    def confirm(self, question: str) -> bool:
         """Ask before something is deleted; refuse where there is no terminal to ask on."""
-        if yes:
-            return True
         if not sys.stdin.isatty():
             raise click.UsageError(
                 "the command needs a confirmation, and there is no terminal: pass --yes, or --dry-run to delete nothing"
@@ -220,7 +207,22 @@ class CommandContext:
 Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 
 
-def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
+def command(name: str) -> Callable[[Callable[..., Awaitable[Exit | None]]], click.Command]:
+    """Make a command of a coroutine function, which gets the context and the options; `JSON` is an option of the output."""
+
+    def decorate(function: Callable[..., Awaitable[Exit | None]]) -> click.Command:
+        @click.command(name)
+        @click.pass_obj
+        @functools.wraps(function)
+        def called(settings: Settings, /, as_json: bool = False, **options: Any) -> None:
+            _run(settings, lambda context: function(context, **options), as_json=as_json)
+
+        return called
+
+    return decorate
+
+
+def _run(settings: Settings, work: Work, *, as_json: bool) -> None:
     """Run a command with the application's binding, and exit with its code."""
     if settings.app is None:
         raise click.UsageError("no application is given: pass --app module:attribute, or set GRANITE_STORAGE_APP")
@@ -249,25 +251,19 @@ def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
         traceback.print_exception(error)
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    see = None
     if isinstance(error, StorageError):
-        output.note(f"error: {in_options(str(error))}", "red")
-        if error.docs is not None:
-            output.note(f"see {error.docs}")
-        return
-    if isinstance(error, RuntimeError) and _NEEDS_CONTEXT in str(error):
-        output.note(
-            "error: the sessions of the application need an application context: let --app name a function that pushes one, as by"
-            " app.app_context().push(), and returns the binding",
-            "red",
-        )
-        output.note(f"see {Page.COMMAND_LINE.url}")
-        return
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        output.note(f"error: {error.filename}: {error.strerror}", "red")
-        return
-    said = str(error).split("\n(Background on this error", 1)[0]
-    output.note(f"error: {type(error).__name__}: {said}", "red")
-    if not debug and not isinstance(error, SQLAlchemyError | OSError):
+        said, see = in_options(str(error)), error.docs
+    elif isinstance(error, RuntimeError) and _NEEDS_CONTEXT in str(error):
+        said, see = _GIVE_CONTEXT, Page.COMMAND_LINE.url
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        said = f"{error.filename}: {error.strerror}"
+    else:
+        said = f"{type(error).__name__}: {str(error).split(_BACKGROUND, 1)[0]}"
+    output.note(f"error: {said}", "red")
+    if see is not None:
+        output.note(f"see {see}")
+    elif not debug and not isinstance(error, StorageError | SQLAlchemyError | OSError):
         output.note("this error is unexpected: pass --debug to see its traceback")
 
 
@@ -366,23 +362,18 @@ YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 
 
-def of_a_job(command: Callable[..., None]) -> Callable[..., None]:
+def of_a_job(function: Callable[..., Awaitable[Exit | None]]) -> Callable[..., Awaitable[Exit | None]]:
     """Give a command the options of a job over rows; its function gets them in `job`, as the arguments of the job."""
 
     @click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
     @click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
     @click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")
     @click.option("--schema", "schemas", multiple=True, metavar="NAME", help="Only this schema; may be repeated.")
-    @functools.wraps(command)
+    @functools.wraps(function)
     def collected(
-        *args: Any,
-        after: str | None,
-        concurrency: int | None,
-        rate: float | None,
-        schemas: Sequence[str],
-        **others: Any,
-    ) -> None:
+        *args: Any, after: str | None, concurrency: int | None, rate: float | None, schemas: Sequence[str], **others: Any
+    ) -> Awaitable[Exit | None]:
         given = {"after": after, "concurrency": concurrency, "bytes_per_second": rate, "schemas": schemas or None}
-        command(*args, job={name: value for name, value in given.items() if value is not None}, **others)
+        return function(*args, job={name: value for name, value in given.items() if value is not None}, **others)
 
     return collected

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -27,7 +27,7 @@ from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, contained, run_bounded
 from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
 from granite_storage._words import count_of
-from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
+from granite_storage.backends.base import SupportsCleanup, SupportsClock, closing_listing
 from granite_storage.exceptions import (
     BackendError,
     BackendUnavailableError,
@@ -37,9 +37,9 @@ from granite_storage.exceptions import (
     StorageError,
 )
 from granite_storage.gc.database import DatabaseReferences
-from granite_storage.gc.merge import PAGE, Spool, join_pages, temporary_file
+from granite_storage.gc.merge import PAGE, Spool, join_pages
 from granite_storage.gc.periodic import repeat_as_leader
-from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
+from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource
 from granite_storage.locations import check_location, generated_time, matches_generated_name
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import batches
@@ -47,21 +47,6 @@ from granite_storage.orm.references import is_text
 
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
-
-__all__ = [
-    "CollectedObject",
-    "CollectionRun",
-    "CollectionScope",
-    "DanglingReference",
-    "GarbageCollectionReport",
-    "OrphanStatus",
-    "StorageGarbageCollector",
-    "SyncGarbageCollector",
-    "find_dangling",
-    "is_valid",
-    "require_one_key",
-]
-
 
 # The report of a collection.
 
@@ -292,23 +277,19 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
 
     def __init__(
         self,
-        manager: StorageManager,
-        scope: CollectionScope,
-        source: ReferenceSource,
+        collector: StorageGarbageCollector,
+        storage_key: str,
         *,
-        grace_period: timedelta,
-        max_deleted_share: float,
         dry_run: bool,
         allow_restored_database: bool,
         allow_no_references: bool,
     ) -> None:
-        super().__init__(GarbageCollectionReport(scope.storage_key, scope.backend, dry_run))
-        self._manager = manager
-        self._backend = manager._engine.backend(scope.backend)
-        self._scope = scope
-        self._source = source
-        self._grace_period = grace_period
-        self._max_deleted_share = max_deleted_share
+        self._scope = CollectionScope.of(collector._manager, storage_key)
+        super().__init__(GarbageCollectionReport(storage_key, self._scope.backend, dry_run))
+        self._collector = collector
+        self._manager = collector._manager
+        self._backend = self._manager._engine.backend(self._scope.backend)
+        self._source = collector._source(self._scope.backend)
         self._allow_restored_database = allow_restored_database
         self._allow_no_references = allow_no_references
         self._missing: list[str] = []
@@ -332,15 +313,12 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _collect(self) -> AsyncGenerator[CollectedObject, None]:
         await require_one_key(self._manager, self._scope.backend)
         await self._source.require_fit(allow_restored_database=self._allow_restored_database)
-        async with AsyncExitStack() as stack:
-            listed = Spool(await stack.enter_async_context(temporary_file()))
-            nominees = Spool(await stack.enter_async_context(temporary_file()))
+        async with Spool() as listed, Spool() as nominees, Spool() as unmentioned:
             await self._list(listed)
             if self._stopped:
                 return
             await self._nominate(listed, nominees)
             await self._require_mounted()
-            unmentioned = Spool(await stack.enter_async_context(temporary_file()))
             await self._keep_mentioned(nominees, unmentioned)
             orphans = self._find_orphans(unmentioned) if self.report.dry_run else self._delete(unmentioned)
             async with aclosing(orphans):
@@ -352,34 +330,25 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self.report.complete = not self._stopped
 
     async def _list(self, listed: Spool) -> None:
-        objects = self._backend.iter_objects(self._scope.prefix)
-        try:
-            await self._note_in_order(objects, listed)
-        except BaseException:  # one that has come to its end holds nothing
-            await close_listing(objects)
-            raise
-        if self._stopped:
-            await close_listing(objects)
-
-    async def _note_in_order(self, objects: AsyncIterator[ObjectInfo], listed: Spool) -> None:
         """Write the objects in the scope to a spool, until the run is stopped; refuse them out of order."""
-        oldest, has, last = await self._now() - self._grace_period, self._scope.has, ""
+        oldest, has, last = await self._now() - self._collector._grace_period, self._scope.has, ""
         page: list[Listed] = []
-        async for info in objects:
-            location = info.location
-            if location <= last and last:
-                raise CollectionRefusedError(
-                    f"the backend {self.report.backend!r} lists {location[:120]!r} after {last[:120]!r}, which is not"
-                    " the byte order of UTF-8: correct its iter_objects()"
-                )
-            last = location
-            if has(location):
-                page.append((location, info.size, info.modified < oldest))
-                if len(page) == PAGE:
-                    await self._note_listed(listed, page)
-                    page = []
-                    if self._stopped:
-                        return
+        async with closing_listing(self._backend.iter_objects(self._scope.prefix)) as objects:
+            async for info in objects:
+                location = info.location
+                if location <= last and last:
+                    raise CollectionRefusedError(
+                        f"the backend {self.report.backend!r} lists {location[:120]!r} after {last[:120]!r}, which is not"
+                        " the byte order of UTF-8: correct its iter_objects()"
+                    )
+                last = location
+                if has(location):
+                    page.append((location, info.size, info.modified < oldest))
+                    if len(page) == PAGE:
+                        await self._note_listed(listed, page)
+                        page = []
+                        if self._stopped:
+                            return
         await self._note_listed(listed, page)
 
     async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
@@ -391,12 +360,12 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _nominate(self, listed: Spool, nominees: Spool) -> None:
         report = self.report
         page: list[tuple[str, int]] = []
-        async with self._source.in_order(report.backend) as references:
-            async for stretch in join_pages(listed.pages(), references):
-                report.referenced += len(stretch.referenced)
-                report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
-                self._note_missing(stretch.missing)
-                page += self._select_nominees(stretch.unreferenced)
+        async with self._source.in_order() as references:
+            async for referenced, unreferenced, missing in join_pages(listed.pages(), references):
+                report.referenced += len(referenced)
+                report.referenced_bytes += sum(size for _, size, _ in referenced)
+                self._note_missing(missing)
+                page += self._select_nominees(unreferenced)
                 if len(page) >= PAGE:
                     await nominees.write(page)
                     page = []
@@ -433,18 +402,15 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         kept = [size for location, size in nominees if location in mentioned]
         self.report.mentioned += len(kept)
         self.report.mentioned_bytes += sum(kept)
-        self._note_mentions(by_column)
+        said = self.report.mentions
+        for column, locations in by_column.items():
+            if column in said or len(said) < MOST_KEPT:
+                said[column] = said.get(column, 0) + len(locations)
         self.report.unseen = sorted(unseen)[:MOST_KEPT]
         rest = [(location, size) for location, size in nominees if location not in mentioned]
         self._unmentioned += len(rest)
         for start in range(0, len(rest), PAGE):
             await unmentioned.write(rest[start : start + PAGE])
-
-    def _note_mentions(self, by_column: Mapping[str, set[str]]) -> None:
-        said = self.report.mentions
-        for column, locations in by_column.items():
-            if column in said or len(said) < MOST_KEPT:
-                said[column] = said.get(column, 0) + len(locations)
 
     def _log_mentions(self) -> None:
         report = self.report
@@ -540,7 +506,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 if self._stopped:
                     return
                 batch = page[start : start + self._source.batch_size]
-                held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
+                held = await self._source.find_references([location for location, _ in batch])
                 referenced = [size for location, size in batch if location in held]
                 self.report.referenced_on_recheck += len(referenced)
                 self.report.referenced_on_recheck_bytes += sum(referenced)
@@ -562,20 +528,50 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 f"no reference leads to {among} of {report.storage_key!r}: the database is empty or the wrong one. If it is the"
                 " right one, pass allow_no_references=True"
             )
-        if (share := orphaned / report.scanned) > self._max_deleted_share:
+        most = self._collector._max_deleted_share
+        if (share := orphaned / report.scanned) > most:
             return (
                 f"{orphaned:,} of the {count_of(report.scanned, 'object')} of {report.storage_key!r} ({share:.0%})"
-                f" {'is an orphan' if orphaned == 1 else 'are orphans'}, more than the {self._max_deleted_share:.0%} that"
+                f" {'is an orphan' if orphaned == 1 else 'are orphans'}, more than the {most:.0%} that"
                 " one run may delete. Check the orphans of a dry run; if they may go, raise max_deleted_share"
             )
         return None
 
     async def _find_dangling_references(self) -> None:
-        """Report missing objects, unless they are missing because the disk was unmounted meanwhile."""
-        dangling = await find_dangling(self._manager, self._source, self.report.backend, self._missing)
-        if dangling:
+        """Report references without an object, at most a thousand, unless the disk was unmounted meanwhile.
+
+        That a location was not listed proves nothing: the object and its row may have been stored since, or the row has released
+        its object. So each object is looked for now, and the references to the missing ones are checked again.
+        """
+        found: list[DanglingReference] = []
+        for batch in batches(self._missing, min(_BATCH, self._source.batch_size)):
+            missing = await self._find_missing(batch)
+            odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
+            asked = [location for location in missing if location not in odd]
+            held = odd | (await self._source.find_references(asked) if asked else set())
+            here = self.report.backend
+            found += [DanglingReference(here, location, said) for location, said in missing.items() if location in held]
+            if len(found) >= MOST_KEPT:
+                break
+        if found:
             await self._require_mounted()
-        self.report.dangling = dangling
+        self.report.dangling = found[:MOST_KEPT]
+
+    async def _find_missing(self, locations: Sequence[str]) -> dict[str, str]:
+        """Return what is wrong at the locations without an object; one that cannot be read is not reported."""
+        missing: dict[str, str] = {}
+
+        async def look(location: str) -> None:
+            try:
+                if not await self._backend.exists(location):
+                    missing[location] = "no object is there"
+            except InvalidLocationError as error:
+                missing[location] = str(error)
+            except BackendError:
+                return
+
+        await run_bounded(locations, look, _CONCURRENCY)
+        return missing
 
     async def _remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
         """Delete orphans; one that cannot be deleted stops no other.
@@ -615,7 +611,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         if not isinstance(self._backend, SupportsCleanup):
             return
         try:
-            self.report.unfinished = await self._backend.cleanup_incomplete(older_than=self._grace_period)
+            self.report.unfinished = await self._backend.cleanup_incomplete(older_than=self._collector._grace_period)
         except BackendError as error:
             self.report.unfinished_error = f"{type(error).__name__}: {error}"
             logger.warning(
@@ -628,46 +624,6 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _now(self) -> datetime:
         """Return the time by the clock that dates the objects."""
         return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
-
-
-# References whose objects are missing.
-
-
-async def find_dangling(
-    manager: StorageManager, source: ReferenceSource, backend: str, locations: Sequence[str]
-) -> list[DanglingReference]:
-    """Return the referenced locations without an object, at most a thousand.
-
-    That they were not listed proves nothing: the object and its row may have been stored since, or the row has released its
-    object. So each object is looked for now, and the references to the missing ones are checked again.
-    """
-    found: list[DanglingReference] = []
-    for batch in batches(locations, min(_BATCH, source.batch_size)):
-        missing = await _missing(manager, backend, batch)
-        odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
-        asked = [location for location in missing if location not in odd]
-        held = odd | (await source.find_references(backend, asked) if asked else set())
-        found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
-        if len(found) >= MOST_KEPT:
-            break
-    return found[:MOST_KEPT]
-
-
-async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong at the locations without an object; one that cannot be read is not reported."""
-    backend, missing = manager._engine.backend(backend_key), dict[str, str]()
-
-    async def look(location: str) -> None:
-        try:
-            if not await backend.exists(location):
-                missing[location] = "no object is there"
-        except InvalidLocationError as error:
-            missing[location] = str(error)
-        except BackendError:
-            return
-
-    await run_bounded(locations, look, _CONCURRENCY)
-    return missing
 
 
 # The collector, as applications use it.
@@ -692,7 +648,7 @@ class StorageGarbageCollector:
       reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
       backend leads to, another backend of the manager on the same place, or a local folder without its marker.
 
-    Memory does not grow with the number of objects; lists are kept on disk, where `tempfile` keeps its files.
+    Memory does not grow with the number of objects; long lists are kept on disk, where `tempfile` keeps its files.
 
     Args:
         manager: The manager, whose backends have the objects.
@@ -770,13 +726,9 @@ class StorageGarbageCollector:
 
         Arguments and errors are those of `collect`.
         """
-        scope = CollectionScope.of(self._manager, storage_key)
         return CollectionRun(
-            self._manager,
-            scope,
-            self._source(scope.backend),
-            grace_period=self._grace_period,
-            max_deleted_share=self._max_deleted_share,
+            self,
+            storage_key,
             dry_run=dry_run,
             allow_restored_database=allow_restored_database,
             allow_no_references=allow_no_references,
@@ -880,8 +832,12 @@ def _source(
 ) -> Callable[[str], ReferenceSource]:
     """Return a factory of reference sources: each collection has its own."""
     if binding is None and iter_references is not None:
-        require_callable(iter_references)
-        return lambda _: GivenReferences(manager, iter_references)
+        if not callable(iter_references):
+            raise ConfigurationError(
+                "iter_references must be a callable that returns the refs again on each call, not a"
+                f" {type(iter_references).__name__}: refs that were read once are out of date when an object is deleted"
+            )
+        return partial(GivenReferences, manager, iter_references)
     if binding is None or iter_references is not None:
         given = "neither" if binding is None else "both"
         raise ConfigurationError(f"the garbage collector needs either binding or iter_references, but {given} was given")

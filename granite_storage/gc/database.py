@@ -37,7 +37,7 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.exc import DBAPIError, ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncResult
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
@@ -45,7 +45,8 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage._words import describe_duration
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention, find_mentions
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
+from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order
+from granite_storage.gc.references import ReferenceSource
 from granite_storage.orm._interfaces import JournalTables, active_bindings, tables_of
 from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, join_variants, value_in, where_json
@@ -75,30 +76,10 @@ from granite_storage.orm.references import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage.orm._interfaces import Binding, Sidecar
     from granite_storage.orm.binding import StorageBinding
-
-__all__ = [
-    "ELSEWHERE",
-    "HERE",
-    "ILLEGIBLE",
-    "UNKNOWN_BACKEND",
-    "UNKNOWN_IDENTITY",
-    "BoundBase",
-    "DatabaseReferences",
-    "RefColumn",
-    "bound_bases",
-    "commit_durably",
-    "find_columns",
-    "require_fit",
-    "require_heartbeat",
-    "require_one_database",
-    "select_counts",
-    "select_first",
-    "select_locations",
-]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -253,7 +234,15 @@ class BoundBase:
         Raises:
             CollectionRefusedError: One holds refs in a form that SQL cannot look into.
         """
-        return _readable(self.binding.metadata)
+        tables = self.binding.metadata.tables.values()
+        columns = [column for table in tables for column in table.columns if _has_refs(column.type)]
+        for column in columns:
+            if not isinstance(column.type, _KINDS):
+                raise CollectionRefusedError(
+                    f"the column {column.table.fullname}.{column.name} contains refs inside {column.type!r}, where the garbage "
+                    "collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
+                )
+        return columns
 
 
 async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
@@ -267,11 +256,8 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
     for other in active_bindings():
         if other.metadata is binding.metadata:
             continue
-        if (
-            other.session_factory is not None
-            and _database_url(other.session_factory) is not None
-            and _database_url(other.session_factory) == _database_url(binding.session_factory)
-        ):
+        url = _database_url(other.session_factory)
+        if url is not None and url == _database_url(binding.session_factory):
             here = frozenset(key for key, theirs in other.manager._engine.backends.items() if theirs is ours)
             bases.append(BoundBase(other, here))
             continue
@@ -325,12 +311,21 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
             for target, some in ((columns, own), (namesakes, others)):
                 for ref_column in some:
                     _add(target, ref_column)
+
+    def add_those_with_refs(candidates: Sequence[RefColumn], *, is_certain: bool = False, is_sample: bool = False) -> list[str]:
+        """Add the columns that have a reference which may, or certainly does, lead to the store; return their names."""
+        wanted = [item.column for item in candidates]
+        some = set(find_with_refs(connection, wanted, identities, is_certain=is_certain, is_sample=is_sample))
+        added = [item for item in candidates if item.column in some]
+        for item in added:
+            _add(columns, item)
+        return [item.label for item in added]
+
     others = [ref_column for key, ref_column in namesakes.items() if key not in columns]
-    for ref_column in _with_refs(connection, others, identities, is_certain=True, is_sample=False):
-        _add(columns, ref_column)
-    doubtful = [replace(item, known=None, here=frozenset(), is_declared=False) for item in others if item not in columns.values()]
-    for ref_column in _with_refs(connection, doubtful, identities, is_sample=False):
-        _add(columns, ref_column)
+    add_those_with_refs(others, is_certain=True)
+    add_those_with_refs(
+        [replace(item, known=None, here=frozenset(), is_declared=False) for item in others if item not in columns.values()]
+    )
     schemas = {schema for schema, _, _ in columns}
     unknown = [
         RefColumn(as_found(item.schema, item.table, item.name), None, frozenset(), is_declared=False)
@@ -341,9 +336,8 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
         and not item.is_foreign
         and (item.schema, item.table, item.name) not in columns.keys() | namesakes.keys()
     ]
-    for ref_column in _with_refs(connection, unknown, identities, is_sample=True):
-        logger.warning("%s contains references and belongs to no model of a bound base; their objects are kept", ref_column.label)
-        _add(columns, ref_column)
+    for label in add_those_with_refs(unknown, is_sample=True):
+        logger.warning("%s contains references and belongs to no model of a bound base; their objects are kept", label)
     return list(columns.values())
 
 
@@ -402,31 +396,6 @@ def _add(columns: dict[tuple[str, str, str], RefColumn], new: RefColumn) -> None
     columns[key] = new
 
 
-def _with_refs(
-    connection: Connection,
-    columns: Sequence[RefColumn],
-    identities: Sequence[str] | None,
-    *,
-    is_certain: bool = False,
-    is_sample: bool,
-) -> list[RefColumn]:
-    """Return those columns that have a reference which may, or certainly does, lead to the store in question."""
-    wanted = [item.column for item in columns]
-    found = set(find_with_refs(connection, wanted, identities, is_certain=is_certain, is_sample=is_sample))
-    return [item for item in columns if item.column in found]
-
-
-def _readable(metadata: MetaData) -> list[Column[Any]]:
-    columns = [column for table in metadata.tables.values() for column in table.columns if _has_refs(column.type)]
-    for column in columns:
-        if not isinstance(column.type, _KINDS):
-            raise CollectionRefusedError(
-                f"the column {column.table.fullname}.{column.name} contains refs inside {column.type!r}, where the garbage "
-                "collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
-            )
-    return columns
-
-
 def _has_refs(kind: TypeEngine[Any]) -> bool:
     """Return whether a type is one of refs, or is made of one: a decorator, a list, or what stands in for it on some database."""
     if isinstance(kind, _KINDS):
@@ -459,7 +428,7 @@ def _database_url(sessions: async_sessionmaker[AsyncSession] | None) -> object:
 # The source of references for a collection.
 
 
-class DatabaseReferences:
+class DatabaseReferences(ReferenceSource):
     """What the rows of a database refer to, and the objects that its journals know of.
 
     The statements are Core ones, on connections of the application's sessions: no loader criteria or filter for soft-deleted
@@ -512,10 +481,9 @@ class DatabaseReferences:
                     await require_heartbeat(connection, journal.tables, journal.sidecar)
 
     @asynccontextmanager
-    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+    async def in_order(self) -> AsyncIterator[AsyncIterator[list[Reference]]]:
         """Yield the locations of all references: streamed in order, and those of `extra` sorted on disk."""
-        async with temporary_file() as file, AsyncExitStack() as stack:
-            named = SortedSpool(file)
+        async with SortedSpool() as named, AsyncExitStack() as stack:
             async with aclosing(self._iter_named()) as locations:
                 async for location, is_here in locations:
                     await named.add(location, is_here)
@@ -530,9 +498,10 @@ class DatabaseReferences:
                 yield named.pages()
                 return
             referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
-            yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
+            ordered = require_byte_order(referred, "the database's references")
+            yield ordered if named.is_empty else merge_pages(ordered, named.pages())
 
-    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
+    async def find_references(self, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
         names, held = await self._look_in_sidecars(locations)
         chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
@@ -580,14 +549,11 @@ class DatabaseReferences:
         """
         references = [item.column for item in self._ref_columns if item.is_declared]
         journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim, tables.job)]
-        try:
-            async with self._snapshot(compiled_cache=None) as connection:  # no statement comes twice
-                found = find_mentions(connection, locations, self._identities, references=references, journals=journals)
-                async with aclosing(found):
-                    async for mention in found:
-                        yield mention
-        except DBAPIError as error:
-            raise _refuse_unreadable(error) from error
+        async with _refused_if_unreadable(DBAPIError), self._snapshot(compiled_cache=None) as connection:  # none comes twice
+            found = find_mentions(connection, locations, self._identities, references=references, journals=journals)
+            async with aclosing(found):
+                async for mention in found:
+                    yield mention
 
     async def count_by_store(self) -> Counter[tuple[str, str | None]]:
         """Count the references of the binding's base by the backend and the store's identity that they name, None for none."""
@@ -610,9 +576,6 @@ class DatabaseReferences:
         found = [(kind, await self._find_refusal(kind)) for kind in (ILLEGIBLE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY)]
         return [(kind, refusal) for kind, refusal in found if refusal is not None]
 
-    def require_complete(self, storage_keys: Sequence[str]) -> None:
-        """Accept: every column was read, whatever its policy."""
-
     async def make_durable(self) -> None:
         """Commit durably, which makes every commit that was seen before durable as well."""
         async with self._connection() as connection:
@@ -624,35 +587,26 @@ class DatabaseReferences:
 
     async def _inspect_database(self, bases: Sequence[BoundBase], declared: Sequence[JournalTables]) -> None:
         """Find the columns and journals of the database, and refuse one that cannot be relied on."""
-        try:
-            async with self._connection(translated=True) as connection:
-                self._dialect = connection.dialect.name
-                self._encoding = await connection.run_sync(text_encoding)
-                await require_fit(connection)
-                self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
-                self._journals = await connection.run_sync(_journals_in, declared, self._columns)
-                await _require_all_rows(connection, [item.column for item in self._ref_columns if item.is_declared])
-        except ProgrammingError as error:
-            raise _refuse_unreadable(error) from error
+        async with _refused_if_unreadable(), self._connection(translated=True) as connection:
+            self._dialect = connection.dialect.name
+            self._encoding = await connection.run_sync(text_encoding)
+            await require_fit(connection)
+            self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
+            self._journals = await connection.run_sync(_journals_in, declared, self._columns)
+            await _require_all_rows(connection, [item.column for item in self._ref_columns if item.is_declared])
 
     async def _iter_referenced(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
         wrong: int | None = None
-        try:
-            async with self._connection() as connection:
-                statement = select_locations(columns, connection.dialect.name, self._identities)
-                result = await connection.stream(statement.execution_options(yield_per=PAGE))
-                try:
-                    async for page in result.partitions():
-                        wrong = next((kind for _, kind in page if kind >= UNKNOWN_BACKEND), None)
-                        if wrong is not None:
-                            break
-                        yield [(as_text(location, self._encoding), kind == HERE) for location, kind in page]
-                finally:
-                    await result.close()
-        except ProgrammingError as error:
-            raise _refuse_unreadable(error) from error
+        async with _refused_if_unreadable(), self._connection() as connection:
+            statement = select_locations(columns, connection.dialect.name, self._identities)
+            async with _streamed(connection, statement) as result:
+                async for page in result.partitions():
+                    wrong = next((kind for _, kind in page if kind >= UNKNOWN_BACKEND), None)
+                    if wrong is not None:
+                        break
+                    yield [(as_text(location, self._encoding), kind == HERE) for location, kind in page]
         if wrong is not None:
-            await self._refuse(wrong)
+            raise CollectionRefusedError(await self._find_refusal(wrong) or _describe_illegible("a row that has changed since"))
 
     async def _iter_named(self) -> AsyncGenerator[Reference, None]:
         """Yield what the `extra` of refs and of their variants name, whatever backend those refs name."""
@@ -660,17 +614,10 @@ class DatabaseReferences:
             async with self._connection() as connection:
                 dialect = connection.dialect.name
                 parts = [part(item.column, dialect) for item in chunk for part in (selected_extra, selected_extra_of_variants)]
-                result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
-                try:
+                async with _streamed(connection, union_all(*parts)) as result:
                     async for of_backend, _, extra in result:
                         for location in named_in(json.loads(extra)):
                             yield location, as_text(of_backend, self._encoding) == self._backend
-                finally:
-                    await result.close()
-
-    async def _refuse(self, kind: int) -> None:
-        """Raise an error that names a row whose value is not a reference, or leads to an unknown place."""
-        raise CollectionRefusedError(await self._find_refusal(kind) or _describe_illegible("a row that has changed since"))
 
     async def _find_refusal(self, kind: int) -> str | None:
         """Return what is wrong with a row whose value is not a reference, or leads to an unknown place; None without one."""
@@ -702,14 +649,12 @@ class DatabaseReferences:
     @asynccontextmanager
     async def _snapshot(self, **options: Any) -> AsyncIterator[AsyncConnection]:
         """Open a connection on which several statements see the same moment."""
-        if self._dialect != "sqlite":
-            async with self._connection(isolation_level="REPEATABLE READ", **options) as connection:
-                yield connection
-            return
-        async with self._connection(**options) as connection:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
-            if not driver.in_transaction:  # Python's driver begins none to read
-                await connection.exec_driver_sql("BEGIN")
+        level: dict[str, Any] = {} if self._dialect == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        async with self._connection(**level, **options) as connection:
+            if self._dialect == "sqlite":
+                driver: Any = (await connection.get_raw_connection()).driver_connection
+                if not driver.in_transaction:  # Python's driver begins none to read
+                    await connection.exec_driver_sql("BEGIN")
             yield connection
 
     @asynccontextmanager
@@ -748,8 +693,22 @@ def _describe_illegible(where: str) -> str:
     )
 
 
-def _refuse_unreadable(error: DBAPIError) -> CollectionRefusedError:
-    return CollectionRefusedError(f"the references could not be read, so nothing is deleted: {error.orig}")
+@asynccontextmanager
+async def _refused_if_unreadable(kind: type[DBAPIError] = ProgrammingError) -> AsyncIterator[None]:
+    try:
+        yield
+    except kind as error:
+        raise CollectionRefusedError(f"the references could not be read, so nothing is deleted: {error.orig}") from error
+
+
+@asynccontextmanager
+async def _streamed(connection: AsyncConnection, statement: Any) -> AsyncIterator[AsyncResult[*tuple[Any, ...]]]:
+    """Execute a statement whose rows are fetched a page at a time."""
+    result = await connection.stream(statement.execution_options(yield_per=PAGE))
+    try:
+        yield result
+    finally:
+        await result.close()
 
 
 # Databases that may hide references, or forget what they have committed, are refused.

@@ -44,8 +44,6 @@ from granite_storage.orm.references import UTF_8, as_text, text_encoding
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["Mention", "find_mentions"]
-
 _COLUMNS_PER_STATEMENT = 100
 _ROWS_PER_PAGE = 200
 _LONGEST_BYTES = 16 * 1024

@@ -7,29 +7,14 @@ import heapq
 import json
 import tempfile
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from operator import itemgetter
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, Self, TypeAlias
 
 from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError
-
-__all__ = [
-    "PAGE",
-    "Joined",
-    "Page",
-    "Reference",
-    "SortedSpool",
-    "Spool",
-    "join_pages",
-    "merge_pages",
-    "require_byte_order",
-    "take_page",
-    "temporary_file",
-]
+from granite_storage.orm._util import batches
 
 PAGE = 2000
 """How many items are written, read and compared together."""
@@ -43,106 +28,101 @@ Reference: TypeAlias = tuple[str, bool]
 
 _location = itemgetter(0)
 
-# Lists on disk.
+# Lists that are too long for the memory.
 
 
-@asynccontextmanager
-async def temporary_file() -> AsyncIterator[IO[bytes]]:
-    """Open a file that has no name and is deleted when it is closed."""
-    file: IO[bytes] = await shielded(asyncio.to_thread(tempfile.TemporaryFile, prefix="granite-"), undo=_close)
-    try:
-        yield file
-    finally:
-        await shielded(_close(file))
+class _OnDisk:
+    """Pages in a file without a name, which is made for the first one, and closed where the block ends."""
+
+    _file: IO[bytes] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._file is not None:
+            await shielded(asyncio.to_thread(self._file.close))
+
+    def _append(self, pages: Iterable[Page]) -> tuple[int, int]:
+        """Write pages; return where they begin and end; blocking, as is `_read`."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="granite-")  # noqa: SIM115  # the block closes it
+        start = self._file.seek(0, 2)
+        self._file.writelines(json.dumps(page).encode() + b"\n" for page in pages)
+        return start, self._file.tell()
+
+    def _read(self, position: int) -> tuple[Page, int]:
+        """Return the page that begins at a position, which is empty at the end, and where the next one does."""
+        if self._file is None:
+            return [], position
+        self._file.seek(position)
+        line = self._file.readline()
+        return (json.loads(line) if line else []), self._file.tell()
 
 
-async def _close(file: IO[bytes]) -> None:
-    await asyncio.to_thread(file.close)
+class Spool(_OnDisk):
+    """Pages in the order in which they were written; they can be read any number of times. The first one stays in memory."""
 
-
-class Spool:
-    """Pages in the order in which they were written; they can be read any number of times.
-
-    Args:
-        file: An empty file, which stays the caller's to close.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self) -> None:
+        self._first: Page = []
 
     async def write(self, page: Page) -> None:
-        """Write a page, unless it is empty."""
-        if page:
-            await shielded(asyncio.to_thread(_write, self._file, page))
+        """Write a page, unless it is empty; the caller leaves it as it is."""
+        if not self._first:
+            self._first = page
+        elif page:
+            await shielded(asyncio.to_thread(self._append, [page]))
 
     async def pages(self) -> AsyncIterator[Page]:
         """Yield the pages; nothing may be written meanwhile."""
-        position = 0
-        while True:
-            page, position = await shielded(asyncio.to_thread(_read, self._file, position))
-            if page is None:
-                return
+        page, position = self._first, 0
+        while page:
             yield page
+            if self._file is None:
+                return
+            page, position = await shielded(asyncio.to_thread(self._read, position))
 
 
-class SortedSpool:
+class SortedSpool(_OnDisk):
     """Strings, each with a mark, in the order of their code points, which is the byte order of UTF-8.
 
     They are sorted on disk, but for the last 50,000, which stay in memory.
-
-    Args:
-        file: An empty file, which stays the caller's to close.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self) -> None:
         self._waiting: list[tuple[str, bool]] = []
         self._runs: list[tuple[int, int]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._waiting and not self._runs
 
     async def add(self, item: str, mark: bool) -> None:
         """Add a string."""
         self._waiting.append((item, mark))
         if len(self._waiting) >= _IN_MEMORY:
             waiting, self._waiting = self._waiting, []
-            self._runs.append(await shielded(asyncio.to_thread(_sort_to, self._file, waiting)))
+            self._runs.append(await shielded(asyncio.to_thread(self._append, _sort(waiting))))
 
     async def pages(self) -> AsyncIterator[list[tuple[str, bool]]]:
         """Yield all strings in order, each with its mark; nothing may be added any more."""
-        runs = [_read_run(self._file, start, stop) for start, stop in self._runs]
-        merged = heapq.merge(*runs, _sort(self._waiting))
+        merged = heapq.merge(
+            *(self._read_run(start, stop) for start, stop in self._runs), chain.from_iterable(_sort(self._waiting))
+        )
         while page := await shielded(asyncio.to_thread(take_page, merged)):
             yield page
 
-
-def _write(file: IO[bytes], page: Page) -> None:
-    file.seek(0, 2)
-    file.write(json.dumps(page).encode() + b"\n")
-
-
-def _read(file: IO[bytes], position: int) -> tuple[Page | None, int]:
-    file.seek(position)
-    line = file.readline()
-    return (json.loads(line) if line else None), file.tell()
+    def _read_run(self, start: int, stop: int) -> Iterator[tuple[str, bool]]:
+        while start < stop:
+            page, start = self._read(start)
+            yield from ((item, mark) for item, mark in page)
 
 
-def _sort(items: list[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """Yield items in order; they are sorted where the first one is asked for."""
+def _sort(items: list[tuple[str, bool]]) -> Iterator[Page]:
+    """Yield items in order and in pages; they are sorted where the first one is asked for."""
     items.sort()
-    yield from items
-
-
-def _sort_to(file: IO[bytes], items: list[tuple[str, bool]]) -> tuple[int, int]:
-    items.sort()
-    start = file.seek(0, 2)
-    for first in range(0, len(items), _RUN_PAGE):
-        file.write(json.dumps(items[first : first + _RUN_PAGE]).encode() + b"\n")
-    return start, file.tell()
-
-
-def _read_run(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]]:
-    while start < stop:
-        page, start = _read(file, start)
-        yield from ((item, mark) for item, mark in page or ())
+    yield from batches(items, _RUN_PAGE)
 
 
 def take_page(items: Iterator[Any]) -> Page:
@@ -153,28 +133,19 @@ def take_page(items: Iterator[Any]) -> Page:
 # Joining and merging pages.
 
 
-@dataclass(slots=True)
-class Joined:
-    """The result of the join for a range of locations.
-
-    Attributes:
-        referenced: The objects with a reference.
-        unreferenced: The objects without one.
-        missing: The locations of references that lead here and have no object, none twice.
-    """
-
-    referenced: Page
-    unreferenced: Page
-    missing: set[str]
-
-
-async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
+async def join_pages(
+    objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]
+) -> AsyncIterator[tuple[Page, Page, set[str]]]:
     """Join pages of objects, of which each begins with its location, with pages of references to locations.
 
     A reference counts whatever backend it names: a place may have two keys, or have had another one.
 
     An object is decided on once every reference to it, and to what comes before it, was read. No object may come twice; a
     reference may.
+
+    Yields:
+        For one range of locations after the other: the objects with a reference, those without one, and the locations of
+        references that lead here and have no object, none twice.
     """
     last = ""
     async for bound, items, refs in _stretches(_Pages(objects), _Pages(references)):
@@ -186,7 +157,7 @@ async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[lis
             missing = {location for location, is_here in refs if is_here}.difference(map(_location, referenced))
         missing.discard(last)
         last = bound if bound is not None else last
-        yield Joined(referenced, unreferenced, missing)
+        yield referenced, unreferenced, missing
 
 
 async def require_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:

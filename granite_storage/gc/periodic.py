@@ -18,8 +18,6 @@ from granite_storage.orm._util import without_pool
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Leadership", "repeat_as_leader"]
-
 _JITTER = 0.1
 _LONGEST_FIRST_PAUSE = 60.0
 _LOCKS: dict[str, TextClause] = {
@@ -76,15 +74,6 @@ class Leadership:
         if self._connection is not None and await _is_alive(self._connection):
             return True
         await self.release()
-        return await self._try(engine, lock)
-
-    async def release(self) -> None:
-        """Let another process become the leader; idempotent."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
-
-    async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
         connection = await engine.connect()
         try:
             is_leader = bool((await connection.execute(lock)).scalar_one())
@@ -95,6 +84,12 @@ class Leadership:
             if self._connection is not connection:
                 await shielded_cleanup(connection.close(), "closing a connection that has no lock")
         return is_leader
+
+    async def release(self) -> None:
+        """Let another process become the leader; idempotent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
 
 
 def _engine_of(binding: StorageBinding) -> AsyncEngine | None:

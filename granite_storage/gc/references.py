@@ -6,73 +6,73 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import shielded, shielded_cleanup
-from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
+from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
+from granite_storage.gc.merge import Reference, SortedSpool, take_page
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import named_in, references_among
 from granite_storage.refs import StoredObjectRef, iter_refs
 
-__all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_callable"]
 
-
-class ReferenceSource(Protocol):
-    """All references, whatever their storage key."""
+class ReferenceSource:
+    """All references, whatever their storage key, for one collection of one backend's objects."""
 
     @property
     def batch_size(self) -> int:
         """The most locations that `find_references` takes."""
-        ...
+        raise NotImplementedError
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
-        """Refuse what could not be relied on.
+        """Refuse what could not be relied on; by default nothing.
 
         Raises:
             CollectionRefusedError: The message says what, and what to do.
         """
-        ...
 
-    def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[Reference]]]:
+    def in_order(self) -> AbstractAsyncContextManager[AsyncIterator[list[Reference]]]:
         """Yield pages of all references, whatever backend they name, in the byte order of their locations; one may come twice.
 
         Raises:
             CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
         """
-        ...
+        raise NotImplementedError
 
-    def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
+    async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
         """Search everything else once; yield what mentions one of the locations, or may and cannot be searched.
 
-        A later mention is not seen, unless it is a reference. A location may be yielded several times.
+        A later mention is not seen, unless it is a reference. A location may be yielded several times. By default there is
+        nothing else to search.
 
         Raises:
             CollectionRefusedError: Something could not be read.
         """
-        ...
+        for none in tuple[Mention, ...]():
+            yield none
 
-    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
+    async def find_references(self, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced at this moment, or are known to a journal, in one snapshot.
 
         A location also counts as referenced by a reference to another one with its generated id, which is another name for it.
         """
-        ...
+        raise NotImplementedError
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
-        """Refuse references of one policy where others share its place, once `in_order` was read to its end.
+        """Refuse references of one policy where others share its place, once `in_order` was read to its end; by default none.
 
         Raises:
             CollectionRefusedError: No reference of one of these policies was among them.
         """
-        ...
 
     async def make_durable(self) -> None:
-        """Return once nothing that `find_references` has seen can be undone, not even by a crash of the database."""
-        ...
+        """Return once nothing that `find_references` has seen can be undone, not even by a crash of the database.
+
+        By default it is so at once: the application has committed the references.
+        """
 
 
 # The references of applications without attachment columns.
@@ -87,17 +87,19 @@ An iterator that is not read to its end is closed by its `aclose` or `close`.
 """
 
 
-class GivenReferences:
+class GivenReferences(ReferenceSource):
     """The references that a callable returns.
 
     Args:
         manager: The manager, which must have every backend that the refs name.
         iter_references: Returns an iterable or an async iterable of refs; None among them is skipped.
+        backend: The key of the backend whose objects are collected.
     """
 
-    def __init__(self, manager: StorageManager, iter_references: IterReferences) -> None:
+    def __init__(self, manager: StorageManager, iter_references: IterReferences, backend: str) -> None:
         self._manager = manager
         self._iter_references = iter_references
+        self._backend = backend
         self._storage_keys: set[str] = set()
 
     @property
@@ -105,20 +107,16 @@ class GivenReferences:
         """The most locations that `find_references` takes: each call reads all references."""
         return 10_000
 
-    async def require_fit(self, *, allow_restored_database: bool) -> None:
-        """Accept: it is unknown where the references come from."""
-
     @asynccontextmanager
-    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+    async def in_order(self) -> AsyncIterator[AsyncIterator[list[Reference]]]:
         """Yield the locations of all references, sorted on disk."""
         self._storage_keys.clear()
-        identities = await identities_of(self._manager._engine.backend(backend))
-        async with temporary_file() as file:
-            spool = SortedSpool(file)
+        identities = await identities_of(self._manager._engine.backend(self._backend))
+        async with SortedSpool() as spool:
             async with aclosing(self._refs()) as refs:
                 async for ref in refs:
                     for one in iter_refs(ref):
-                        is_here = one.backend == backend
+                        is_here = one.backend == self._backend
                         self._require_understood(one, identities if is_here else None)
                         if is_here:
                             self._storage_keys.add(one.storage_key)
@@ -126,12 +124,7 @@ class GivenReferences:
                             await spool.add(location, is_here)
             yield spool.pages()
 
-    async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield nothing: it is unknown what else to search."""
-        for none in tuple[Mention, ...]():
-            yield none
-
-    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
+    async def find_references(self, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced now, by reading all references again."""
         wanted = {*locations, *filter(None, map(generated_id, locations))}
         held: set[str] = set()
@@ -149,9 +142,6 @@ class GivenReferences:
                 f"iter_references returned no reference of the policies {', '.join(missing)}, whose objects are in the same"
                 " place: return all references, or give each policy a key_prefix of its own"
             )
-
-    async def make_durable(self) -> None:
-        """Do nothing: the application has committed the references."""
 
     def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
         if ref.backend not in self._manager._engine.backends:
@@ -174,8 +164,12 @@ class GivenReferences:
         items: Any = aiter(given) if is_async else iter(given)
         try:
             async for ref in items if is_async else _read_in_thread(items):
-                if ref is not None:
-                    yield _require_ref(ref)
+                if isinstance(ref, StoredObjectRef):
+                    yield ref
+                elif ref is not None:
+                    raise CollectionRefusedError(
+                        f"iter_references must return instances of StoredObjectRef, not a {type(ref).__name__}"
+                    )
         finally:
             await shielded_cleanup(_close(items, is_async=is_async), "closing what iter_references returned")
 
@@ -197,21 +191,6 @@ async def _close(items: Any, *, is_async: bool) -> None:
         await closing
 
 
-def require_callable(iter_references: object) -> None:
-    """Refuse an iterable instead of a callable that returns one."""
-    if not callable(iter_references):
-        raise ConfigurationError(
-            "iter_references must be a callable that returns the refs again on each call, not a"
-            f" {type(iter_references).__name__}: refs that were read once are out of date when an object is deleted"
-        )
-
-
 def _locations(ref: StoredObjectRef) -> Iterator[str]:
     yield ref.location
     yield from named_in(ref.extra)
-
-
-def _require_ref(ref: object) -> StoredObjectRef:
-    if not isinstance(ref, StoredObjectRef):
-        raise CollectionRefusedError(f"iter_references must return instances of StoredObjectRef, not a {type(ref).__name__}")
-    return ref

@@ -92,10 +92,10 @@ def is_here(engine: Engine) -> bool:
     if not engine.dialect.is_async or isinstance(engine.pool, NullPool):
         return True
     _note_loop(engine)
-    if portal.is_here:
-        return False
     known = _loops.get(engine.pool)
-    return known is None or known() is asyncio.get_running_loop()
+    if known is None:
+        return not portal.is_here
+    return known() is asyncio.get_running_loop()
 
 
 def _note_loop(engine: Engine) -> None:
@@ -109,8 +109,9 @@ def _note_loop(engine: Engine) -> None:
 
 def _on_connect(_: Any, record: Any) -> None:
     # Engines of the library have a copy of this listener, as of all others of the application's engine.
-    pool: Pool = record._ConnectionRecord__pool
-    _loops[pool] = weakref.ref(asyncio.get_running_loop())
+    if not portal.is_here:  # no pool may belong to that loop, which ends with its last user
+        pool: Pool = record._ConnectionRecord__pool
+        _loops[pool] = weakref.ref(asyncio.get_running_loop())
 
 
 def _on_checkout(connection: Any, record: Any, _: Any) -> None:

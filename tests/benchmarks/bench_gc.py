@@ -94,8 +94,8 @@ async def join_alone(meter: Meter, *, objects: int) -> None:
     references = [(location_of(number), True) for number in range(1, objects + 1) if number % ONE_ORPHAN_IN]
     orphans = 0
     async with meter.measure(operations=objects, ticking=False):
-        async for stretch in join_pages(pages(listed), pages(references)):
-            orphans += len(stretch.unreferenced)
+        async for _, unreferenced, _ in join_pages(pages(listed), pages(references)):
+            orphans += len(unreferenced)
     assert orphans == objects // ONE_ORPHAN_IN
 
 

@@ -101,9 +101,9 @@ async def test_looks_come_in_full_batches(plain_env: GcEnvironment, monkeypatch:
     looks: list[int] = []
     original = database.DatabaseReferences.find_references
 
-    async def look(self: Any, backend: str, locations: Any) -> set[str]:
+    async def look(self: Any, locations: Any) -> set[str]:
         looks.append(len(locations))
-        return await original(self, backend, locations)
+        return await original(self, locations)
 
     monkeypatch.setattr(database.DatabaseReferences, "find_references", look)
     for number in range(1, 51):

@@ -137,11 +137,11 @@ async def test_a_row_that_comes_after_all_were_counted(
     looks = 0
     original = DatabaseReferences.find_references
 
-    async def looked(self: Any, backend: str, locations: Any) -> set[str]:
+    async def looked(self: Any, locations: Any) -> set[str]:
         nonlocal looks
         await raw_insert(env, 2 + looks, orphans[looks])
         looks += 1
-        return await original(self, backend, locations)
+        return await original(self, locations)
 
     monkeypatch.setattr(DatabaseReferences, "find_references", looked)
     report = await env.collector(max_deleted_share=limit).collect(storage_key="docs", dry_run=False)

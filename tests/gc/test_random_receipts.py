@@ -135,7 +135,7 @@ async def test_the_same_objects_in_python_in_sql_and_for_the_collector(env: GcEn
     source = DatabaseReferences(env.binding, env.sessions, "store")
     await source.require_fit(allow_restored_database=False)
     nominated: set[str] = set()
-    async with source.in_order("store") as pages:
+    async with source.in_order() as pages:
         async for page in pages:
             nominated |= {found for found, is_here in page if is_here}
     named = nominated - everything  # what an `extra` names
@@ -144,7 +144,7 @@ async def test_the_same_objects_in_python_in_sql_and_for_the_collector(env: GcEn
     asked = sorted({*everything, *(f"{found}x" for found in sorted(everything) if "docs/m/1/f/" not in found)})
     protected: set[str] = set()
     for start in range(0, len(asked), source.batch_size):
-        protected |= await source.find_references("store", asked[start : start + source.batch_size])
+        protected |= await source.find_references(asked[start : start + source.batch_size])
     assert protected == everything
     counted = await source.count_by_store()
     assert sum(counted.values()) == sum(len(list(iter_refs(StoredObjectRef.from_dict(one)))) for pair in receipts for one in pair)

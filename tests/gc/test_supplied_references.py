@@ -17,7 +17,7 @@ from granite_storage import StorageGarbageCollector, StorageManager, StoragePoli
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import merge
 from granite_storage.gc import references as gc_references
-from granite_storage.gc.merge import SortedSpool, temporary_file
+from granite_storage.gc.merge import SortedSpool
 from granite_storage.orm import iter_model_storage_refs
 from tests.gc.environment import POLICIES, AgedBackend, Crate, GcEnvironment, file
 
@@ -299,8 +299,7 @@ async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "PAGE", 7)
     texts = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
     items = [(text, number % 3 == 0) for number, text in enumerate(texts)]
-    async with temporary_file() as file_:
-        sorting = SortedSpool(file_)
+    async with SortedSpool() as sorting:
         for item in items:
             await sorting.add(*item)
         found = [item async for page in sorting.pages() for item in page]

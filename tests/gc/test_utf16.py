@@ -88,9 +88,9 @@ async def test_the_recheck_sees_a_row_that_came_late(env: GcEnvironment) -> None
     run = env.collector().collection(storage_key="docs", dry_run=False)
     find_references = run._source.find_references
 
-    async def late(backend: str, locations: list[str]) -> set[str]:
+    async def late(locations: list[str]) -> set[str]:
         await env.sql("UPDATE gc_crate SET scan = :raw", raw=json.dumps(ref.to_dict()))
-        return await find_references(backend, locations)
+        return await find_references(locations)
 
     run._source.find_references = late  # type: ignore[method-assign, assignment]
     report = await run

@@ -33,7 +33,7 @@ MUTANTS = [
         name="gc-without-fuse",
         rule="A run that would delete more than max_deleted_share deletes nothing.",
         path="granite_storage/gc/collection.py",
-        old="if (share := orphaned / report.scanned) > self._max_deleted_share:",
+        old="if (share := orphaned / report.scanned) > most:",
         new="if (share := orphaned / report.scanned) > 1:",
         tests=("tests/gc/test_refusals.py::test_the_fuse",),
     ),
@@ -194,7 +194,7 @@ MUTANTS = [
         rule="A reference protects its object whatever backend it names: when they are re-checked.",
         path="granite_storage/gc/database.py",
         old="journals=journals, extra=True)\n        return references_among(",
-        new="journals=journals, extra=True)\n        held = {item for item in held if item[0] == backend}\n"
+        new="journals=journals, extra=True)\n        held = {item for item in held if item[0] == self._backend}\n"
         "        return references_among(",
         tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_unknown_stores",),
     ),
@@ -258,7 +258,7 @@ MUTANTS = [
         name="gc-several-moments",
         rule="Where one statement is too little for all columns, several see the same moment.",
         path="granite_storage/gc/database.py",
-        old='self._connection(isolation_level="REPEATABLE READ", **options)',
+        old="self._connection(**level, **options)",
         new="self._connection(**options)",
         tests=("tests/gc/test_schemas_of_tenants.py::test_a_reference_that_moves_between_two_of_several_statements",),
     ),

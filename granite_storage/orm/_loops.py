@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -114,9 +115,13 @@ def _on_connect(_: Any, record: Any) -> None:
 
 
 def _on_checkout(connection: Any, record: Any, _: Any) -> None:
-    # The connections that a pool had opened before it was bound were not noted.
-    if record._ConnectionRecord__pool not in _loops:
+    # The first checkout tells the loop of connections that a pool had opened before it was bound; the later ones are not listened
+    # to. `event.remove` would change the lists of the pool's copies, too, which may be in the middle of a call.
+    pool: Pool = record._ConnectionRecord__pool
+    if pool not in _loops:
         _on_connect(connection, record)
+    own: Any = pool.dispatch.checkout
+    own.listeners = deque(listener for listener in own.listeners if listener is not _on_checkout)
 
 
 def make_apart(engine: Engine) -> Engine:

@@ -256,11 +256,11 @@ async def store(uploads: Sequence[Upload]) -> None:
     items = [_Item.of(upload) for upload in uploads]
     leases = await _begin(items)
     try:
-        with contained("storing attachments"):
-            await _put_all(items, leases)
+        await _put_all(items, leases)
     except BaseException:
         await _undo([upload.attachment for upload in uploads], items)
-        raise
+        with contained("storing attachments"):
+            raise
     for item in items:
         item.complete()
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.event.attr import _ListenerCollection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from granite_storage._documentation import Page
 from granite_storage._portal import portal
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._util import detach_iterations, root_engine, without_pool
+from granite_storage.orm._util import add_listeners, copy_listeners, root_engine, without_pool
 
 # The loop of the last connection that a pool has opened. A pool that is disposed of is replaced by another one.
 _loops: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
@@ -101,11 +100,8 @@ def is_here(engine: Engine) -> bool:
 
 def _note_loop(engine: Engine) -> None:
     engine = root_engine(engine)
-    pool = engine.pool
-    if engine.dialect.is_async and _on_connect not in list(pool.dispatch.connect):
-        for name, listener in (("connect", _on_connect), ("checkout", _on_checkout)):
-            detach_iterations(engine, name)
-            event.listen(pool, name, listener)
+    if engine.dialect.is_async and _on_connect not in list(engine.pool.dispatch.connect):
+        add_listeners(engine, {"connect": _on_connect, "checkout": _on_checkout})
 
 
 def _on_connect(_: Any, record: Any) -> None:
@@ -139,21 +135,5 @@ def make_apart(engine: Engine) -> Engine:
         )
     apart = without_pool(engine)
     apart.update_execution_options(**{"compiled_cache": engine._compiled_cache, **engine.get_execution_options()})
-    for listeners in _listeners_of(engine):
-        getattr(apart.dispatch, listeners.name).for_modify(apart.dispatch)._update(listeners, only_propagate=False)
-    if engine._has_events:  # else what listens to the class `Engine` later decides
-        apart._has_events = True
+    copy_listeners(engine, apart)
     return apart
-
-
-def _listeners_of(engine: Engine) -> Iterator[Any]:
-    """Yield the collections of an engine's listeners: those of each engine that it was made from, and its own."""
-    root: Any = root_engine(engine)
-    if engine is not root:
-        yield from _listeners_of(engine._proxied)  # type: ignore[attr-defined]  # an engine with other options has it
-    for name in root.dispatch._event_names:
-        listeners = getattr(engine.dispatch, name)
-        # SQLAlchemy keeps the listeners of an engine with other options beside those of its original.
-        own = listeners if engine is root else listeners.local
-        if isinstance(own, _ListenerCollection):
-            yield own

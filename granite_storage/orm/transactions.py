@@ -48,9 +48,9 @@ from granite_storage.orm._interfaces import (
 )
 from granite_storage.orm._util import (
     TRANSLATE_MAP,
+    add_listeners,
     codes_of,
     deferred_cancellation,
-    detach_iterations,
     in_greenlet,
     is_async,
     root_engine,
@@ -632,9 +632,7 @@ def listen_to(engine: Engine) -> None:
     engine = root_engine(engine)
     if engine not in _engines:
         _engines.add(engine)
-        for name, listener in _LISTENERS.items():
-            detach_iterations(engine, name)
-            event.listen(engine, name, listener)
+        add_listeners(engine, _LISTENERS)
 
 
 def unlisten_all() -> None:

@@ -177,8 +177,13 @@ class Binding(Protocol):
         ...
 
     @property
+    def session_factory(self) -> async_sessionmaker[AsyncSession] | None:
+        """The application's session maker, or None."""
+        ...
+
+    @property
     def own_sessions(self) -> async_sessionmaker[AsyncSession] | None:
-        """The application's session maker for the library's own sessions, on whatever event loop; None if it has none."""
+        """The same for the library's own sessions, on whatever event loop; None if it has none."""
         ...
 
     @property

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
@@ -53,14 +53,9 @@ class OwnSessions:
         return session
 
 
-def as_own_sessions(factory: async_sessionmaker[AsyncSession] | None) -> async_sessionmaker[AsyncSession] | None:
-    """Return a session factory for the library's own sessions, which work on any event loop; None for None."""
-    return None if factory is None else cast("async_sessionmaker[AsyncSession]", OwnSessions(factory))
-
-
-def note_loops(binds: Iterable[object]) -> None:
-    """Note from now on which loop the pools of some asynchronous engines, or of those of connections, belong to."""
-    for bind in binds:
+def note_loops(factory: async_sessionmaker[AsyncSession]) -> None:
+    """Note from now on which loop the pools belong to of the engines and connections that a session factory was given."""
+    for bind in (factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()):
         if isinstance(bind, AsyncEngine | AsyncConnection):
             _note_loop(bind.sync_engine if isinstance(bind, AsyncEngine) else bind.engine.sync_engine)
 

@@ -747,19 +747,19 @@ def _find_named(connection: Connection, tables: list[str], columns: list[str]) -
         the requested ones; whether the name of the table without a schema resolves to this table; and the obstacle and the form
         as in a `Place`, but no form for what has no rows of its own.
     """
-    names = {"tables": tables, "columns": columns}
+    names: dict[str, Any] = {"tables": tables, "columns": columns, "shortest": GENERATED_ID_LENGTH}
     if connection.dialect.name == "sqlite":
-        return _sqlite_named(connection, names)
+        return _sqlite_named(connection, tables, columns)
     is_postgresql = connection.dialect.name == "postgresql"
-    question, names["shortest"] = _POSTGRESQL_NAMED if is_postgresql else _MARIADB_NAMED, GENERATED_ID_LENGTH
-    rows = [tuple(row) for row in connection.execute(question, names, execution_options=UNTRANSLATED)]
+    statement = _POSTGRESQL_NAMED if is_postgresql else _MARIADB_NAMED
+    rows = [tuple(row) for row in connection.execute(statement, names, execution_options=UNTRANSLATED)]
     if is_postgresql or not _has_temporary(connection):
         return rows
     shadowed = {place for place in {row[:2] for row in rows} if _is_temporary(connection, *place)}
     return [(*row[:4], "temporary table" if row[:2] in shadowed else row[4], row[5]) for row in rows]
 
 
-def _sqlite_named(connection: Connection, names: Mapping[str, list[str]]) -> list[tuple[Any, ...]]:
+def _sqlite_named(connection: Connection, tables: list[str], columns: list[str]) -> list[tuple[Any, ...]]:
     schemas = attached_databases(connection)
     quote = connection.dialect.identifier_preparer.quote
     statement = _sqlite_question(tuple(map(quote, schemas)))
@@ -767,7 +767,7 @@ def _sqlite_named(connection: Connection, names: Mapping[str, list[str]]) -> lis
     default: dict[str, int] = {}
     return [
         (schemas[number], table, name, default.setdefault(table.lower(), number) == number, None, "json" if is_table else None)
-        for number, table, name, is_table in connection.execute(statement, {**names, **values})
+        for number, table, name, is_table in connection.execute(statement, {"tables": tables, "columns": columns, **values})
     ]
 
 

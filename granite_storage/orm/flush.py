@@ -223,10 +223,9 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     left = [*(entry.held for entry in flush.displaced), *(held for _, cascaded in flush.vanishing for held in cascaded)]
     for journal, connection in flush.connections.items():
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
-        taken_by = [change for change in flush.taken if change.binding.journal is journal]
+        written = [(one.slot.column, one.attachment.ref) for one in flush.taken if one.binding.journal is journal]
         journal.intents.cancel(connection, moved)
         journal.intents.end_claim(connection, _claimed_locations(flush))
-        written = [(change.slot.column, change.attachment.ref) for change in taken_by]
         if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
             frame.wakes.add(journal)
 
@@ -683,7 +682,8 @@ class _Locks:
         for (table, deleting, connection), rows in self._rows.items():
             others = self._rows.get((table, False, connection))
             if deleting and others is not None and others.columns_by_key:
-                others.add_keys(rows)
+                for key in rows.columns_by_key:
+                    others.columns_by_key.setdefault(key, set())  # of which nothing is read
 
     def _is_updated(self, state: InstanceState[Any]) -> bool:
         """Return whether a flush updates or deletes the row of an instance; on SQLite no order is needed."""
@@ -735,11 +735,6 @@ class _Rows:
     def are_only_updated(self) -> bool:
         """Whether no attachment of these rows is replaced, and none is stored."""
         return bool(self.columns_by_key) and not self.stores and not any(self.columns_by_key.values())
-
-    def add_keys(self, other: _Rows) -> None:
-        """Lock other rows as well, of which nothing is read."""
-        for key in other.columns_by_key:
-            self.columns_by_key.setdefault(key, set())
 
 
 def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[RowRef], list[tuple[Any, ...]]]:

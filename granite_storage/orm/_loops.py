@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.event.attr import _ListenerCollection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from granite_storage._documentation import Page
 from granite_storage._portal import portal
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._util import detach_iterations, root_engine, without_pool
+from granite_storage.orm._util import add_listeners, copy_listeners, root_engine, without_pool
 
 # The loop of the last connection that a pool has opened. A pool that is disposed of is replaced by another one.
 _loops: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
@@ -53,14 +53,9 @@ class OwnSessions:
         return session
 
 
-def as_own_sessions(factory: async_sessionmaker[AsyncSession] | None) -> async_sessionmaker[AsyncSession] | None:
-    """Return a session factory for the library's own sessions, which work on any event loop; None for None."""
-    return None if factory is None else cast("async_sessionmaker[AsyncSession]", OwnSessions(factory))
-
-
-def note_loops(binds: Iterable[object]) -> None:
-    """Note from now on which loop the pools of some asynchronous engines, or of those of connections, belong to."""
-    for bind in binds:
+def note_loops(factory: async_sessionmaker[AsyncSession]) -> None:
+    """Note from now on which loop the pools belong to of the engines and connections that a session factory was given."""
+    for bind in (factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()):
         if isinstance(bind, AsyncEngine | AsyncConnection):
             _note_loop(bind.sync_engine if isinstance(bind, AsyncEngine) else bind.engine.sync_engine)
 
@@ -100,11 +95,8 @@ def is_here(engine: Engine) -> bool:
 
 def _note_loop(engine: Engine) -> None:
     engine = root_engine(engine)
-    pool = engine.pool
-    if engine.dialect.is_async and _on_connect not in list(pool.dispatch.connect):
-        for name, listener in (("connect", _on_connect), ("checkout", _on_checkout)):
-            detach_iterations(engine, name)
-            event.listen(pool, name, listener)
+    if engine.dialect.is_async and _on_connect not in list(engine.pool.dispatch.connect):
+        add_listeners(engine, {"connect": _on_connect, "checkout": _on_checkout})
 
 
 def _on_connect(_: Any, record: Any) -> None:
@@ -115,9 +107,13 @@ def _on_connect(_: Any, record: Any) -> None:
 
 
 def _on_checkout(connection: Any, record: Any, _: Any) -> None:
-    # The connections that a pool had opened before it was bound were not noted.
-    if record._ConnectionRecord__pool not in _loops:
+    # The first checkout tells the loop of connections that a pool had opened before it was bound; the later ones are not listened
+    # to. `event.remove` would change the lists of the pool's copies, too, which may be in the middle of a call.
+    pool: Pool = record._ConnectionRecord__pool
+    if pool not in _loops:
         _on_connect(connection, record)
+    own: Any = pool.dispatch.checkout
+    own.listeners = deque(listener for listener in own.listeners if listener is not _on_checkout)
 
 
 def make_apart(engine: Engine) -> Engine:
@@ -135,21 +131,5 @@ def make_apart(engine: Engine) -> Engine:
         )
     apart = without_pool(engine)
     apart.update_execution_options(**{"compiled_cache": engine._compiled_cache, **engine.get_execution_options()})
-    for listeners in _listeners_of(engine):
-        getattr(apart.dispatch, listeners.name).for_modify(apart.dispatch)._update(listeners, only_propagate=False)
-    if engine._has_events:  # else what listens to the class `Engine` later decides
-        apart._has_events = True
+    copy_listeners(engine, apart)
     return apart
-
-
-def _listeners_of(engine: Engine) -> Iterator[Any]:
-    """Yield the collections of an engine's listeners: those of each engine that it was made from, and its own."""
-    root: Any = root_engine(engine)
-    if engine is not root:
-        yield from _listeners_of(engine._proxied)  # type: ignore[attr-defined]  # an engine with other options has it
-    for name in root.dispatch._event_names:
-        listeners = getattr(engine.dispatch, name)
-        # SQLAlchemy keeps the listeners of an engine with other options beside those of its original.
-        own = listeners if engine is root else listeners.local
-        if isinstance(own, _ListenerCollection):
-            yield own

@@ -8,7 +8,8 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from contextvars import Context, copy_context
+from contextvars import copy_context
+from functools import partial
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from sqlalchemy import Connection, Dialect, Engine, Executable, Result
@@ -30,7 +31,7 @@ class Worker:
     """A daemon thread that runs functions one after the other; it starts with the first and ends when the worker is closed."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._has_started = False
         self.interrupt: Callable[[], object] | None = None
         weakref.finalize(self, self._jobs.put, None)
@@ -61,7 +62,7 @@ class Worker:
             self._has_started = True
             threading.Thread(target=_work, args=(self._jobs,), name="granite-storage-database", daemon=True).start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(function, copy_context(), future))
+        self._jobs.put(partial(_do, partial(copy_context().run, function), future))
         return future
 
     def close(self) -> None:
@@ -74,36 +75,22 @@ def _ignore(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-class _Job:
-    def __init__(self, function: Callable[[], Any], context: Context, future: asyncio.Future[Any]) -> None:
-        self._function = function
-        self._context = context
-        self._future = future
-
-    def do(self) -> None:
-        result, error = None, None
-        try:
-            result = self._context.run(self._function)
-        except BaseException as raised:  # noqa: BLE001  # it is raised where the result is awaited
-            error = raised
-        with suppress(RuntimeError):  # the loop is closed
-            self._future.get_loop().call_soon_threadsafe(self._deliver, result, error)
-
-    def _deliver(self, result: Any, error: BaseException | None) -> None:
-        if self._future.done():
-            return
-        if error is None:
-            self._future.set_result(result)
-        elif isinstance(error, StopIteration):  # a future refuses it
-            self._future.set_exception(RuntimeError(f"{error!r} was raised"))
-        else:
-            self._future.set_exception(error)
-
-
-def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+def _work(jobs: queue.SimpleQueue[Callable[[], object] | None]) -> None:
     while (job := jobs.get()) is not None:
-        job.do()
+        job()
         del job
+
+
+def _do(function: Callable[[], T], future: asyncio.Future[T]) -> None:
+    deliver: Callable[[], object]
+    try:
+        deliver = partial(future.set_result, function())
+    except StopIteration as error:  # a future refuses it
+        deliver = partial(future.set_exception, RuntimeError(f"{error!r} was raised"))
+    except BaseException as error:  # noqa: BLE001  # it is raised where the result is awaited
+        deliver = partial(future.set_exception, error)
+    with suppress(RuntimeError):  # the loop is closed
+        future.get_loop().call_soon_threadsafe(lambda: None if future.done() else deliver())
 
 
 class _ThreadedConnection:

@@ -14,10 +14,11 @@ from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
-from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Table, Update, insert, text
+from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Table, Update, event, insert, text
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.event.attr import _ListenerCollection
 from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection, async_session
 from sqlalchemy.orm import FromStatement, InstanceState, ORMExecuteState, Session
@@ -185,24 +186,32 @@ def without_pool(engine: Engine) -> Engine:
     return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
 
 
-def dispatchers_of(engine: Engine) -> Iterator[Any]:
-    """Yield what holds the listeners of an engine: its own, and those of each engine that it was made from."""
-    while isinstance(proxied := getattr(engine, "_proxied", None), Engine):
-        yield getattr(engine.dispatch, "local", engine.dispatch)
-        engine = proxied
-    yield engine.dispatch
+def copy_listeners(engine: Engine, other: Engine) -> None:
+    """Let the listeners of an engine, such as one that sets a role, listen to another one as well."""
+    if isinstance(proxied := getattr(engine, "_proxied", None), Engine):
+        copy_listeners(proxied, other)
+    root: Any = root_engine(engine)
+    for name in root.dispatch._event_names:
+        listeners: Any = getattr(engine.dispatch, name)
+        # SQLAlchemy keeps the listeners of an engine with other options beside those of its original.
+        if isinstance(own := getattr(listeners, "local", listeners), _ListenerCollection):
+            getattr(other.dispatch, name).for_modify(other.dispatch)._update(own, only_propagate=False)
+    if engine._has_events:  # else what listens to the class `Engine` later decides
+        other._has_events = True
 
 
-def detach_iterations(engine: Engine, name: str) -> None:
-    """Let calls of an event that are in progress go on over a list of their own.
+def add_listeners(engine: Engine, listeners: Mapping[str, Callable[..., Any]]) -> None:
+    """Listen to events of an engine and its pool, by their names; calls that are in progress go on without these listeners.
 
     A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not
     grow while another session is in it.
     """
-    for dispatch in (engine.dispatch, engine.pool.dispatch):
-        if (listeners := getattr(dispatch, name, None)) is not None:
-            modifiable = listeners.for_modify(dispatch)
-            modifiable.listeners = copy(modifiable.listeners)
+    for name, listener in listeners.items():
+        for dispatch in (engine.dispatch, engine.pool.dispatch):
+            if (known := getattr(dispatch, name, None)) is not None:
+                modifiable = known.for_modify(dispatch)
+                modifiable.listeners = copy(modifiable.listeners)
+        event.listen(engine, name, listener)
 
 
 # Locks of other transactions: retries after a deadlock, and statements that do not wait.

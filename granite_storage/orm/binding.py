@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Column, MetaData
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -19,7 +19,7 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import events
 from granite_storage.orm._interfaces import ColumnType, add_binding, are_triggers_declared, remove_binding
-from granite_storage.orm._loops import as_own_sessions, note_loops
+from granite_storage.orm._loops import OwnSessions, note_loops
 from granite_storage.orm._threaded import SessionFactory, as_async_sessions
 from granite_storage.orm._util import TRANSLATE_MAP
 from granite_storage.orm.columns import AttachmentType, attachment_tables, require_usable
@@ -99,7 +99,7 @@ def bind_storage(
             column.type.manager_in(binding)
     events.require_single(base)
     if binding.session_factory is not None:
-        note_loops(_binds_of(binding.session_factory))
+        note_loops(binding.session_factory)
     if journal is not None:
         journal.bind(binding)
     if add_binding(binding):
@@ -110,12 +110,6 @@ def bind_storage(
         binding.unbind()
         raise
     return binding
-
-
-def _binds_of(factory: async_sessionmaker[AsyncSession]) -> list[object]:
-    """Return the engines and connections that a session factory was given; a function may have others."""
-    options = factory.kw
-    return [options.get("bind"), *(options.get("binds") or {}).values()]
 
 
 @dataclass(eq=False, repr=False)
@@ -139,7 +133,8 @@ class StorageBinding:
     @property
     def own_sessions(self) -> async_sessionmaker[AsyncSession] | None:
         """What makes the library's own sessions, which may run on another event loop than the application's; see `_loops`."""
-        return as_own_sessions(self.session_factory)
+        factory = self.session_factory
+        return None if factory is None else cast("async_sessionmaker[AsyncSession]", OwnSessions(factory))
 
     @property
     def base_name(self) -> str:

@@ -339,17 +339,13 @@ def _require_one(mapper: Mapper[Any], key: str) -> None:
     for kind in mapper.class_.__mro__:
         annotation = vars(kind).get("__annotations__", {}).get(key)
         if annotation is not None:
-            if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
+            if _SEVERAL.search(annotation if isinstance(annotation, str) else repr(annotation)):
                 raise ConfigurationError(
                     f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: declare it as"
                     " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own",
                     see=Page.COLLECTIONS,
                 )
             return
-
-
-def _text_of(annotation: Any) -> str:
-    return repr(annotation).replace("typing.", "").replace("collections.abc.", "")
 
 
 def _is_bound(mapper: Mapper[Any]) -> bool:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -223,10 +223,9 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     left = [*(entry.held for entry in flush.displaced), *(held for _, cascaded in flush.vanishing for held in cascaded)]
     for journal, connection in flush.connections.items():
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
-        taken_by = [change for change in flush.taken if change.binding.journal is journal]
+        written = [(one.slot.column, one.attachment.ref) for one in flush.taken if one.binding.journal is journal]
         journal.intents.cancel(connection, moved)
         journal.intents.end_claim(connection, _claimed_locations(flush))
-        written = [(change.slot.column, change.attachment.ref) for change in taken_by]
         if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
             frame.wakes.add(journal)
 
@@ -559,15 +558,12 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
             attachment._state.require_synchronous()
     try:
         wait(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
-    except BaseException:
+    finally:
         # A signal may interrupt the wait after the uploads have ended: then the rollback deletes what they stored.
         for change, attachment in pending:
             if attachment._state.status is Status.STORED:
                 _take(unit, frame, change, attachment)
-        raise
-    for change, attachment in pending:
-        _take(unit, frame, change, attachment)
-        unit.flush.handled[change.marker] = attachment
+                unit.flush.handled[change.marker] = attachment
 
 
 def _take(unit: UnitOfWork, frame: Frame, change: Change, attachment: Attachment) -> None:
@@ -657,12 +653,12 @@ class _Locks:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._connections = _Connections(session)
+        self._connection_of = _connections(session)
         self._rows: dict[tuple[Table, bool, Connection], _Rows] = {}
 
     def rows(self, table: Table, state: InstanceState[Any], *, deleting: bool) -> _Rows:
         """Return the rows of a table that are locked on the connection of an instance."""
-        return self._rows.setdefault((table, deleting, self._connections.of(state)), _Rows(table))
+        return self._rows.setdefault((table, deleting, self._connection_of(state)), _Rows(table))
 
     def add_others(self, dirty: Sequence[InstanceState[Any]]) -> None:
         """Add rows that the flush will only update, of the same tables and of those that they refer to.
@@ -686,13 +682,14 @@ class _Locks:
         for (table, deleting, connection), rows in self._rows.items():
             others = self._rows.get((table, False, connection))
             if deleting and others is not None and others.columns_by_key:
-                others.add_keys(rows)
+                for key in rows.columns_by_key:
+                    others.columns_by_key.setdefault(key, set())  # of which nothing is read
 
     def _is_updated(self, state: InstanceState[Any]) -> bool:
         """Return whether a flush updates or deletes the row of an instance; on SQLite no order is needed."""
         if not self._session.is_modified(cast(Any, state.obj()), include_collections=False):
             return False
-        return self._connections.of(state).dialect.name != "sqlite"
+        return self._connection_of(state).dialect.name != "sqlite"
 
     def in_order(self) -> list[tuple[Connection, _Rows, bool]]:
         """Return the rows by table, after those of the tables that it refers to, and those to be deleted after the others."""
@@ -712,20 +709,12 @@ def is_orphan(state: InstanceState[Any]) -> bool:
     return state.key is not None and bool(state.mapper._is_orphan(state))
 
 
-class _Connections:
-    """Finds the connections of instances; those of one class share one, except in a sharded session."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._by_mapper: dict[Mapper[Any], Connection] = {}
-
-    def of(self, state: InstanceState[Any]) -> Connection:
-        if self._session.connection_callable is not None:
-            return connection_of(self._session, state)
-        found = self._by_mapper.get(state.mapper)
-        if found is None:
-            found = self._by_mapper[state.mapper] = connection_of(self._session, state)
-        return found
+def _connections(session: Session) -> Callable[[InstanceState[Any]], Connection]:
+    """Return what finds the connections of instances; those of one class share one, except in a sharded session."""
+    if session.connection_callable is not None:
+        return partial(connection_of, session)
+    of_class = cache(lambda mapper: session.connection(bind_arguments={"mapper": mapper}))
+    return lambda state: of_class(state.mapper)
 
 
 class _Rows:
@@ -747,18 +736,10 @@ class _Rows:
         """Whether no attachment of these rows is replaced, and none is stored."""
         return bool(self.columns_by_key) and not self.stores and not any(self.columns_by_key.values())
 
-    def add_keys(self, other: _Rows) -> None:
-        """Lock other rows as well, of which nothing is read."""
-        for key in other.columns_by_key:
-            self.columns_by_key.setdefault(key, set())
-
-    def columns(self) -> list[Column[Any]]:
-        touched = set().union(*self.columns_by_key.values())
-        return [column for column in self.table.columns if column in touched]
-
 
 def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
-    columns = rows.columns()
+    touched = set().union(*rows.columns_by_key.values())
+    columns = [column for column in rows.table.columns if column in touched]
     if deleting and not columns:
         return [], []
     found, missing = lock_rows(connection, rows.table, rows.columns_by_key, columns, deleting=deleting)
@@ -902,9 +883,9 @@ def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
 
 def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObjectRef]:
     """Return the refs that a trigger has replaced in their rows by another value."""
-    connections = _Connections(session)
+    find_connection = _connections(session)
     present = [change for change in written if change.state.obj() is not None]
-    by_table = group(present, lambda change: (connections.of(change.state), change.slot.column.table))
+    by_table = group(present, lambda change: (find_connection(change.state), change.slot.column.table))
     lost: set[StoredObjectRef] = set()
     for (connection, table), changes in by_table.items():
         if has_triggers(connection, table):
@@ -928,24 +909,35 @@ def _is_another(value: Any, ref: StoredObjectRef) -> bool:
 
 def _read(session: Session, flush: FlushState, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:
     """Return how many rows of the flush refer to each object now."""
-    rows = _RowsToRead()
+    wanted: dict[tuple[Connection, Table], tuple[set[tuple[Any, ...]], set[Column[Any]]]] = {}
+
+    def want(connection: Connection, column: Column[Any], *given: tuple[Any, ...]) -> None:
+        keys, columns = wanted.setdefault((connection, column.table), (set(), set()))
+        keys.update(key for key in given if None not in key)
+        columns.add(column)
+
     for displaced in flush.displaced:
         if not _is_surely_deleted(flush, displaced):
             held, state = displaced.held, displaced.state
-            rows.add(displaced.connection, held.column, {held.primary_key})
+            want(displaced.connection, held.column, held.primary_key)
             if state is not None and not displaced.deletes:
-                rows.add(displaced.connection, held.column, keys_of(state, held.table))
+                want(displaced.connection, held.column, *keys_of(state, held.table))
     for connection, vanishing in flush.vanishing:
         for held in vanishing:
-            rows.add(connection, held.column, {held.primary_key})
+            want(connection, held.column, held.primary_key)
     puts = {attachment.ref for _, attachment in flush.puts}
     for change in flush.taken:
         if change.attachment.ref not in puts or change.attachment.ref not in certain:
             instance = change.state.obj()
             if instance is not None:  # otherwise it was garbage-collected and not flushed
                 column = change.slot.column
-                rows.add(connection_of(session, change.state), column, keys_of(change.state, column.table))
-    return rows.count()
+                want(connection_of(session, change.state), column, *keys_of(change.state, column.table))
+    counted: Counter[ObjectKey] = Counter()
+    for (connection, table), (keys, columns) in wanted.items():
+        found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
+        # A row may have been requested by two spellings of its key.
+        counted.update(_stored(held).key for held in {(held.primary_key, held.column): held for held in found}.values())
+    return counted
 
 
 def _is_surely_deleted(flush: FlushState, displaced: Displacement) -> bool:
@@ -957,26 +949,6 @@ def _is_surely_deleted(flush: FlushState, displaced: Displacement) -> bool:
     if not displaced.deletes or context is None or displaced.connection.dialect.name not in ("mysql", "mariadb"):
         return False
     return context.states.get(displaced.state) == (True, False)
-
-
-class _RowsToRead:
-    """Rows to read, by connection and table, and which columns of them."""
-
-    def __init__(self) -> None:
-        self._wanted: dict[tuple[Connection, Table], tuple[set[tuple[Any, ...]], set[Column[Any]]]] = {}
-
-    def add(self, connection: Connection, column: Column[Any], keys: Iterable[tuple[Any, ...]]) -> None:
-        wanted, columns = self._wanted.setdefault((connection, column.table), (set(), set()))
-        wanted.update(key for key in keys if None not in key)
-        columns.add(column)
-
-    def count(self) -> Counter[ObjectKey]:
-        counted: Counter[ObjectKey] = Counter()
-        for (connection, table), (keys, columns) in self._wanted.items():
-            found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
-            # A row may have been requested by two spellings of its key.
-            counted.update(_stored(held).key for held in {(held.primary_key, held.column): held for held in found}.values())
-        return counted
 
 
 # Triggers: whether the database may have changed what the flush wrote.

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -736,48 +736,30 @@ _MARIADB_NAMED = text("""
 _MARIADB_TEMPORARY = "SHOW SESSION STATUS LIKE 'Com_create_temporary_table'"
 
 
-@dataclass(frozen=True, slots=True)
-class NamedColumn:
-    """A column with the name of a model's column, or a table with the name of a model's table.
-
-    Attributes:
-        schema: The schema, as the database calls it.
-        table: The table or view.
-        name: The column; None, or any other, if the table has none of the requested ones.
-        is_default: Whether the name of the table without a schema resolves to this table.
-        obstacle: What may hide rows from a SELECT of this connection, or None.
-        form: How it may contain refs, in a table with rows of its own: as JSON that SQL queries by key, or anywhere in its text;
-            None if it cannot contain any.
-    """
-
-    schema: str
-    table: str
-    name: str | None
-    is_default: bool
-    obstacle: Obstacle | None
-    form: Form | None
-
-
-def find_named_columns(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[NamedColumn]:
+def _find_named(connection: Connection, tables: list[str], columns: list[str]) -> list[tuple[Any, ...]]:
     """Return the columns of given names in tables of given names, in every schema that is visible to this role.
 
     It is one question, of the catalogue alone, on all databases but SQLite, and one more on MariaDB, whose catalogue does not
     show temporary tables: transactions ask it before they commit.
+
+    Returns:
+        For each the schema, as the database calls it; the table or view; the column, None or any other if the table has none of
+        the requested ones; whether the name of the table without a schema resolves to this table; and the obstacle and the form
+        as in a `Place`, but no form for what has no rows of its own.
     """
-    names = {"tables": list(tables), "columns": list(columns)}
-    match connection.dialect.name:
-        case "postgresql":
-            rows: Iterable[Any] = connection.execute(
-                _POSTGRESQL_NAMED, {**names, "shortest": GENERATED_ID_LENGTH}, execution_options=UNTRANSLATED
-            )
-        case "sqlite":
-            rows = _sqlite_named(connection, tables, columns)
-        case _:
-            rows = _mariadb_named(connection, names)
-    return [NamedColumn(schema, table, name, bool(is_default), *rest) for schema, table, name, is_default, *rest in rows]
+    names: dict[str, Any] = {"tables": tables, "columns": columns, "shortest": GENERATED_ID_LENGTH}
+    if connection.dialect.name == "sqlite":
+        return _sqlite_named(connection, tables, columns)
+    is_postgresql = connection.dialect.name == "postgresql"
+    statement = _POSTGRESQL_NAMED if is_postgresql else _MARIADB_NAMED
+    rows = [tuple(row) for row in connection.execute(statement, names, execution_options=UNTRANSLATED)]
+    if is_postgresql or not _has_temporary(connection):
+        return rows
+    shadowed = {place for place in {row[:2] for row in rows} if _is_temporary(connection, *place)}
+    return [(*row[:4], "temporary table" if row[:2] in shadowed else row[4], row[5]) for row in rows]
 
 
-def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[tuple[Any, ...]]:
+def _sqlite_named(connection: Connection, tables: list[str], columns: list[str]) -> list[tuple[Any, ...]]:
     schemas = attached_databases(connection)
     quote = connection.dialect.identifier_preparer.quote
     statement = _sqlite_question(tuple(map(quote, schemas)))
@@ -789,18 +771,7 @@ def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequen
     ]
 
 
-def _mariadb_named(connection: Connection, names: dict[str, list[str]]) -> list[tuple[Any, ...]]:
-    rows = [
-        tuple(row)
-        for row in connection.execute(_MARIADB_NAMED, {**names, "shortest": GENERATED_ID_LENGTH}, execution_options=UNTRANSLATED)
-    ]
-    if not _has_some(connection):
-        return rows
-    shadowed = {place for place in {row[:2] for row in rows} if _is_temporary(connection, *place)}
-    return [(*row[:4], "temporary table" if row[:2] in shadowed else row[4], row[5]) for row in rows]
-
-
-def _has_some(connection: Connection) -> bool:
+def _has_temporary(connection: Connection) -> bool:
     """Return whether a session of MariaDB may have temporary tables, by its counter of those that it created."""
     row = connection.exec_driver_sql(_MARIADB_TEMPORARY).first()
     return row is None or str(row[1]) != "0"
@@ -854,7 +825,7 @@ class Place:
         name: The column.
         is_generated: Whether a generated column beside it has the locations; see `granite_storage.orm.references`.
         obstacle: What may hide its rows from this connection; None where nothing does.
-        is_text: Whether refs may be anywhere in its text, rather than JSON into which SQL looks by key.
+        form: How it contains refs: as JSON that SQL queries by key, or anywhere in its text; None where that is not known.
     """
 
     schema: str | None
@@ -862,7 +833,12 @@ class Place:
     name: str
     is_generated: bool = False
     obstacle: Obstacle | None = None
-    is_text: bool = False
+    form: Form | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether refs may be anywhere in its text, rather than JSON into which SQL looks by key."""
+        return self.form == "text"
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -888,22 +864,22 @@ class Catalogue:
     Args:
         connection: A connection, whose dialect tells which names are the same.
         columns: The columns.
-        found: What it has.
+        found: What it has; see `_find_named`.
     """
 
-    def __init__(self, connection: Connection, columns: Iterable[Column[Any]], found: Iterable[NamedColumn]) -> None:
+    def __init__(self, connection: Connection, columns: Iterable[Column[Any]], found: Iterable[tuple[Any, ...]]) -> None:
         self._preparer = connection.dialect.identifier_preparer
         self._is_postgresql = connection.dialect.name == "postgresql"
         self._columns = list(columns)
-        self._tables: dict[tuple[str, str], dict[str, NamedColumn]] = {}
+        self._tables: dict[tuple[str, str], dict[str, Place]] = {}
         self._default: dict[str, str] = {}
-        for item in found:
-            schema, name = self._known(item.schema), self._known(item.table)
-            named = self._tables.setdefault((schema, name), {})
-            if item.name is not None:
-                named[self._known(item.name)] = item
-            if item.is_default:
-                self._default[name] = schema
+        for schema, table, name, is_default, obstacle, form in found:
+            key = self._known(schema), self._known(table)
+            named = self._tables.setdefault(key, {})
+            if name is not None:
+                named[self._known(name)] = Place(schema, table, name, obstacle=obstacle, form=form)
+            if is_default:
+                self._default[key[1]] = key[0]
 
     def has_table(self, schema: str | None, name: str) -> bool:
         """Return whether there is a table with the name and schema of a model, or with a translated schema."""
@@ -920,22 +896,20 @@ class Catalogue:
         by_table = group(self._columns, lambda item: self._folded(item.table.name))
         for (_, name), named in self._tables.items():
             for wanted in by_table.get(name, ()):
-                found = named.get(self._folded(wanted.name))
-                if found is not None and found.form is not None and (place := self._place(named, wanted)) is not None:
+                place = self._place(named, wanted)
+                if place is not None and place.form is not None:
                     places.setdefault(place, wanted)
         return places
 
-    def _find(self, schema: str | None, name: str) -> dict[str, NamedColumn] | None:
+    def _find(self, schema: str | None, name: str) -> dict[str, Place] | None:
         table_name = self._folded(name)
         schema_name = self._default.get(table_name) if schema is None else self._folded(schema)
         return None if schema_name is None else self._tables.get((schema_name, table_name))
 
-    def _place(self, named: Mapping[str, NamedColumn], wanted: Column[Any]) -> Place | None:
+    def _place(self, named: Mapping[str, Place], wanted: Column[Any]) -> Place | None:
         found = named.get(self._folded(wanted.name))
-        if found is None or found.name is None:
-            return None
         is_generated = self._known(location_column_name(wanted.name)) in named
-        return Place(found.schema, found.table, found.name, is_generated, found.obstacle, found.form == "text")
+        return found if found is None or not is_generated else replace(found, is_generated=True)
 
     def _known(self, name: str) -> str:
         """Return a name of the database in a form that can be compared."""
@@ -984,7 +958,7 @@ def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Ca
     names = {_spelled(connection, item.name) for item in columns}
     if connection.dialect.name in ("mysql", "mariadb"):
         names |= {location_column_name(item.name) for item in columns}
-    return Catalogue(connection, columns, find_named_columns(connection, tables, sorted(names)) if tables else [])
+    return Catalogue(connection, columns, _find_named(connection, tables, sorted(names)) if tables else [])
 
 
 def _spelled(connection: Connection, name: str) -> str:

@@ -48,9 +48,9 @@ from granite_storage.orm._interfaces import (
 )
 from granite_storage.orm._util import (
     TRANSLATE_MAP,
+    add_listeners,
     codes_of,
     deferred_cancellation,
-    detach_iterations,
     in_greenlet,
     is_async,
     root_engine,
@@ -384,7 +384,7 @@ class ConnectionWatch:
     """What is known of the transaction on one connection."""
 
     # Weak, because the pool's record of a connection knows its watch: a connection that is dropped must not be held by this.
-    _connection: weakref.ref[Connection]
+    connection: weakref.ref[Connection]
     # What leads to the same tables, and whether a transaction that begins now sees rows there which this one does not see.
     engine: Engine
     options: Mapping[str, Any]
@@ -401,11 +401,6 @@ class ConnectionWatch:
     to_delete_after_rollback: list[StoredObject] = field(default_factory=list)
 
     @property
-    def connection(self) -> Connection | None:
-        """The connection, unless it was dropped."""
-        return self._connection()
-
-    @property
     def is_async(self) -> bool:
         """Whether the connection is that of an asynchronous engine."""
         return self.engine.dialect.is_async
@@ -413,7 +408,7 @@ class ConnectionWatch:
     @property
     def is_open(self) -> bool:
         """Whether the database transaction goes on, though the session's has ended."""
-        connection = self.connection
+        connection = self.connection()
         if self.lost or connection is None or connection.closed or connection.invalidated:
             return False
         return connection.in_transaction()
@@ -444,7 +439,7 @@ class ConnectionWatch:
             units[work.unit] = work.unit.displaced(work.frame)
         objects = [stored for displaced in units.values() for stored in displaced]
         objects += [stored for stored in self.to_delete if stored.intent is None]
-        connection = self.connection
+        connection = self.connection()
         if objects and connection is not None:
             shared = find_shared(connection, objects)
             self.has_snapshot = connection.dialect.name != "sqlite" and connection.get_isolation_level() != "READ COMMITTED"
@@ -587,7 +582,6 @@ def conclude(session: Session, transaction: SessionTransaction, *, is_dropped: b
         return
     if unit.watchdog is not None:
         unit.watchdog.cancel()
-        unit.watchdog = None
     unit.abandon_flush()
     frame = unit.close(transaction)
     spans, unit.spans = unit.spans, {}
@@ -632,9 +626,7 @@ def listen_to(engine: Engine) -> None:
     engine = root_engine(engine)
     if engine not in _engines:
         _engines.add(engine)
-        for name, listener in _LISTENERS.items():
-            detach_iterations(engine, name)
-            event.listen(engine, name, listener)
+        add_listeners(engine, _LISTENERS)
 
 
 def unlisten_all() -> None:

@@ -256,11 +256,11 @@ async def store(uploads: Sequence[Upload]) -> None:
     items = [_Item.of(upload) for upload in uploads]
     leases = await _begin(items)
     try:
-        with contained("storing attachments"):
-            await _put_all(items, leases)
+        await _put_all(items, leases)
     except BaseException:
         await _undo([upload.attachment for upload in uploads], items)
-        raise
+        with contained("storing attachments"):
+            raise
     for item in items:
         item.complete()
 
@@ -280,8 +280,9 @@ async def discard(attachments: Iterable[Attachment]) -> None:
 async def _begin(items: Sequence[_Item]) -> dict[Journal | None, UploadLease]:
     """Commit the intents of uploads and their variants to their journals, of which there is usually one."""
     leases: dict[Journal | None, UploadLease] = {}
-    for journal in {journal for item in items if (journal := item.upload.binding.journal) is not None}:
-        concerned = [item for item in items if item.upload.binding.journal is journal]
+    for journal, concerned in group(items, lambda item: item.upload.binding.journal).items():
+        if journal is None:
+            continue
         prepared = [one for item in concerned for one in (item.prepared, *item.variants.values())]
         leases[journal] = lease = await journal.begin_uploads(prepared)
         ids = iter(lease.ids)
@@ -468,7 +469,8 @@ async def make_variant(
             content: bytes | IO[bytes]
             if isinstance(derived.content, Path):
                 content = await _open_file(derived.content, declared)
-                stack.push_async_callback(_close_file, content)
+                closing = asyncio.to_thread(content.close)
+                stack.push_async_callback(shielded_cleanup, closing, "closing the file of a variant")
             else:
                 content = derived.content
         keep(await engine.put(prepared, content))
@@ -485,15 +487,7 @@ def _recipe_errors(declared: DeclaredVariant) -> Iterator[None]:
 
 async def _open_file(path: Path, declared: DeclaredVariant) -> IO[bytes]:
     try:
-        return await shielded(asyncio.to_thread(path.open, "rb"), undo=_close)
+        return await shielded(asyncio.to_thread(path.open, "rb"), undo=lambda file: asyncio.to_thread(file.close))
     except OSError as error:
         message = f"the derivation failed: the file of the variant {declared.name!r} cannot be read: {error.strerror}"
         raise DerivationFailedError(message) from error
-
-
-async def _close_file(file: IO[bytes]) -> None:
-    await shielded_cleanup(_close(file), "closing the file of a variant")
-
-
-async def _close(file: IO[bytes]) -> None:
-    await asyncio.to_thread(file.close)

@@ -237,8 +237,8 @@ MUTANTS = [
         name="sessions-own-connections-without-listeners",
         rule="The library's own connections have the listeners and options of the application's engine.",
         path="granite_storage/orm/_loops.py",
-        old="    for listeners in _listeners_of(engine):\n",
-        new="    for listeners in ():\n",
+        old="    copy_listeners(engine, apart)\n",
+        new="",
         tests=("tests/orm/test_other_loops.py::test_role_set_by_a_listener",),
     ),
     Mutant(

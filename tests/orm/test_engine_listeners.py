@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
 from sqlalchemy.util import await_only
 
 from granite_storage.orm import transactions
-from granite_storage.orm._util import root_engine
+from granite_storage.orm._util import copy_listeners, root_engine, without_pool
 from tests.orm.environment import Doc, OrmEnvironment, file
 
 
@@ -37,3 +37,16 @@ async def test_an_engine_is_first_used_while_another_session_begins(env: OrmEnvi
     may_begin.set()
     await asyncio.gather(first, second)
     await env.check(file_1="a", file_2="a")
+
+
+def test_listeners_of_an_engine_with_other_options() -> None:
+    """The library's own engine has the listeners of the one that it was given, and of the one that that was made from."""
+    original = create_engine("sqlite://")
+    given = original.execution_options(isolation_level="SERIALIZABLE")
+    begun: list[str] = []
+    event.listen(given, "begin", lambda _: begun.append("given"))
+    event.listen(original, "begin", lambda _: begun.append("original"))
+    own = without_pool(given)
+    copy_listeners(given, own)
+    with own.begin():
+        assert begun == ["original", "given"]

@@ -136,6 +136,14 @@ async def test_pool_is_used_on_its_own_loop(env: OrmEnvironment) -> None:
     assert len(opened) == 1
 
 
+async def test_first_checkout_tells_the_loop(env: OrmEnvironment) -> None:
+    """Later ones, of each transaction of the application, call nothing of the library's for that."""
+    await env.add(Doc(id=1, file=file("a")))
+    called = [listener.__module__ for listener in env.engine.sync_engine.pool.dispatch.checkout]  # type: ignore[attr-defined]
+    assert not [module for module in called if module.startswith("granite_storage")]
+    await env.check(file_1="a")
+
+
 async def test_role_set_by_a_listener(env: OrmEnvironment) -> None:
     """The application's listeners, such as one that sets a role in each transaction, hear of the library's own ones."""
     old = await replaced(env)

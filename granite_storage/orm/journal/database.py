@@ -32,7 +32,7 @@ from granite_storage.orm._faults import explain_denied, explain_fault
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._loops import make_apart
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, wait
+from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, copy_listeners, put_barrier, root_engine, wait
 from granite_storage.orm.journal.tables import (
     LONGEST_META_NAME,
     RETENTION_PREFIX,
@@ -98,11 +98,8 @@ class JournalPool:
         return as_async_engine(inner)
 
     def _bring_events(self, inner: Engine) -> None:
-        """Let the application's own events come along, such as one that sets a role; ours are those of its sessions."""
-        for dispatcher in dispatchers_of(self._outer):
-            inner.dispatch._update(dispatcher, only_propagate=False)
-        if self._outer._has_events:  # else what listens to the class `Engine` later decides
-            inner._has_events = True
+        """Let the application's own events come along; the library's are those of its sessions."""
+        copy_listeners(self._outer, inner)
 
     @property
     def _engine(self) -> AsyncEngine:

@@ -132,9 +132,8 @@ class EffectJobs(JobQueue):
         if not (effects := effects_of(self._columns)):
             return report
         own = self._job.c.key.in_(sorted(map(effect_key, effects)))
-        for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
-            while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                report.effects += sum(await run_bounded(jobs, self._call, limit))
+        while jobs := await self._claim(backend, _CONCURRENCY, own):
+            report.effects += sum(await run_bounded(jobs, self._call, _CONCURRENCY))
         return report
 
     async def call_now(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
@@ -147,7 +146,7 @@ class EffectJobs(JobQueue):
         async with self._pool.durable() as connection:
             await connection.run_sync(enqueue_effects, self._job, [(column, source)], {}, names=[name])
         own = self._job.c.id == job_id(source.backend, source.location, key)
-        jobs = await self._claim(source.backend, 1, own, suspected=False)
+        jobs = await self._claim(source.backend, 1, own)
         return await self._call(jobs[0]) if jobs else None
 
     async def find_pending(self, which: Which) -> dict[str, list[str]]:
@@ -183,8 +182,6 @@ class EffectJobs(JobQueue):
 
     async def _call(self, job: LeasedJob) -> bool:
         """Call the handler that fits the rows, and delete the job; return whether that has succeeded."""
-        if await self._is_deadly(job):
-            return False
         effect = effects_of(self._columns)[job.key.removeprefix(EFFECT)]
         try:
             with contained("an effect"):

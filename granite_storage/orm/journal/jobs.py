@@ -69,6 +69,8 @@ RENEWALS: Final = 3
 """How often a lease is renewed before it would be over."""
 LEFT_IN_COMPANY: Final = 2
 """How many workers may leave a row before it is taken over alone."""
+DEADLY: Final = "{} workers have taken it over, and none has come to an end"
+"""The error of a row that has killed too many workers."""
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
 MOST_REPORTED: Final = 1000
@@ -230,16 +232,13 @@ class LeasedJob:
         return f"{_describe(self.key)} of the object {self.location!r}"
 
 
+@again_after_deadlock
 async def take_over(
-    pool: JournalPool,
-    table: Table,
-    backend: str,
-    limit: int,
-    seconds: float,
-    *conditions: ColumnElement[bool],
-    suspected: bool,
+    pool: JournalPool, table: Table, backend: str, limit: int, seconds: float, *conditions: ColumnElement[bool]
 ) -> list[tuple[Row[Any], datetime]]:
     """Take over jobs or reclaims that are due; those that another worker takes over at this moment are skipped.
+
+    One that workers have left repeatedly is taken over alone, after all others.
 
     Args:
         pool: The journal's own connections.
@@ -248,27 +247,35 @@ async def take_over(
         limit: The most rows.
         seconds: How long they are this worker's own.
         *conditions: Which of them are meant.
-        suspected: Whether to take those over that workers have left repeatedly, or all others.
 
     Returns:
         The rows as they were before, and until when each is this worker's own.
     """
     was_left = table.c.takeovers >= LEFT_IN_COMPANY
     due = (table.c.backend == backend) & (table.c.due <= clock()) & table.c.dead.is_(False)
-    found = select(table).where(due, was_left if suspected else ~was_left, *conditions).order_by(table.c.due).limit(limit)
-    found = found.with_for_update(skip_locked=True)
-    if not await pool.may_find(found):
-        return []
-    async with pool.writing() as connection:
-        rows = list(await connection.execute(found))
-        if not rows:
-            return []
-        until = await moment_in(connection, seconds)
-        taken = {"due": until, "takeovers": table.c.takeovers + 1}
-        statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
-        # One by one: on MariaDB a list may lock other rows on the way.
-        await connection.execute(statement, [{"mine": row.id} for row in rows])
-    return [(row, until) for row in rows]
+    for is_meant, most in ((~was_left, limit), (was_left, 1)):
+        found = select(table).where(due, is_meant, *conditions).order_by(table.c.due).limit(most)
+        found = found.with_for_update(skip_locked=True)
+        if not await pool.may_find(found):
+            continue
+        async with pool.writing() as connection:
+            rows = list(await connection.execute(found))
+            if not rows:
+                continue
+            until = await moment_in(connection, seconds)
+            taken = {"due": until, "takeovers": table.c.takeovers + 1}
+            statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
+            # One by one: on MariaDB a list may lock other rows on the way.
+            await connection.execute(statement, [{"mine": row.id} for row in rows])
+        return [(row, until) for row in rows]
+    return []
+
+
+async def retry_dead(pool: JournalPool, table: Table) -> int:
+    """Make dead jobs or reclaims due again; return how many there were."""
+    async with pool.durable() as connection:
+        result = await connection.execute(update(table).where(table.c.dead).values(**UNTRIED, dead=False, due=clock()))
+    return result.rowcount
 
 
 class StillHeldError(Exception):
@@ -333,32 +340,20 @@ class JobQueue:
                 for row in await connection.execute(dead)
             ]
 
-    async def retry_dead(self) -> int:
-        """Make dead jobs due again; return how many there were."""
-        job = self._job
-        async with self._pool.writing() as connection:
-            result = await connection.execute(update(job).where(job.c.dead).values(**UNTRIED, dead=False, due=clock()))
-        return result.rowcount
-
-    @again_after_deadlock
-    async def _claim(self, backend: str, limit: int, own: ColumnElement[bool], *, suspected: bool) -> list[LeasedJob]:
-        """Take over jobs that are due.
+    async def _claim(self, backend: str, limit: int, own: ColumnElement[bool]) -> list[LeasedJob]:
+        """Take over jobs that are due, and make those dead that have killed too many workers.
 
         Args:
             backend: The backend's key.
             limit: The most jobs.
             own: Which jobs are meant.
-            suspected: Whether to take those over that workers have left repeatedly, or all others.
         """
-        rows = await take_over(self._pool, self._job, backend, limit, self._lease, own, suspected=suspected)
-        return [LeasedJob.from_row(row, row.takeovers + 1) for row, _ in rows]
-
-    async def _is_deadly(self, job: LeasedJob) -> bool:
-        """Make a job dead that has killed too many workers, and return whether it was."""
-        if job.takeovers <= LEFT_IN_COMPANY + self._max_attempts:
-            return False
-        await self._note(job, f"{job.takeovers - 1} workers have taken it over, and none has come to an end", is_dead=True)
-        return True
+        while rows := await take_over(self._pool, self._job, backend, limit, self._lease, own):
+            jobs = [LeasedJob.from_row(row, row.takeovers + 1) for row, _ in rows]
+            if jobs[0].takeovers <= LEFT_IN_COMPANY + self._max_attempts:
+                return jobs
+            await self._note(jobs[0], DEADLY.format(jobs[0].takeovers - 1), is_dead=True)
+        return []
 
     async def _holdings(self, connection: AsyncConnection, job: LeasedJob, find: Callable[..., list[Holding]]) -> list[Holding]:
         """Return the rows that hold the object of a job, in every schema, as `read_holdings` or `lock_holdings` finds them."""

@@ -45,7 +45,7 @@ from granite_storage.orm.journal.deletes import PendingDelete, delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
-from granite_storage.orm.journal.jobs import JobQueue, has_variants
+from granite_storage.orm.journal.jobs import JobQueue, has_variants, retry_dead
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
@@ -397,7 +397,7 @@ class StorageJournal:
         """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
         await self._ensure_checked()
         revived = [await recovery.retry_dead_letters() for recovery in self._recoveries()]
-        return sum(revived) + await self._jobs(JobQueue).retry_dead()
+        return sum(revived) + await retry_dead(self._pool, self.tables.job)
 
     async def count_jobs(self) -> RecoveryReport:
         """Count the jobs that are still to be done, and those that have failed for good, without doing any."""

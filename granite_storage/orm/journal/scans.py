@@ -72,12 +72,11 @@ class ScanJobs(JobQueue):
             else:
                 report.scanned += judged
 
-        for suspected, limit in ((False, CONCURRENCY), (True, 1)):
-            while addresses := sorted(all_addresses - unavailable):
-                due = (table.c.key == SCAN) & tuple_(table.c.table_name, table.c.column_name).in_(addresses)
-                if not (jobs := await self._claim(backend, limit, due, suspected=suspected)):
-                    break
-                await run_bounded(jobs, work, limit)
+        while addresses := sorted(all_addresses - unavailable):
+            due = (table.c.key == SCAN) & tuple_(table.c.table_name, table.c.column_name).in_(addresses)
+            if not (jobs := await self._claim(backend, CONCURRENCY, due)):
+                break
+            await run_bounded(jobs, work, CONCURRENCY)
         return report
 
     async def _scan(self, job: LeasedJob) -> int:
@@ -86,8 +85,6 @@ class ScanJobs(JobQueue):
         Raises:
             ScannerUnavailableError: The scanner cannot judge it now; that is noted.
         """
-        if await self._is_deadly(job):
-            return 0
         try:
             with contained("a scan"):
                 async with background(self._renew(job)):

@@ -718,7 +718,7 @@ class TestFailures:
         recipe = Upper()
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))
-            await journal_of(env)._jobs(VariantJobs)._claim("store", 8, journal_of(env).tables.job.c.key != "", suspected=False)
+            await journal_of(env)._jobs(VariantJobs)._claim("store", 8, journal_of(env).tables.job.c.key != "")
             assert (await journal_of(env).recover()).derived == 0, "its lease is not over"
             assert await derive(env) == 1
 

@@ -157,7 +157,7 @@ async def test_a_writer_at_every_await(env: OrmEnvironment, write: Callable[[Orm
             deriver = journal_of(env)._jobs(VariantJobs)
             mine = journal_of(env).tables.job.c.location == (await ref_of(env)).location
             working = Interleaved(
-                deriver._derive(await deriver._claim("store", 8, mine, suspected=False)), at, partial(write, env)
+                deriver._derive(await deriver._claim("store", 8, mine)), at, partial(write, env)
             )
             await working
             reached = working.task is not None

@@ -400,7 +400,7 @@ class TestFailures:
             await env.add(Doc(id=1, file=file("x")))
             own = effects_module.effect_key("search")
             table = journal_of(env).tables.job
-            await journal_of(env)._jobs(EffectJobs)._claim("store", 1, table.c.key == own, suspected=False)
+            await journal_of(env)._jobs(EffectJobs)._claim("store", 1, table.c.key == own)
             async with env.sessions.begin() as session:
                 await session.execute(delete(Doc))
             assert (await journal_of(env).recover()).effects == 0

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -24,10 +25,10 @@ from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
 
-from granite_storage._tasks import shielded
+from granite_storage._tasks import contained, shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm._interfaces import DeclaredVariant, Journal
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
@@ -71,6 +72,8 @@ LEFT_IN_COMPANY: Final = 2
 """How many workers may leave a row before it is taken over alone."""
 DEADLY: Final = "{} workers have taken it over, and none has come to an end"
 """The error of a row that has killed too many workers."""
+_SAFE_SHARE = 0.8
+"""The part of a lease after which its holder counts it as expired."""
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
 MOST_REPORTED: Final = 1000
@@ -190,6 +193,70 @@ def _renew_all(_: Table, new: Any) -> dict[str, Any]:
     """Return what a job becomes that is recorded once more."""
     names = ("table_name", "column_name", "recipe", "due", "attempts", "takeovers", "dead")
     return {name: new[name] for name in names}
+
+
+# Leases: what belongs to an uploader or a worker for a while, and is renewed in time.
+
+
+class Lease:
+    """A lease in the database, and its end as its holder judges it.
+
+    Its end is judged twice: by the database's clock, for other workers, and before that by this machine's monotonic one, for the
+    holder, who then does nothing more. Neither makes anything safe; they only keep work from being done in vain.
+
+    Args:
+        renew: Renews it in the database; returns whether it was still the holder's.
+        seconds: How long it is, from each renewal.
+        begun: When it was asked for, by the monotonic clock: before the database began to count.
+        what: What it is for, in messages.
+        job: The job that it is for, if it is.
+    """
+
+    def __init__(
+        self, renew: Callable[[], Awaitable[bool]], seconds: float, begun: float, what: str, job: LeasedJob | None = None
+    ) -> None:
+        self._renew_there = renew
+        self._seconds = seconds
+        self._begun = begun
+        self._what = what
+        self._job = job
+
+    @property
+    def interval(self) -> float:
+        """The seconds until it is to be renewed."""
+        return min(self._seconds / RENEWALS, max(self._remaining() / 2, 0))
+
+    def require(self) -> None:
+        """Raise `StaleAttachmentError` if it has expired for its holder."""
+        if self._remaining() <= 0:
+            raise self._expired()
+
+    async def hold(self) -> None:
+        """Renew it until cancelled; raise `StaleAttachmentError` if that fails for too long."""
+        while True:
+            await asyncio.sleep(self.interval)
+            self.require()
+            await self._renew()
+
+    async def _renew(self) -> None:
+        asked = time.monotonic()
+        try:
+            with contained("the database"):
+                async with asyncio.timeout(self._remaining()):
+                    there = await self._renew_there()
+        except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
+            message, fields = "the lease of %s could not be renewed, which will be retried: %r", fields_of(self._job)
+            logger.warning(message, self._what, error, extra=fields)
+            return
+        if not there:
+            raise self._expired()
+        self._begun = asked
+
+    def _remaining(self) -> float:
+        return self._begun + self._seconds * _SAFE_SHARE - time.monotonic()
+
+    def _expired(self) -> StaleAttachmentError:
+        return StaleAttachmentError(f"the lease of {self._what} has expired while it was in progress; it may be tried again")
 
 
 # What a worker does.
@@ -321,24 +388,9 @@ class JobQueue:
         self._max_attempts = max_attempts
         self._refused: list[FailedReclaim] = []
 
-    async def count(self, report: RecoveryReport) -> None:
-        """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""
-        job = self._job
-        async with self._pool.reading() as connection:
-            counts = select(job.c.key, func.count()).where(job.c.dead.is_(False)).group_by(job.c.key)
-            found: dict[str, int] = {key: count for key, count in await connection.execute(counts)}  # noqa: C416  # rows, not pairs
-            report.held = found.pop(SCAN, 0)
-            report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
-            report.underived = sum(found.values()) - report.pending_effects
-            # What a recipe refuses is known, and no fault that anything could mend.
-            is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
-            refused = select(func.count()).where(job.c.dead, is_refused)
-            report.underivable = (await connection.execute(refused)).scalar_one()
-            dead = select(job).where(job.c.dead, ~is_refused).order_by(job.c.due).limit(MOST_REPORTED)
-            report.failed += [
-                failure_of(LeasedJob.from_row(row, row.takeovers), row.error, attempts=row.attempts)
-                for row in await connection.execute(dead)
-            ]
+    async def run(self, backend: str) -> RecoveryReport:
+        """Do the jobs that are due for objects on one backend, given by its key."""
+        raise NotImplementedError
 
     async def _claim(self, backend: str, limit: int, own: ColumnElement[bool]) -> list[LeasedJob]:
         """Take over jobs that are due, and make those dead that have killed too many workers.
@@ -403,10 +455,27 @@ class JobQueue:
             await connection.execute(update(table).where(is_own).values(values))
 
 
-def failure_of(job: LeasedJob, problem: str, *, attempts: int | None = None) -> FailedReclaim:
-    """Return what a report says of a job that is not tried again; by default after one more attempt."""
-    tried = job.attempts + 1 if attempts is None else attempts
-    return FailedReclaim(job.backend, job.location, f"{_describe(job.key)}: {problem}", tried, None)
+async def report_jobs(pool: JournalPool, job: Table, report: RecoveryReport) -> None:
+    """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""
+    async with pool.reading() as connection:
+        counts = select(job.c.key, func.count()).where(job.c.dead.is_(False)).group_by(job.c.key)
+        found: dict[str, int] = {key: count for key, count in await connection.execute(counts)}  # noqa: C416  # rows, not pairs
+        report.held = found.pop(SCAN, 0)
+        report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
+        report.underived = sum(found.values()) - report.pending_effects
+        # What a recipe refuses is known, and no fault that anything could mend.
+        is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
+        refused = select(func.count()).where(job.c.dead, is_refused)
+        report.underivable = (await connection.execute(refused)).scalar_one()
+        dead = select(job).where(job.c.dead, ~is_refused).order_by(job.c.due).limit(MOST_REPORTED)
+        report.failed += [
+            failure_of(LeasedJob.from_row(row, row.takeovers), row.error, row.attempts) for row in await connection.execute(dead)
+        ]
+
+
+def failure_of(job: LeasedJob, problem: str, attempts: int) -> FailedReclaim:
+    """Return what a report says of a job that is not tried again."""
+    return FailedReclaim(job.backend, job.location, f"{_describe(job.key)}: {problem}", attempts, None)
 
 
 def _describe(key: str) -> str:

@@ -218,7 +218,7 @@ class Recovery:
             if not rows:
                 return [], renumbered
             until = await moment_in(connection, self._hold)
-            claimed = [_Reclaim(*row[:6], until, attempts=0, takeovers=1, emptied=False) for row in rows]
+            claimed = [_Reclaim._make((*row[:6], until, 0, 1, False)) for row in rows]
             new = [{**item._asdict(), "dead": False} for item in claimed]
             if not await self._put_fences(connection, insert(reclaim), new):
                 return [], renumbered
@@ -306,7 +306,7 @@ class Recovery:
     async def _resume(self, backend: str, limit: int) -> list[_Reclaim]:
         """Take over fenced rows that are due: retries, late re-checks, and rows of workers that died."""
         rows = await take_over(self._pool, self._tables.reclaim, backend, limit, self._hold)
-        return [_Reclaim(*row[:6], until, row.attempts, row.takeovers + 1, row.emptied) for row, until in rows]
+        return [_Reclaim._make((*row[:6], until, row.attempts, row.takeovers + 1, row.emptied)) for row, until in rows]
 
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
         deadly = [item for item in claimed if item.takeovers > LEFT_IN_COMPANY + self._max_attempts]

@@ -58,7 +58,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 class ScanJobs(JobQueue):
     """Has held objects scanned, and writes the verdicts into their rows; its arguments are those of `JobQueue`."""
 
-    async def scan(self, backend: str) -> RecoveryReport:
+    async def run(self, backend: str) -> RecoveryReport:
         """Scan what is due on one backend, given by its key; of a column whose scanner is unavailable only the first few."""
         report = RecoveryReport()
         unavailable: set[Address] = set()

@@ -93,7 +93,7 @@ class VariantJobs(JobQueue):
 
     _column_type = AttachmentType
 
-    async def derive(self, backend: str) -> RecoveryReport:
+    async def run(self, backend: str) -> RecoveryReport:
         """Make the variants that are due of objects on one backend, given by its key.
 
         Only those whose recipes are this process's own: another version of the application may have others.
@@ -412,7 +412,7 @@ class VariantJobs(JobQueue):
                     is_refused = isinstance(error, DerivationRefusedError)
                     if is_refused:
                         problem = describe_refusal(error)
-                        self._refused.append(failure_of(job, problem))
+                        self._refused.append(failure_of(job, problem, job.attempts + 1))
                     await self._note(job, problem, is_dead=is_refused or not await self._is_unmounted(job), is_outcome=is_refused)
             case DerivationFailedError():
                 most = min(self._max_attempts, _MOST_DERIVATIONS)

@@ -407,7 +407,7 @@ class TestFailures:
             assert await verbs(env, index) == ["remove"]
 
     async def test_a_lost_lease_cancels_the_handler(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(effects_module, "RENEWALS", 2000)
+        monkeypatch.setattr("granite_storage.orm.journal.jobs.RENEWALS", 2000)
         index = SearchIndex(env)
         with with_effects({"search": index.effect}):
             await env.add(Doc(id=1, file=file("x")))

@@ -368,7 +368,7 @@ class TestLeases:
             assert [await rows(env, name) for name in ("intent", "reclaim")] == [[], []]
             return await original(*args, **kwargs)
 
-        monkeypatch.setattr("granite_storage.orm.journal.intents.Lease.hold", hold)
+        monkeypatch.setattr("granite_storage.orm.journal.jobs.Lease.hold", hold)
         monkeypatch.setattr(type(env.backend), "put_bytes", put_bytes)
         with pytest.raises(StaleAttachmentError, match="lease"):
             await env.add(Doc(id=1, file=file("a")))
@@ -377,7 +377,7 @@ class TestLeases:
     async def test_nothing_is_sent_when_the_lease_is_over_already(
         self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("granite_storage.orm.journal.intents._SAFE_SHARE", 0.0)
+        monkeypatch.setattr("granite_storage.orm.journal.jobs._SAFE_SHARE", 0.0)
         with pytest.raises(StaleAttachmentError, match="lease"):
             await env.add(Doc(id=1, file=file("a")))
         assert not [call for call in env.backend.calls if call.operation.startswith("put")]

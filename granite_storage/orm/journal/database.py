@@ -324,7 +324,6 @@ class Engines:
         self._home: weakref.ref[asyncio.AbstractEventLoop] | None = None
         # A child must not close what its parent has opened: on SQLite that may take the parent's locks from it.
         self._inherited: list[Pool] = []
-        self._on_portal: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
         self._elsewhere: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
         self._process = os.getpid()
 
@@ -335,20 +334,16 @@ class Engines:
         if not self._first.dialect.is_async:
             return self._first
         loop = asyncio.get_running_loop()
-        if portal.is_here:
-            engine = self._on_portal.get(loop)
-            if engine is None:
-                engine = self._on_portal[loop] = self._make()
+        if not portal.is_here:
+            if self._home is None:
+                self._home = weakref.ref(loop)
+            if self._home() is loop or isinstance(self._first.sync_engine.pool, NullPool):
+                return self._first
+        if loop not in self._elsewhere:
+            self._elsewhere[loop] = self._make() if portal.is_here else as_async_engine(make_apart(self._first.sync_engine))
+            if portal.is_here:
                 portal.add_user(self)
-            return engine
-        if self._home is None:
-            self._home = weakref.ref(loop)
-        if self._home() is loop or isinstance(self._first.sync_engine.pool, NullPool):
-            return self._first
-        engine = self._elsewhere.get(loop)
-        if engine is None:
-            engine = self._elsewhere[loop] = as_async_engine(make_apart(self._first.sync_engine))
-        return engine
+        return self._elsewhere[loop]
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -387,11 +382,10 @@ class Engines:
             self._inherited.append(self._first.sync_engine.pool)
             self._first.sync_engine.dispose(close=False)
             self._home = None
-            self._on_portal.clear()
             self._elsewhere.clear()
 
     async def _dispose_on_portal(self) -> None:
-        engine = self._on_portal.get(asyncio.get_running_loop())
+        engine = self._elsewhere.get(asyncio.get_running_loop())
         if engine is not None:
             await engine.dispose()
 

@@ -192,17 +192,15 @@ class Intents:
                 await connection.execute(statement, batch)
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
-        """Renew the leases of uploads; return whether all of their intents still exist."""
-        intent = self._upload_intent
-        async with self._uploads.writing() as connection:
-            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=clock(lease.total_seconds())))
-        return result.rowcount == len(ids)
+        """Renew the leases of uploads; return whether all of the intents are those of uploads, and still exist.
 
-    async def expire(self, ids: Sequence[UUID]) -> None:
-        """End the leases of uploads, so that a worker's next pass takes them; a delete still waits for its retention."""
+        With a lease of 0 they end, so that a worker's next pass takes them; a delete still waits for its retention.
+        """
         intent = self._upload_intent
+        uploads = update(intent).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD)
         async with self._uploads.writing() as connection:
-            await connection.execute(update(intent).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD).values(due=clock()))
+            result = await connection.execute(uploads.values(due=clock(lease.total_seconds())))
+        return result.rowcount == len(ids)
 
     async def note_upload_id(self, intent_id: UUID, upload_id: str) -> None:
         """Save the id of a multipart upload, before its first part is sent."""

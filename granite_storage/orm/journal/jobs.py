@@ -93,11 +93,6 @@ def variants_of(column: Column[Any]) -> Mapping[str, DeclaredVariant]:
     return column.type.variants if isinstance(column.type, AttachmentType) else {}
 
 
-def has_variants(columns: Iterable[Column[Any]]) -> bool:
-    """Return whether a column declares variants."""
-    return any(map(variants_of, columns))
-
-
 def effect_key(name: str) -> str:
     """Return the key of the jobs of an effect."""
     return f"{EFFECT}{name}"

@@ -43,7 +43,7 @@ from granite_storage.orm.journal.deletes import PendingDelete, delete_id
 from granite_storage.orm.journal.direct_uploads import Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, UploadLease
-from granite_storage.orm.journal.jobs import JobQueue, has_variants, report_jobs, retry_dead
+from granite_storage.orm.journal.jobs import JobQueue, report_jobs, retry_dead, variants_of
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
@@ -212,7 +212,7 @@ class StorageJournal:
     async def _check(self) -> None:
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
-        has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
+        has_jobs = may_hold or any(map(variants_of, self._columns())) or bool(effects_of(self._columns()))
         await check_database(self._bounded, self.tables, others, has_jobs=has_jobs)
         unknown = [await recovery.unknown_backends() for recovery in self._recoveries()]
         for backend in sorted(set[str]().union(*unknown)):
@@ -511,7 +511,7 @@ class StorageJournal:
             locked = await self._settle(ids)
         except _FAULTS:
             with suppress(*_FAULTS):  # the lease ends by itself then
-                await self.intents.expire(ids)
+                await self.intents.renew(ids, timedelta(0))
                 self._alarm.ring()
             if self.sidecar is not None:  # which waits for the session's own lock on the rows
                 self.settle_soon(ids)
@@ -605,21 +605,12 @@ class StorageJournal:
     def _recoveries(self, pool: JournalPool | None = None) -> list[Recovery]:
         """Return what takes over intents; on SQLite those of uploads are in another file than those of deletes."""
         pool = self._pool if pool is None else pool
-        files = [(pool, self.tables, self._references_by(pool))]
-        if pool.uploads is not pool:
-            uploads = self._references_by(pool, SidecarReferences)
-            files.insert(0, (pool.uploads, pool.upload_tables(self.tables), uploads))
-        return [
-            Recovery(
-                of_file,
-                tables,
-                self.manager,
-                references,
-                lease=self._lease,
-                max_attempts=self._max_attempts,
-            )
-            for of_file, tables, references in files
-        ]
+        make = partial(Recovery, manager=self.manager, lease=self._lease, max_attempts=self._max_attempts)
+        of_rows = make(pool, self.tables, references=self._references_by(pool))
+        if pool.uploads is pool:
+            return [of_rows]
+        references = self._references_by(pool, SidecarReferences)
+        return [make(pool.uploads, pool.upload_tables(self.tables), references=references), of_rows]
 
 
 def _open_pool(

@@ -544,7 +544,7 @@ class TestWorker:
             async with env.sessions.begin() as session:
                 (await session.get_one(Doc, 1)).file = None
         [waiting] = await rows(env, "intent")
-        await journal_of(env).intents.expire([waiting.id])
+        await journal_of(env).intents.renew([waiting.id], timedelta(0))
         assert [row.due for row in await rows(env, "intent")] == [waiting.due]
         await expire(env)
         await env.recover()

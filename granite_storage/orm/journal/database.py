@@ -32,7 +32,7 @@ from granite_storage.orm._faults import explain_denied, explain_fault
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._loops import make_apart
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, wait
+from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, upsert_rows, wait
 from granite_storage.orm.journal.tables import (
     LONGEST_META_NAME,
     RETENTION_PREFIX,
@@ -481,23 +481,18 @@ async def beat(pool: JournalPool, tables: JournalTables, *, within: timedelta) -
         tables: The journal's tables.
         within: When the next beat is to be expected.
     """
-    meta, own = tables.meta, f"{_WORKER}{WORKER_VERSION}"
     async with pool.writing() as connection:
         beats = {row.name: row for row in await connection.execute(_beats(tables))}
         last = beats.get(_HEARTBEAT)
         now = (await connection.execute(select(clock()))).scalar_one() if last is None else last.now
-        new = {_HEARTBEAT: (f"{within.total_seconds():.0f}", now), own: (f"{within.total_seconds():.0f}", now)}
         if last is not None:
             if (silence := _silence(last)) is not None:
                 said = {"name": _GAP, "value": f"{silence.total_seconds():.0f}", "changed": clock()}
                 await insert_if_absent(connection, tables, said)
             if _has_no_version(beats):
-                new[f"{_WORKER}{_WITHOUT_VERSION}"] = (last.value, last.changed)
-        for name, (value, changed) in sorted(new.items()):
-            if name not in beats:
-                await insert_if_absent(connection, tables, {"name": name, "value": value, "changed": changed})
-            if last is not None:
-                await connection.execute(meta.update().where(meta.c.name == name).values(value=value, changed=changed))
+                await put_values(connection, tables, {f"{_WORKER}{_WITHOUT_VERSION}": last.value}, last.changed)
+        names = (_HEARTBEAT, f"{_WORKER}{WORKER_VERSION}")
+        await put_values(connection, tables, dict.fromkeys(names, f"{within.total_seconds():.0f}"), now)
 
 
 def find_older_worker(connection: Connection, tables: JournalTables) -> str | None:
@@ -578,10 +573,7 @@ async def note_retentions(pool: JournalPool, tables: JournalTables, policies: It
     changed = {name: seconds for name, seconds in wanted.items() if known.get(name) != seconds}
     if changed:
         async with pool.writing() as connection:
-            for name, seconds in sorted(changed.items()):
-                await insert_if_absent(connection, tables, {"name": name, "value": f"{seconds:.6f}", "changed": clock()})
-                new = {"value": f"{seconds:.6f}", "changed": clock()}
-                await connection.execute(meta.update().where(meta.c.name == name).values(new))
+            await put_values(connection, tables, {name: f"{seconds:.6f}" for name, seconds in changed.items()}, clock())
 
 
 async def find_sidecar(connection: AsyncConnection, tables: JournalTables) -> str | None:
@@ -598,6 +590,20 @@ async def _read(connection: AsyncConnection, tables: JournalTables, name: str) -
     """Return a value of `granite_storage_meta`."""
     meta = tables.meta
     return (await connection.execute(select(meta.c.value).where(meta.c.name == name))).scalar_one_or_none()
+
+
+async def put_values(connection: AsyncConnection, tables: JournalTables, values: Mapping[str, str], changed: Any) -> None:
+    """Set values of `granite_storage_meta`, in the order of their names, so that transactions do not deadlock.
+
+    Args:
+        connection: The connection of a transaction that writes.
+        tables: The journal's tables.
+        values: The values by their names.
+        changed: When they have changed, as a moment or an expression.
+    """
+    common = {"changed": changed}
+    statement = upsert_rows(connection.dialect.name, tables.meta, common, lambda new: {"value": new.value, **common})
+    await connection.execute(statement, [{"name": name, "value": values[name]} for name in sorted(values)])
 
 
 async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, values: dict[str, Any]) -> None:

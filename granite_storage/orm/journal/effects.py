@@ -39,7 +39,7 @@ from granite_storage.exceptions import (
     ScanPendingError,
 )
 from granite_storage.orm._util import again_after_deadlock
-from granite_storage.orm.journal.database import insert_if_absent
+from granite_storage.orm.journal.database import put_values
 from granite_storage.orm.journal.jobs import (
     EFFECT,
     PAUSE_FOR_OTHERS,
@@ -169,14 +169,14 @@ class EffectJobs(JobQueue):
 
     async def note_passes(self, passed: Mapping[str, Iterable[str]]) -> None:
         """Note that a pass over all rows was made for effects, given as `find_pending` returns them."""
-        meta = self._tables.meta
-        async with self._pool.durable() as connection:
-            for column in self._columns:
-                for name in passed.get(f"{column.table.fullname}.{column.name}", ()):
-                    new = {"value": str(effects_in(column)[name].version), "changed": clock()}
-                    noted = update(meta).where(meta.c.name == _note_of(column, name)).values(new)
-                    if (await connection.execute(noted)).rowcount == 0:
-                        await insert_if_absent(connection, self._tables, {"name": _note_of(column, name), **new})
+        versions = {
+            _note_of(column, name): str(effects_in(column)[name].version)
+            for column in self._columns
+            for name in passed.get(f"{column.table.fullname}.{column.name}", ())
+        }
+        if versions:
+            async with self._pool.durable() as connection:
+                await put_values(connection, self._tables, versions, clock())
 
     async def _call(self, job: LeasedJob) -> bool:
         """Call the handler that fits the rows, and delete the job; return whether that has succeeded."""

@@ -121,6 +121,10 @@ class Staging:
         """
         return await shielded(Claim(self, staging_id, seen.note).begin(), undo=_release)
 
+    async def publish(self, staging_id: UUID, seen: str, intent_id: UUID, ref: StoredObjectRef) -> bool:
+        """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
+        return await self.write(staging_id, seen, json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
+
     async def write(self, staging_id: UUID, seen: str | None, note: str | None) -> bool:
         """Commit, durably, what is said of a staging object, if it is what the caller has seen; return whether it is."""
         as_seen = self._intent.c.upload_id.is_not_distinct_from(seen)
@@ -173,24 +177,26 @@ class Claim:
 
     async def publish(self, intent_id: UUID, ref: StoredObjectRef) -> bool:
         """Commit, durably, that this copy counts; return whether that still was for the caller to say."""
-        return await self._end(json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
-
-    async def refuse(self, verdict: Mapping[str, Any]) -> None:
-        """Commit why the staging object is refused, so that it is not read again."""
-        await self._end(json.dumps({"verdict": dict(verdict)}))
-
-    async def release(self) -> None:
-        """Release it, so that another request may claim the object."""
-        await self._end(self._before)
-
-    async def _end(self, said: str | None) -> bool:
-        """Commit, durably, what takes the place of the claim; return whether the object was still claimed."""
         await self._stop_renewing()
         if self._note is None:
             return False
-        written = await self._staging.write(self._staging_id, self._note, said)
+        published = await self._staging.publish(self._staging_id, self._note, intent_id, ref)
         self._note = None
-        return written
+        return published
+
+    async def refuse(self, verdict: Mapping[str, Any]) -> None:
+        """Commit why the staging object is refused, so that it is not read again."""
+        await self._stop_renewing()
+        if self._note is not None:
+            await self._staging.write(self._staging_id, self._note, json.dumps({"verdict": dict(verdict)}))
+            self._note = None
+
+    async def release(self) -> None:
+        """Release it, so that another request may claim the object."""
+        await self._stop_renewing()
+        note, self._note = self._note, None
+        if note is not None:
+            await self._staging.write(self._staging_id, note, self._before)
 
     async def __aenter__(self) -> Self:
         self._renewing = asyncio.ensure_future(self._renew())

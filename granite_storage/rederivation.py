@@ -175,9 +175,11 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         if journal is None or not report.complete:
             return
         if self._is_whole and self._effects:
-            await journal.note_effects(self._effects)
+            await (await journal.effect_jobs()).note_passes(self._effects)
         if self._drop_undeclared and self._is_of_all_schemas and not self._names and not self._columns:
-            await journal.end_undeclared_jobs()
+            jobs = await journal.variant_jobs()
+            for backend in journal.manager.backends:
+                await jobs.end_idle(backend, undeclared=True)
 
     def _record(self, item: RederivedVariant) -> None:
         self.report.counts[item.status] += 1
@@ -186,7 +188,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
 
     async def _find_effects(self) -> None:
         journal = self._binding.journal
-        found = {} if journal is None else await journal.find_pending_effects(self._which)
+        found = {} if journal is None else await (await journal.effect_jobs()).find_pending(self._which)
         self._effects = {
             column: chosen
             for column, names in found.items()
@@ -259,7 +261,8 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
             dropped = await self._binding.drop_variant(column_type, ref, wanted.name, options=held.options)
             return _processed(RederivationStatus.DROPPED if dropped else RederivationStatus.CHANGED, held, wanted)
         if wanted.kind == "effect" and self._binding.journal is not None:
-            called = await self._binding.journal.call_effect(column_type, ref, wanted.name)
+            effects = await self._binding.journal.effect_jobs()
+            called = await effects.call_now(column_type, ref, wanted.name)
             await self._budget.spend(ref.size)
             if called is None:
                 return _processed(RederivationStatus.RECORDED, held, wanted, "another worker calls it")

@@ -146,7 +146,7 @@ def insert_rows(dialect: str, table: Table, values: Mapping[str, Any]) -> Insert
 
 
 def upsert_rows(dialect: str, table: Table, values: Mapping[str, Any], renewed: Callable[[Any], Mapping[str, Any]]) -> Insert:
-    """Return an INSERT as `insert_rows` does, which updates the rows whose ids are there.
+    """Return an INSERT as `insert_rows` does, which updates the rows whose primary keys are there.
 
     Args:
         dialect: The name of the database.
@@ -158,7 +158,7 @@ def upsert_rows(dialect: str, table: Table, values: Mapping[str, Any], renewed: 
         inserted = mysql_insert(table).values(values)
         return _in_one_statement(dialect, table, inserted.on_duplicate_key_update(dict(renewed(inserted.inserted))))
     new = (sqlite_insert if dialect == "sqlite" else postgresql_insert)(table).values(values)
-    return new.on_conflict_do_update(index_elements=[table.c.id], set_=renewed(new.excluded))
+    return new.on_conflict_do_update(index_elements=list(table.primary_key), set_=renewed(new.excluded))
 
 
 def _in_one_statement(dialect: str, table: Table, statement: Insert) -> Insert:
@@ -166,7 +166,7 @@ def _in_one_statement(dialect: str, table: Table, statement: Insert) -> Insert:
 
     The drivers for MariaDB would send a statement for each row otherwise, because the values are expressions.
     """
-    return statement.returning(table.c.id) if dialect in ("mysql", "mariadb") else statement
+    return statement.returning(*table.primary_key) if dialect in ("mysql", "mariadb") else statement
 
 
 # Engines that `Engine.execution_options` makes: another object than its original, with the same pool and events.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -192,7 +192,10 @@ class StorageBinding:
         if not declared.is_for(source):
             found = (source.media or {}).get("type") or source.content_type
             raise DerivationRefusedError(f"the variant {name!r} is not made for files of the type {found}")
-        make = partial(make_without_journal, self, options=options or {}) if journal is None else journal.make_variant
+        if journal is None:
+            make: Callable[..., Coroutine[Any, Any, StoredObjectRef]] = partial(make_without_journal, self, options=options or {})
+        else:
+            make = (await journal.variant_jobs()).make
         schema = str((options or {}).get(TRANSLATE_MAP))
         key = (self, source.backend, source.location, name, declared.digest, which, schema)
         return await share(key, lambda: make(column_type, source, declared, which=which))
@@ -203,7 +206,7 @@ class StorageBinding:
         """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
         if self.journal is None:
             return await drop_without_journal(self, column_type, source, name, options=options or {})
-        return await self.journal.drop_variant(source, name)
+        return await (await self.journal.variant_jobs()).drop(source, name)
 
     def unbind(self) -> None:
         """Reverse `bind_storage`; unbinding the last base removes all listeners. Idempotent."""

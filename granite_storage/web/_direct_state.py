@@ -87,13 +87,13 @@ class JournalCompletionStore:
 
     async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return the result of an upload: rows may only take a copy of it, because another row may be taking it now."""
-        finished = await self._journal.find_finished(_staging_id(upload_token))
+        finished = await (await self._journal.staging()).find(_staging_id(upload_token))
         attachment = None if finished.ref is None else Attachment._of(finished.ref, column_type)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
         """Return the right to finish it, which one of all processes has."""
-        claim = await self._journal.claim_staging(_staging_id(upload_token), found.seen)
+        claim = await (await self._journal.staging()).claim(_staging_id(upload_token), found.seen)
         return None if claim is None else _enter(claim)
 
 

@@ -410,7 +410,8 @@ class DirectUploads:
         if self._binding.journal is None:
             return upload_token
         lifetime = expires_in + self._finish_within
-        intent = await self._binding.journal.begin_staging(upload_token.backend, upload_token.location, lifetime=lifetime)
+        staging = await self._binding.journal.staging()
+        intent = await staging.begin(upload_token.backend, upload_token.location, lifetime)
         return replace(upload_token, intent=intent.hex)
 
     def _signed_request(self, upload_token: UploadToken) -> UploadRequest:

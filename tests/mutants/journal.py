@@ -148,8 +148,8 @@ MUTANTS = [
     Mutant(
         name="journal-upload-ignores-lease",
         rule="An uploader whose lease is over sends nothing, and what it has published is discarded.",
-        path="granite_storage/orm/journal/intents.py",
-        old="if self._remaining() <= 0:\n            raise _expired()",
+        path="granite_storage/orm/journal/jobs.py",
+        old="if self._remaining() <= 0:\n            raise self._expired()",
         new="return",
         tests=(
             "tests/orm/journal/test_recovery.py::TestLeases::test_nothing_is_sent_when_the_lease_is_over_already[asyncpg]",
@@ -159,7 +159,7 @@ MUTANTS = [
     Mutant(
         name="journal-lease-not-renewed",
         rule="A lease is renewed while its upload goes on.",
-        path="granite_storage/orm/journal/intents.py",
+        path="granite_storage/orm/journal/jobs.py",
         old="self.require()\n            await self._renew()",
         new="self.require()",
         tests=("tests/orm/journal/test_recovery.py::TestLeases::test_an_upload_is_renewed_while_it_goes_on[asyncpg]",),

@@ -172,7 +172,7 @@ MUTANTS = [
         name="older-worker-is-forgotten",
         rule="A worker notes the beat of an older version before it overwrites it, so that triggers are not created beside that.",
         path="granite_storage/orm/journal/database.py",
-        old="""new[f"{_WORKER}{_WITHOUT_VERSION}"] = (last.value, last.changed)""",
+        old="""await put_values(connection, tables, {f"{_WORKER}{_WITHOUT_VERSION}": last.value}, last.changed)""",
         new="pass",
         tests=(
             "tests/orm/journal/test_rollout.py::TestBeats::test_an_older_one_is_noted_before_its_beat_is_overwritten[asyncpg-newer]",

@@ -32,7 +32,7 @@ from granite_storage.orm._faults import explain_denied, explain_fault
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._loops import make_apart
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, copy_listeners, put_barrier, root_engine, wait
+from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, copy_listeners, put_barrier, root_engine, upsert_rows, wait
 from granite_storage.orm.journal.tables import (
     LONGEST_META_NAME,
     RETENTION_PREFIX,
@@ -321,7 +321,6 @@ class Engines:
         self._home: weakref.ref[asyncio.AbstractEventLoop] | None = None
         # A child must not close what its parent has opened: on SQLite that may take the parent's locks from it.
         self._inherited: list[Pool] = []
-        self._on_portal: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
         self._elsewhere: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
         self._process = os.getpid()
 
@@ -332,20 +331,16 @@ class Engines:
         if not self._first.dialect.is_async:
             return self._first
         loop = asyncio.get_running_loop()
-        if portal.is_here:
-            engine = self._on_portal.get(loop)
-            if engine is None:
-                engine = self._on_portal[loop] = self._make()
+        if not portal.is_here:
+            if self._home is None:
+                self._home = weakref.ref(loop)
+            if self._home() is loop or isinstance(self._first.sync_engine.pool, NullPool):
+                return self._first
+        if loop not in self._elsewhere:
+            self._elsewhere[loop] = self._make() if portal.is_here else as_async_engine(make_apart(self._first.sync_engine))
+            if portal.is_here:
                 portal.add_user(self)
-            return engine
-        if self._home is None:
-            self._home = weakref.ref(loop)
-        if self._home() is loop or isinstance(self._first.sync_engine.pool, NullPool):
-            return self._first
-        engine = self._elsewhere.get(loop)
-        if engine is None:
-            engine = self._elsewhere[loop] = as_async_engine(make_apart(self._first.sync_engine))
-        return engine
+        return self._elsewhere[loop]
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -384,11 +379,10 @@ class Engines:
             self._inherited.append(self._first.sync_engine.pool)
             self._first.sync_engine.dispose(close=False)
             self._home = None
-            self._on_portal.clear()
             self._elsewhere.clear()
 
     async def _dispose_on_portal(self) -> None:
-        engine = self._on_portal.get(asyncio.get_running_loop())
+        engine = self._elsewhere.get(asyncio.get_running_loop())
         if engine is not None:
             await engine.dispose()
 
@@ -484,23 +478,18 @@ async def beat(pool: JournalPool, tables: JournalTables, *, within: timedelta) -
         tables: The journal's tables.
         within: When the next beat is to be expected.
     """
-    meta, own = tables.meta, f"{_WORKER}{WORKER_VERSION}"
     async with pool.writing() as connection:
         beats = {row.name: row for row in await connection.execute(_beats(tables))}
         last = beats.get(_HEARTBEAT)
         now = (await connection.execute(select(clock()))).scalar_one() if last is None else last.now
-        new = {_HEARTBEAT: (f"{within.total_seconds():.0f}", now), own: (f"{within.total_seconds():.0f}", now)}
         if last is not None:
             if (silence := _silence(last)) is not None:
                 said = {"name": _GAP, "value": f"{silence.total_seconds():.0f}", "changed": clock()}
                 await insert_if_absent(connection, tables, said)
             if _has_no_version(beats):
-                new[f"{_WORKER}{_WITHOUT_VERSION}"] = (last.value, last.changed)
-        for name, (value, changed) in sorted(new.items()):
-            if name not in beats:
-                await insert_if_absent(connection, tables, {"name": name, "value": value, "changed": changed})
-            if last is not None:
-                await connection.execute(meta.update().where(meta.c.name == name).values(value=value, changed=changed))
+                await put_values(connection, tables, {f"{_WORKER}{_WITHOUT_VERSION}": last.value}, last.changed)
+        names = (_HEARTBEAT, f"{_WORKER}{WORKER_VERSION}")
+        await put_values(connection, tables, dict.fromkeys(names, f"{within.total_seconds():.0f}"), now)
 
 
 def find_older_worker(connection: Connection, tables: JournalTables) -> str | None:
@@ -581,10 +570,7 @@ async def note_retentions(pool: JournalPool, tables: JournalTables, policies: It
     changed = {name: seconds for name, seconds in wanted.items() if known.get(name) != seconds}
     if changed:
         async with pool.writing() as connection:
-            for name, seconds in sorted(changed.items()):
-                await insert_if_absent(connection, tables, {"name": name, "value": f"{seconds:.6f}", "changed": clock()})
-                new = {"value": f"{seconds:.6f}", "changed": clock()}
-                await connection.execute(meta.update().where(meta.c.name == name).values(new))
+            await put_values(connection, tables, {name: f"{seconds:.6f}" for name, seconds in changed.items()}, clock())
 
 
 async def find_sidecar(connection: AsyncConnection, tables: JournalTables) -> str | None:
@@ -601,6 +587,20 @@ async def _read(connection: AsyncConnection, tables: JournalTables, name: str) -
     """Return a value of `granite_storage_meta`."""
     meta = tables.meta
     return (await connection.execute(select(meta.c.value).where(meta.c.name == name))).scalar_one_or_none()
+
+
+async def put_values(connection: AsyncConnection, tables: JournalTables, values: Mapping[str, str], changed: Any) -> None:
+    """Set values of `granite_storage_meta`, in the order of their names, so that transactions do not deadlock.
+
+    Args:
+        connection: The connection of a transaction that writes.
+        tables: The journal's tables.
+        values: The values by their names.
+        changed: When they have changed, as a moment or an expression.
+    """
+    common = {"changed": changed}
+    statement = upsert_rows(connection.dialect.name, tables.meta, common, lambda new: {"value": new.value, **common})
+    await connection.execute(statement, [{"name": name, "value": values[name]} for name in sorted(values)])
 
 
 async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, values: dict[str, Any]) -> None:

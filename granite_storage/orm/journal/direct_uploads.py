@@ -79,7 +79,10 @@ class Staging:
         self._lease = lease.total_seconds()
 
     async def begin(self, backend: str, location: str, lifetime: timedelta) -> UUID:
-        """Commit durably that an object may exist for this long."""
+        """Commit durably that a client may store an object directly; return the id of its intent.
+
+        The object is deleted when its lifetime is over, and once more after another lease, for what has arrived late.
+        """
         item = new_id()
         row = {"id": item, "kind": STAGING, "backend": backend, "location": location, "due": clock(lifetime.total_seconds())}
         async with self._pool.durable() as connection:

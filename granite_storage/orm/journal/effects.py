@@ -23,6 +23,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -30,22 +31,20 @@ from uuid import uuid4
 from sqlalchemy import Column, Connection, Delete, Table, Update, case, delete, select, update
 
 from granite_storage._tasks import contained, run_bounded, shielded, task_group
-from granite_storage._telemetry import fields_of
 from granite_storage.derived.base import Effect, EffectEvent
 from granite_storage.exceptions import (
     ConfigurationError,
     DerivationFailedError,
     InfectedObjectError,
     ScanPendingError,
-    StaleAttachmentError,
 )
 from granite_storage.orm._util import again_after_deadlock
-from granite_storage.orm.journal.database import insert_if_absent
+from granite_storage.orm.journal.database import put_values
 from granite_storage.orm.journal.jobs import (
     EFFECT,
     PAUSE_FOR_OTHERS,
-    RENEWALS,
     JobQueue,
+    Lease,
     LeasedJob,
     NewJob,
     effect_key,
@@ -67,7 +66,6 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _CONCURRENCY = 4
-_SAFE_SHARE = 0.8
 
 
 def effects_of(columns: Iterable[Column[Any]]) -> dict[str, Effect]:
@@ -126,15 +124,14 @@ def _renew(job: Table, new: Any) -> dict[str, Any]:
 class EffectJobs(JobQueue):
     """Calls effects for the files that have come to rows or left them; its arguments are those of `JobQueue`."""
 
-    async def call_effects(self, backend: str) -> RecoveryReport:
+    async def run(self, backend: str) -> RecoveryReport:
         """Call the effects that are due of files on one backend, given by its key."""
         report = RecoveryReport()
         if not (effects := effects_of(self._columns)):
             return report
         own = self._job.c.key.in_(sorted(map(effect_key, effects)))
-        for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
-            while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                report.effects += sum(await run_bounded(jobs, self._call, limit))
+        while jobs := await self._claim(backend, _CONCURRENCY, own):
+            report.effects += sum(await run_bounded(jobs, self._call, _CONCURRENCY))
         return report
 
     async def call_now(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
@@ -147,7 +144,7 @@ class EffectJobs(JobQueue):
         async with self._pool.durable() as connection:
             await connection.run_sync(enqueue_effects, self._job, [(column, source)], {}, names=[name])
         own = self._job.c.id == job_id(source.backend, source.location, key)
-        jobs = await self._claim(source.backend, 1, own, suspected=False)
+        jobs = await self._claim(source.backend, 1, own)
         return await self._call(jobs[0]) if jobs else None
 
     async def find_pending(self, which: Which) -> dict[str, list[str]]:
@@ -172,19 +169,17 @@ class EffectJobs(JobQueue):
 
     async def note_passes(self, passed: Mapping[str, Iterable[str]]) -> None:
         """Note that a pass over all rows was made for effects, given as `find_pending` returns them."""
-        meta = self._tables.meta
-        async with self._pool.durable() as connection:
-            for column in self._columns:
-                for name in passed.get(f"{column.table.fullname}.{column.name}", ()):
-                    new = {"value": str(effects_in(column)[name].version), "changed": clock()}
-                    noted = update(meta).where(meta.c.name == _note_of(column, name)).values(new)
-                    if (await connection.execute(noted)).rowcount == 0:
-                        await insert_if_absent(connection, self._tables, {"name": _note_of(column, name), **new})
+        versions = {
+            _note_of(column, name): str(effects_in(column)[name].version)
+            for column in self._columns
+            for name in passed.get(f"{column.table.fullname}.{column.name}", ())
+        }
+        if versions:
+            async with self._pool.durable() as connection:
+                await put_values(connection, self._tables, versions, clock())
 
     async def _call(self, job: LeasedJob) -> bool:
         """Call the handler that fits the rows, and delete the job; return whether that has succeeded."""
-        if await self._is_deadly(job):
-            return False
         effect = effects_of(self._columns)[job.key.removeprefix(EFFECT)]
         try:
             with contained("an effect"):
@@ -204,9 +199,10 @@ class EffectJobs(JobQueue):
         """Call the handler that fits the rows, while the job stays leased."""
         events = await self._events(job)
         handler = effect.put if events else effect.remove
+        lease = Lease(partial(self._renew_own, job), self._lease, time.monotonic(), job.what, job)
         try:
             async with asyncio.timeout(effect.timeout), task_group() as group:
-                holding = group.create_task(self._hold(job))
+                holding = group.create_task(lease.hold())
                 for event in events or [self._removal(job)]:
                     with contained("the handler"):
                         await handler(event)
@@ -242,32 +238,11 @@ class EffectJobs(JobQueue):
     def _removal(self, job: LeasedJob) -> EffectEvent:
         return EffectEvent(StoredObjectRef.from_dict(json.loads(job.recipe)["ref"]), ".".join(job.address))
 
-    async def _hold(self, job: LeasedJob) -> None:
-        """Renew the lease of a job until cancelled.
-
-        Raises:
-            StaleAttachmentError: It is over, or nearly: the handler must end before another worker calls it.
-        """
-        renewed = time.monotonic()
-        while True:
-            await asyncio.sleep(self._lease / RENEWALS)
-            asked = time.monotonic()
-            left = renewed + self._lease * _SAFE_SHARE - asked
-            try:
-                with contained("the database"):
-                    async with asyncio.timeout(max(left, 0)), self._pool.writing() as connection:
-                        renewal = update(self._job).where(self._is_own(job)).values(due=clock(self._lease))
-                        result = await connection.execute(renewal)
-            except Exception as error:
-                if left <= 0:
-                    raise StaleAttachmentError("the lease of the job could not be renewed in time") from error
-                logger.warning(
-                    "the lease of %s could not be renewed, which will be retried: %s", job.what, error, extra=fields_of(job)
-                )
-                continue
-            if result.rowcount == 0:
-                raise StaleAttachmentError("another worker has taken the job over")
-            renewed = asked
+    async def _renew_own(self, job: LeasedJob) -> bool:
+        """Renew the lease of a job; return whether it is still this worker's."""
+        async with self._pool.writing() as connection:
+            renewal = update(self._job).where(self._is_own(job)).values(due=clock(self._lease))
+            return (await connection.execute(renewal)).rowcount == 1
 
     def _is_own(self, job: LeasedJob) -> Any:
         return (self._job.c.id == job.id) & (self._job.c.takeovers == job.takeovers)

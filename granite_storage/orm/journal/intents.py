@@ -15,7 +15,6 @@ outlives its intent.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +49,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import CLEANUP_TIMEOUT, contained, wait_or_cancel
+from granite_storage._tasks import CLEANUP_TIMEOUT, wait_or_cancel
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
@@ -59,7 +58,7 @@ from granite_storage.orm._util import UNTRANSLATED, again_after_deadlock, batche
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber, take_over_ids
 from granite_storage.orm.journal.effects import enqueue_effects
-from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
+from granite_storage.orm.journal.jobs import Lease, enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
 from granite_storage.orm.journal.triggers import triggers_work
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -69,8 +68,6 @@ UploadPlace: TypeAlias = tuple[str, str, str | None]
 NewIntent: TypeAlias = tuple[UUID, UploadPlace]
 Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
 
-_RETURNING = ("postgresql", "sqlite")
-"""The databases on which one DELETE returns which intents it has found."""
 _ADOPTION_PATIENCE, _ADOPTION_PAUSE = 5.0, 0.1
 """For how many seconds workers are waited for before an object is refused that is to be adopted, and how often one looks."""
 _MOST_AT_ONCE = 64
@@ -195,17 +192,15 @@ class Intents:
                 await connection.execute(statement, batch)
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
-        """Renew the leases of uploads; return whether all of their intents still exist."""
-        intent = self._upload_intent
-        async with self._uploads.writing() as connection:
-            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=clock(lease.total_seconds())))
-        return result.rowcount == len(ids)
+        """Renew the leases of uploads; return whether all of the intents are those of uploads, and still exist.
 
-    async def expire(self, ids: Sequence[UUID]) -> None:
-        """End the leases of uploads, so that a worker's next pass takes them; a delete still waits for its retention."""
+        With a lease of 0 they end, so that a worker's next pass takes them; a delete still waits for its retention.
+        """
         intent = self._upload_intent
+        uploads = update(intent).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD)
         async with self._uploads.writing() as connection:
-            await connection.execute(update(intent).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD).values(due=clock()))
+            result = await connection.execute(uploads.values(due=clock(lease.total_seconds())))
+        return result.rowcount == len(ids)
 
     async def note_upload_id(self, intent_id: UUID, upload_id: str) -> None:
         """Save the id of a multipart upload, before its first part is sent."""
@@ -309,17 +304,11 @@ class Intents:
         self._pool.require_here(connection)
         self._note_schemas(connection)
         intent, options = self._tables.intent, self._pool.options
-        if self._pool.dialect in _RETURNING:
-            missing = set(ids)
-            consumed = _consumption(self._pool.dialect, intent)
-            for batch in batches(ids, _AT_A_TIME):
-                found = connection.execute(consumed, {_IDS: batch}, execution_options=options)
-                missing.difference_update(found.scalars())
-        else:
-            statement = delete(intent).where(intent.c.id == bindparam("intent"))
-            missing = {
-                item for item in ids if connection.execute(statement, {"intent": item}, execution_options=options).rowcount != 1
-            }
+        missing, consumed = set(ids), _consumption(self._pool.dialect, intent)
+        # One by one on MariaDB, where a list may be looked for in the whole table.
+        for batch in batches(ids, 1 if self._pool.is_mariadb else _AT_A_TIME):
+            found = connection.execute(consumed, {_IDS: batch}, execution_options=options)
+            missing.difference_update(found.scalars())
         if missing and not self._pool.sees_uploads(connection, missing) and not self._claim(connection, missing):
             raise _reclaimed()
 
@@ -596,20 +585,8 @@ def _consumption(dialect: str, intent: Table) -> ReturningDelete[tuple[UUID]]:
     return delete(intent).where(are_wanted).returning(own)
 
 
-# Leases of uploads in progress: renewed in time, and released by the uploader before a worker may take them over.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_RENEWALS = 3
-_SAFE_SHARE = 0.8
-
-
-class Lease:
+class UploadLease(Lease):
     """The lease of the uploads of one flush.
-
-    Its end is judged twice: by the database's clock, for the worker, and before that by this machine's monotonic one, for the
-    uploader, who then sends nothing more. Neither makes anything safe; they only keep garbage from being made.
 
     Args:
         intents: What renews it.
@@ -619,27 +596,16 @@ class Lease:
     """
 
     def __init__(self, intents: Intents, ids: Sequence[UUID], duration: timedelta, begun: float) -> None:
+        super().__init__(partial(intents.renew, ids, duration), duration.total_seconds(), begun, "an upload")
         self._intents = intents
-        self._ids = ids
-        self._duration = duration
-        self._begun = begun
-
-    @property
-    def ids(self) -> Sequence[UUID]:
-        """The intents, in the order of the uploads."""
-        return self._ids
-
-    @property
-    def interval(self) -> float:
-        """The seconds until it is to be renewed."""
-        return min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0))
+        self.ids = ids
 
     @contextmanager
     def begin(self, intent_id: UUID) -> Iterator[None]:
         """Upload one of the objects in a block; the id of a multipart upload is saved with its intent.
 
         Raises:
-            StaleAttachmentError: The lease is over for the uploader.
+            StaleAttachmentError: The lease is over for the uploader: a worker may have deleted the object.
         """
         self.require()
         before = upload_begun.set(partial(self._intents.note_upload_id, intent_id))
@@ -647,35 +613,3 @@ class Lease:
             yield
         finally:
             upload_begun.reset(before)
-
-    def require(self) -> None:
-        """Raise `StaleAttachmentError` if the lease has expired for the uploader, since a worker may have deleted the object."""
-        if self._remaining() <= 0:
-            raise _expired()
-
-    async def hold(self) -> None:
-        """Renew it until cancelled; raise `StaleAttachmentError` if that fails for too long."""
-        while True:
-            await asyncio.sleep(self.interval)
-            self.require()
-            await self._renew()
-
-    async def _renew(self) -> None:
-        asked = time.monotonic()
-        try:
-            with contained("the database"):
-                async with asyncio.timeout(self._remaining()):
-                    there = await self._intents.renew(self._ids, self._duration)
-        except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
-            logger.warning("the lease of an upload could not be renewed, which will be retried: %r", error)
-            return
-        if not there:
-            raise _expired()
-        self._begun = asked
-
-    def _remaining(self) -> float:
-        return self._begun + self._duration.total_seconds() * _SAFE_SHARE - time.monotonic()
-
-
-def _expired() -> StaleAttachmentError:
-    return StaleAttachmentError("the lease of an upload has expired before the upload ended; the transaction may be tried again")

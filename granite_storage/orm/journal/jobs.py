@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -24,10 +25,10 @@ from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
 
-from granite_storage._tasks import shielded
+from granite_storage._tasks import contained, shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm._interfaces import DeclaredVariant, Journal
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
@@ -69,6 +70,10 @@ RENEWALS: Final = 3
 """How often a lease is renewed before it would be over."""
 LEFT_IN_COMPANY: Final = 2
 """How many workers may leave a row before it is taken over alone."""
+DEADLY: Final = "{} workers have taken it over, and none has come to an end"
+"""The error of a row that has killed too many workers."""
+_SAFE_SHARE = 0.8
+"""The part of a lease after which its holder counts it as expired."""
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
 MOST_REPORTED: Final = 1000
@@ -86,11 +91,6 @@ def variant_key(name: str) -> str:
 def variants_of(column: Column[Any]) -> Mapping[str, DeclaredVariant]:
     """Return the variants that a column declares, by their names."""
     return column.type.variants if isinstance(column.type, AttachmentType) else {}
-
-
-def has_variants(columns: Iterable[Column[Any]]) -> bool:
-    """Return whether a column declares variants."""
-    return any(map(variants_of, columns))
 
 
 def effect_key(name: str) -> str:
@@ -190,6 +190,70 @@ def _renew_all(_: Table, new: Any) -> dict[str, Any]:
     return {name: new[name] for name in names}
 
 
+# Leases: what belongs to an uploader or a worker for a while, and is renewed in time.
+
+
+class Lease:
+    """A lease in the database, and its end as its holder judges it.
+
+    Its end is judged twice: by the database's clock, for other workers, and before that by this machine's monotonic one, for the
+    holder, who then does nothing more. Neither makes anything safe; they only keep work from being done in vain.
+
+    Args:
+        renew: Renews it in the database; returns whether it was still the holder's.
+        seconds: How long it is, from each renewal.
+        begun: When it was asked for, by the monotonic clock: before the database began to count.
+        what: What it is for, in messages.
+        job: The job that it is for, if it is.
+    """
+
+    def __init__(
+        self, renew: Callable[[], Awaitable[bool]], seconds: float, begun: float, what: str, job: LeasedJob | None = None
+    ) -> None:
+        self._renew_there = renew
+        self._seconds = seconds
+        self._begun = begun
+        self._what = what
+        self._job = job
+
+    @property
+    def interval(self) -> float:
+        """The seconds until it is to be renewed."""
+        return min(self._seconds / RENEWALS, max(self._remaining() / 2, 0))
+
+    def require(self) -> None:
+        """Raise `StaleAttachmentError` if it has expired for its holder."""
+        if self._remaining() <= 0:
+            raise self._expired()
+
+    async def hold(self) -> None:
+        """Renew it until cancelled; raise `StaleAttachmentError` if that fails for too long."""
+        while True:
+            await asyncio.sleep(self.interval)
+            self.require()
+            await self._renew()
+
+    async def _renew(self) -> None:
+        asked = time.monotonic()
+        try:
+            with contained("the database"):
+                async with asyncio.timeout(self._remaining()):
+                    there = await self._renew_there()
+        except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
+            message, fields = "the lease of %s could not be renewed, which will be retried: %r", fields_of(self._job)
+            logger.warning(message, self._what, error, extra=fields)
+            return
+        if not there:
+            raise self._expired()
+        self._begun = asked
+
+    def _remaining(self) -> float:
+        return self._begun + self._seconds * _SAFE_SHARE - time.monotonic()
+
+    def _expired(self) -> StaleAttachmentError:
+        return StaleAttachmentError(f"the lease of {self._what} has expired while it was in progress; it may be tried again")
+
+
 # What a worker does.
 
 
@@ -230,16 +294,13 @@ class LeasedJob:
         return f"{_describe(self.key)} of the object {self.location!r}"
 
 
+@again_after_deadlock
 async def take_over(
-    pool: JournalPool,
-    table: Table,
-    backend: str,
-    limit: int,
-    seconds: float,
-    *conditions: ColumnElement[bool],
-    suspected: bool,
+    pool: JournalPool, table: Table, backend: str, limit: int, seconds: float, *conditions: ColumnElement[bool]
 ) -> list[tuple[Row[Any], datetime]]:
     """Take over jobs or reclaims that are due; those that another worker takes over at this moment are skipped.
+
+    One that workers have left repeatedly is taken over alone, after all others.
 
     Args:
         pool: The journal's own connections.
@@ -248,27 +309,35 @@ async def take_over(
         limit: The most rows.
         seconds: How long they are this worker's own.
         *conditions: Which of them are meant.
-        suspected: Whether to take those over that workers have left repeatedly, or all others.
 
     Returns:
         The rows as they were before, and until when each is this worker's own.
     """
     was_left = table.c.takeovers >= LEFT_IN_COMPANY
     due = (table.c.backend == backend) & (table.c.due <= clock()) & table.c.dead.is_(False)
-    found = select(table).where(due, was_left if suspected else ~was_left, *conditions).order_by(table.c.due).limit(limit)
-    found = found.with_for_update(skip_locked=True)
-    if not await pool.may_find(found):
-        return []
-    async with pool.writing() as connection:
-        rows = list(await connection.execute(found))
-        if not rows:
-            return []
-        until = await moment_in(connection, seconds)
-        taken = {"due": until, "takeovers": table.c.takeovers + 1}
-        statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
-        # One by one: on MariaDB a list may lock other rows on the way.
-        await connection.execute(statement, [{"mine": row.id} for row in rows])
-    return [(row, until) for row in rows]
+    for is_meant, most in ((~was_left, limit), (was_left, 1)):
+        found = select(table).where(due, is_meant, *conditions).order_by(table.c.due).limit(most)
+        found = found.with_for_update(skip_locked=True)
+        if not await pool.may_find(found):
+            continue
+        async with pool.writing() as connection:
+            rows = list(await connection.execute(found))
+            if not rows:
+                continue
+            until = await moment_in(connection, seconds)
+            taken = {"due": until, "takeovers": table.c.takeovers + 1}
+            statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
+            # One by one: on MariaDB a list may lock other rows on the way.
+            await connection.execute(statement, [{"mine": row.id} for row in rows])
+        return [(row, until) for row in rows]
+    return []
+
+
+async def retry_dead(pool: JournalPool, table: Table) -> int:
+    """Make dead jobs or reclaims due again; return how many there were."""
+    async with pool.durable() as connection:
+        result = await connection.execute(update(table).where(table.c.dead).values(**UNTRIED, dead=False, due=clock()))
+    return result.rowcount
 
 
 class StillHeldError(Exception):
@@ -314,51 +383,24 @@ class JobQueue:
         self._max_attempts = max_attempts
         self._refused: list[FailedReclaim] = []
 
-    async def count(self, report: RecoveryReport) -> None:
-        """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""
-        job = self._job
-        async with self._pool.reading() as connection:
-            counts = select(job.c.key, func.count()).where(job.c.dead.is_(False)).group_by(job.c.key)
-            found: dict[str, int] = {key: count for key, count in await connection.execute(counts)}  # noqa: C416  # rows, not pairs
-            report.held = found.pop(SCAN, 0)
-            report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
-            report.underived = sum(found.values()) - report.pending_effects
-            # What a recipe refuses is known, and no fault that anything could mend.
-            is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
-            refused = select(func.count()).where(job.c.dead, is_refused)
-            report.underivable = (await connection.execute(refused)).scalar_one()
-            dead = select(job).where(job.c.dead, ~is_refused).order_by(job.c.due).limit(MOST_REPORTED)
-            report.failed += [
-                failure_of(LeasedJob.from_row(row, row.takeovers), row.error, attempts=row.attempts)
-                for row in await connection.execute(dead)
-            ]
+    async def run(self, backend: str) -> RecoveryReport:
+        """Do the jobs that are due for objects on one backend, given by its key."""
+        raise NotImplementedError
 
-    async def retry_dead(self) -> int:
-        """Make dead jobs due again; return how many there were."""
-        job = self._job
-        async with self._pool.writing() as connection:
-            result = await connection.execute(update(job).where(job.c.dead).values(**UNTRIED, dead=False, due=clock()))
-        return result.rowcount
-
-    @again_after_deadlock
-    async def _claim(self, backend: str, limit: int, own: ColumnElement[bool], *, suspected: bool) -> list[LeasedJob]:
-        """Take over jobs that are due.
+    async def _claim(self, backend: str, limit: int, own: ColumnElement[bool]) -> list[LeasedJob]:
+        """Take over jobs that are due, and make those dead that have killed too many workers.
 
         Args:
             backend: The backend's key.
             limit: The most jobs.
             own: Which jobs are meant.
-            suspected: Whether to take those over that workers have left repeatedly, or all others.
         """
-        rows = await take_over(self._pool, self._job, backend, limit, self._lease, own, suspected=suspected)
-        return [LeasedJob.from_row(row, row.takeovers + 1) for row, _ in rows]
-
-    async def _is_deadly(self, job: LeasedJob) -> bool:
-        """Make a job dead that has killed too many workers, and return whether it was."""
-        if job.takeovers <= LEFT_IN_COMPANY + self._max_attempts:
-            return False
-        await self._note(job, f"{job.takeovers - 1} workers have taken it over, and none has come to an end", is_dead=True)
-        return True
+        while rows := await take_over(self._pool, self._job, backend, limit, self._lease, own):
+            jobs = [LeasedJob.from_row(row, row.takeovers + 1) for row, _ in rows]
+            if jobs[0].takeovers <= LEFT_IN_COMPANY + self._max_attempts:
+                return jobs
+            await self._note(jobs[0], DEADLY.format(jobs[0].takeovers - 1), is_dead=True)
+        return []
 
     async def _holdings(self, connection: AsyncConnection, job: LeasedJob, find: Callable[..., list[Holding]]) -> list[Holding]:
         """Return the rows that hold the object of a job, in every schema, as `read_holdings` or `lock_holdings` finds them."""
@@ -408,10 +450,27 @@ class JobQueue:
             await connection.execute(update(table).where(is_own).values(values))
 
 
-def failure_of(job: LeasedJob, problem: str, *, attempts: int | None = None) -> FailedReclaim:
-    """Return what a report says of a job that is not tried again; by default after one more attempt."""
-    tried = job.attempts + 1 if attempts is None else attempts
-    return FailedReclaim(job.backend, job.location, f"{_describe(job.key)}: {problem}", tried, None)
+async def report_jobs(pool: JournalPool, job: Table, report: RecoveryReport) -> None:
+    """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""
+    async with pool.reading() as connection:
+        counts = select(job.c.key, func.count()).where(job.c.dead.is_(False)).group_by(job.c.key)
+        found: dict[str, int] = {key: count for key, count in await connection.execute(counts)}  # noqa: C416  # rows, not pairs
+        report.held = found.pop(SCAN, 0)
+        report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
+        report.underived = sum(found.values()) - report.pending_effects
+        # What a recipe refuses is known, and no fault that anything could mend.
+        is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
+        refused = select(func.count()).where(job.c.dead, is_refused)
+        report.underivable = (await connection.execute(refused)).scalar_one()
+        dead = select(job).where(job.c.dead, ~is_refused).order_by(job.c.due).limit(MOST_REPORTED)
+        report.failed += [
+            failure_of(LeasedJob.from_row(row, row.takeovers), row.error, row.attempts) for row in await connection.execute(dead)
+        ]
+
+
+def failure_of(job: LeasedJob, problem: str, attempts: int) -> FailedReclaim:
+    """Return what a report says of a job that is not tried again."""
+    return FailedReclaim(job.backend, job.location, f"{_describe(job.key)}: {problem}", attempts, None)
 
 
 def _describe(key: str) -> str:

@@ -23,8 +23,6 @@ from granite_storage._telemetry import fields_of, is_active, note_garbage, trace
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import (
     Binding,
-    ColumnType,
-    DeclaredVariant,
     Intent,
     JournalTables,
     active_bindings,
@@ -42,10 +40,10 @@ from granite_storage.orm.journal.database import (
     note_retentions,
 )
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id
-from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
+from granite_storage.orm.journal.direct_uploads import Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
-from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
-from granite_storage.orm.journal.jobs import JobQueue, has_variants
+from granite_storage.orm.journal.intents import GroupCommit, Intents, UploadLease
+from granite_storage.orm.journal.jobs import JobQueue, report_jobs, retry_dead, variants_of
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
@@ -61,7 +59,6 @@ if TYPE_CHECKING:
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
-    from granite_storage.orm.variants import Which
 
 
 T = TypeVar("T")
@@ -73,6 +70,12 @@ _HURRY = 1.0
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds between the looks at whether a server has rolled back what it was not asked to."""
 _FAULTS = (BackendUnavailableError, ConfigurationError, DBAPIError)
+_KINDS: Mapping[str, type[JobQueue]] = {
+    "scanning the held objects": ScanJobs,
+    "making the variants of the objects": VariantJobs,
+    "calling the effects of the objects": EffectJobs,
+}
+"""What does the jobs of each kind, by the words for it."""
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
 _IDLE_INTERVAL = timedelta(minutes=5)
@@ -209,7 +212,7 @@ class StorageJournal:
     async def _check(self) -> None:
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
-        has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
+        has_jobs = may_hold or any(map(variants_of, self._columns())) or bool(effects_of(self._columns()))
         await check_database(self._bounded, self.tables, others, has_jobs=has_jobs)
         unknown = [await recovery.unknown_backends() for recovery in self._recoveries()]
         for backend in sorted(set[str]().union(*unknown)):
@@ -303,8 +306,8 @@ class StorageJournal:
         async def do_jobs(backend: str) -> RecoveryReport:
             # One after the other: on MariaDB a claim skips what another one is just looking at.
             done = RecoveryReport()
-            for work in self._job_passes.values():
-                done.add(await work(backend))
+            for kind in _KINDS.values():
+                done.add(await self._jobs(kind).run(backend))
             await self._jobs(VariantJobs).end_idle(backend)
             return done
 
@@ -314,7 +317,7 @@ class StorageJournal:
         report.failed.clear()  # they are counted with what failed before
         for recovery in self._recoveries():
             await recovery.count_waiting(report)
-        await self._jobs(JobQueue).count(report)
+        await report_jobs(self._pool, self.tables.job, report)
         await self._beat(_RARELY)
         return report
 
@@ -362,47 +365,39 @@ class StorageJournal:
         await self._ensure_fit_for_workers()
 
         async def recover(backend: str) -> None:
-            if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
-                await self._recover(backend)
+            await self._recover(backend)
             await self._beat(interval)
 
-        async def do_jobs(what: str, backend: str) -> None:
-            if backend in self.manager.backends:
-                await self._job_passes[what](backend)
+        async def do_jobs(kind: type[JobQueue], backend: str) -> None:
+            await self._jobs(kind).run(backend)
 
         async def end_idle_jobs(backend: str) -> None:
-            if backend in self.manager.backends:
-                await self._jobs(VariantJobs).end_idle(backend)
+            await self._jobs(VariantJobs).end_idle(backend)
 
-        loops: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
-        loops |= {what: partial(do_jobs, what) for what in self._job_passes}
+        async def do(work: Callable[[str], Awaitable[None]], backend: str) -> None:
+            if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
+                await work(backend)
+
+        works: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
+        works |= {what: partial(do_jobs, kind) for what, kind in _KINDS.items()}
+        loops = [(what, work, interval, self._alarm) for what, work in works.items()]
+        # No transaction waits for it, and it looks at all of them.
+        loops.append(("ending the idle jobs", end_idle_jobs, max(interval, _IDLE_INTERVAL), Alarm()))
         async with AsyncExitStack() as stack:
-            for what, work in loops.items():
-                await stack.enter_async_context(at_work(self.manager.backends, work, interval, self._alarm, what=what))
-            # No transaction waits for it, and it looks at all of them.
-            rarely, what = max(interval, _IDLE_INTERVAL), "ending the idle jobs"
-            await stack.enter_async_context(at_work(self.manager.backends, end_idle_jobs, rarely, Alarm(), what=what))
+            for what, work, pause, alarm in loops:
+                await stack.enter_async_context(at_work(self.manager.backends, partial(do, work), pause, alarm, what=what))
             yield
-
-    @property
-    def _job_passes(self) -> dict[str, Callable[[str], Coroutine[Any, Any, RecoveryReport]]]:
-        """What does the jobs of each kind on a backend, by the words for it."""
-        return {
-            "scanning the held objects": self._jobs(ScanJobs).scan,
-            "making the variants of the objects": self._jobs(VariantJobs).derive,
-            "calling the effects of the objects": self._jobs(EffectJobs).call_effects,
-        }
 
     async def retry_dead_letters(self) -> int:
         """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
         await self._ensure_checked()
         revived = [await recovery.retry_dead_letters() for recovery in self._recoveries()]
-        return sum(revived) + await self._jobs(JobQueue).retry_dead()
+        return sum(revived) + await retry_dead(self._pool, self.tables.job)
 
     async def count_jobs(self) -> RecoveryReport:
         """Count the jobs that are still to be done, and those that have failed for good, without doing any."""
         report = RecoveryReport()
-        await self._jobs(JobQueue).count(report)
+        await report_jobs(self._pool, self.tables.job, report)
         return report
 
     async def allow_restored_database(self) -> None:
@@ -450,29 +445,18 @@ class StorageJournal:
         own = policies.get(ref.storage_key)
         return own.retention if own is not None else max((policy.retention for policy in policies.values()), default=timedelta(0))
 
-    async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> Lease:
+    async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> UploadLease:
         """Commit the intents of uploads durably; nothing may be stored before this has returned."""
         await self._ensure_checked()
         begun = time.monotonic()
         places = [(upload.policy.backend_key, upload.location, upload.source) for upload in uploads]
         ids = await self.intents.record(places, self._lease)
-        return Lease(self.intents, ids, self._lease, begun)
+        return UploadLease(self.intents, ids, self._lease, begun)
 
-    async def begin_staging(self, backend: str, location: str, *, lifetime: timedelta) -> UUID:
-        """Commit durably that a client may store an object directly; return the id of its intent.
-
-        The object is deleted when its lifetime is over, and once more after another lease, for what has arrived late.
-        """
+    async def staging(self) -> Staging:
+        """Return what keeps the intents of the objects that clients store directly."""
         await self._ensure_checked()
-        return await self._staging.begin(backend, location, lifetime)
-
-    async def find_finished(self, staging_id: UUID) -> Finished:
-        """Return the state of an object that a client was to store; see `Staging.find`."""
-        return await self._staging.find(staging_id)
-
-    async def claim_staging(self, staging_id: UUID, seen: Finished) -> Claim | None:
-        """Claim such an object, to make a copy of it; see `Staging.claim`."""
-        return await self._staging.claim(staging_id, seen)
+        return Staging(self._bounded, self.tables, self._references_by(self._bounded), self._lease)
 
     def delete_intent(self, backend: str, location: str) -> Intent:
         """Return the intent of the pending delete of a displaced object; two rows that share the object have one intent."""
@@ -508,37 +492,15 @@ class StorageJournal:
         self._callbacks.append(callback)
         return callback
 
-    async def make_variant(
-        self, column_type: ColumnType, source: StoredObjectRef, variant: DeclaredVariant, *, which: Which = "missing"
-    ) -> StoredObjectRef:
-        """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
+    async def variant_jobs(self) -> VariantJobs:
+        """Return what makes variants of the objects of committed rows."""
         await self._ensure_checked()
-        return await self._jobs(VariantJobs).make(column_type, source, variant, which=which)
+        return self._jobs(VariantJobs)
 
-    async def drop_variant(self, source: StoredObjectRef, name: str) -> bool:
-        """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
+    async def effect_jobs(self) -> EffectJobs:
+        """Return what calls effects for the files of committed rows."""
         await self._ensure_checked()
-        return await self._jobs(VariantJobs).drop(source, name)
-
-    async def end_undeclared_jobs(self) -> None:
-        """End the jobs of variants that their columns do not declare any more, dead letters as well."""
-        await self._ensure_checked()
-        for backend in self.manager.backends:
-            await self._jobs(VariantJobs).end_idle(backend, undeclared=True)
-
-    async def call_effect(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
-        """Call an effect for a file now; see `EffectJobs.call_now`."""
-        await self._ensure_checked()
-        return await self._jobs(EffectJobs).call_now(column_type, source, name)
-
-    async def find_pending_effects(self, which: Which) -> dict[str, list[str]]:
-        """Return for which effects `put` is to be called for every row: by column, their names."""
-        await self._ensure_checked()
-        return await self._jobs(EffectJobs).find_pending(which)
-
-    async def note_effects(self, passed: Mapping[str, Sequence[str]]) -> None:
-        """Note that it was called for every row."""
-        await self._jobs(EffectJobs).note_passes(passed)
+        return self._jobs(EffectJobs)
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker.
@@ -549,7 +511,7 @@ class StorageJournal:
             locked = await self._settle(ids)
         except _FAULTS:
             with suppress(*_FAULTS):  # the lease ends by itself then
-                await self.intents.expire(ids)
+                await self.intents.renew(ids, timedelta(0))
                 self._alarm.ring()
             if self.sidecar is not None:  # which waits for the session's own lock on the rows
                 self.settle_soon(ids)
@@ -624,10 +586,6 @@ class StorageJournal:
         columns = [column for binding in self._bindings for column in binding.ref_columns()]
         return list(dict.fromkeys(columns))
 
-    @property
-    def _staging(self) -> Staging:
-        return Staging(self._bounded, self.tables, self._references_by(self._bounded), self._lease)
-
     def _references_by(self, pool: JournalPool, kind: Callable[..., References] = References) -> References:
         own = set(self._bindings)
         others = [column for binding in active_bindings() if binding not in own for column in binding.ref_columns()]
@@ -647,21 +605,12 @@ class StorageJournal:
     def _recoveries(self, pool: JournalPool | None = None) -> list[Recovery]:
         """Return what takes over intents; on SQLite those of uploads are in another file than those of deletes."""
         pool = self._pool if pool is None else pool
-        files = [(pool, self.tables, self._references_by(pool))]
-        if pool.uploads is not pool:
-            uploads = self._references_by(pool, SidecarReferences)
-            files.insert(0, (pool.uploads, pool.upload_tables(self.tables), uploads))
-        return [
-            Recovery(
-                of_file,
-                tables,
-                self.manager,
-                references,
-                lease=self._lease,
-                max_attempts=self._max_attempts,
-            )
-            for of_file, tables, references in files
-        ]
+        make = partial(Recovery, manager=self.manager, lease=self._lease, max_attempts=self._max_attempts)
+        of_rows = make(pool, self.tables, references=self._references_by(pool))
+        if pool.uploads is pool:
+            return [of_rows]
+        references = self._references_by(pool, SidecarReferences)
+        return [make(pool.uploads, pool.upload_tables(self.tables), references=references), of_rows]
 
 
 def _open_pool(

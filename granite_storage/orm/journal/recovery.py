@@ -27,9 +27,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Insert, Integer, Row, Table, bindparam, delete, func, insert, select, union, update
@@ -43,7 +42,16 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, group, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
-from granite_storage.orm.journal.jobs import FIRST_RETRY, LEFT_IN_COMPANY, LONGEST_RETRY, MOST_REPORTED, UNTRIED, take_over
+from granite_storage.orm.journal.jobs import (
+    DEADLY,
+    FIRST_RETRY,
+    LEFT_IN_COMPANY,
+    LONGEST_RETRY,
+    MOST_REPORTED,
+    UNTRIED,
+    retry_dead,
+    take_over,
+)
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import (
     ABORT,
@@ -73,9 +81,8 @@ _LONGEST_DELETE = 30.0
 """Seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Reclaim:
-    """A row of `reclaim` that this worker has taken over."""
+class _Reclaim(NamedTuple):
+    """A row of `reclaim` that this worker has taken over; up to its due time it has the columns of an intent."""
 
     id: UUID
     kind: str
@@ -83,10 +90,10 @@ class _Reclaim:
     location: str
     upload_id: str | None
     source: str | None
+    due: datetime
     attempts: int
     takeovers: int
     emptied: bool
-    due: datetime
 
 
 class Recovery:
@@ -127,14 +134,12 @@ class Recovery:
         limit = self._pool.batch_size or (_LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH)
         while True:
             claimed, renumbered = await self._fence(is_due, limit)
-            if len(claimed) < limit:
-                claimed += await self._resume(backend, limit - len(claimed))
             if claimed:
                 report.add(await self._process(claimed))
             if len(claimed) < limit and not renumbered:
                 break
-        while suspects := await self._resume(backend, 1, suspected=True):
-            report.add(await self._process(suspects))
+        while claimed := await self._resume(backend, limit):
+            report.add(await self._process(claimed))
         return report
 
     async def find_overdue(self, backend: str) -> float:
@@ -187,10 +192,7 @@ class Recovery:
 
     async def retry_dead_letters(self) -> int:
         """Make dead letters due again; return how many there were."""
-        reclaim = self._tables.reclaim
-        async with self._pool.durable() as connection:
-            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**UNTRIED, dead=False, due=clock()))
-        return result.rowcount
+        return await retry_dead(self._pool, self._tables.reclaim)
 
     @again_after_deadlock
     async def _fence(self, condition: ColumnElement[bool], limit: int = _BATCH) -> tuple[list[_Reclaim], bool]:
@@ -216,8 +218,8 @@ class Recovery:
             if not rows:
                 return [], renumbered
             until = await moment_in(connection, self._hold)
-            claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False, due=until) for row in rows]
-            new = [{name: getattr(item, name) for name in _COLUMNS} | {"dead": False} for item in claimed]
+            claimed = [_Reclaim._make((*row[:6], until, 0, 1, False)) for row in rows]
+            new = [{**item._asdict(), "dead": False} for item in claimed]
             if not await self._put_fences(connection, insert(reclaim), new):
                 return [], renumbered
             await self._drop(connection, intent, [item.id for item in claimed])
@@ -260,14 +262,12 @@ class Recovery:
         others = {
             row.id: row.location for row in await connection.execute(beside.where(intent.c.kind != STAGING)) if row.id not in ids
         }
-        for item in sorted(others):  # one by one: a list may lock other rows on MariaDB
-            lock = select(intent).where(intent.c.id == item).with_for_update(skip_locked=True)
-            for row in await connection.execute(lock):
-                if row.kind == UPLOAD and row.backend not in self._manager.backends:
-                    continue
-                del others[item]
-                if row.kind == UPLOAD:
-                    rows = [*rows, row]
+        for row in await self._lock_free(connection, others):
+            if row.kind == UPLOAD and row.backend not in self._manager.backends:
+                continue
+            del others[row.id]
+            if row.kind == UPLOAD:
+                rows = [*rows, row]
         busy = set(others.values())
         return [row for row in rows if row.location not in busy]
 
@@ -303,20 +303,10 @@ class Recovery:
         result = await try_briefly(connection, new.on_conflict_do_nothing().returning(decision.c.id))
         return None if result is None else set(result.scalars())
 
-    @again_after_deadlock
-    async def _resume(self, backend: str, limit: int, *, suspected: bool = False) -> list[_Reclaim]:
-        """Take over fenced rows that are due: retries, late re-checks, and rows of workers that died.
-
-        Args:
-            backend: The backend's key.
-            limit: The most rows.
-            suspected: Whether to take those over that have been left repeatedly, or all others.
-        """
-        rows = await take_over(self._pool, self._tables.reclaim, backend, limit, self._hold, suspected=suspected)
-        return [
-            _reclaim(row, attempts=row.attempts, takeovers=row.takeovers + 1, emptied=row.emptied, due=until)
-            for row, until in rows
-        ]
+    async def _resume(self, backend: str, limit: int) -> list[_Reclaim]:
+        """Take over fenced rows that are due: retries, late re-checks, and rows of workers that died."""
+        rows = await take_over(self._pool, self._tables.reclaim, backend, limit, self._hold)
+        return [_Reclaim._make((*row[:6], until, row.attempts, row.takeovers + 1, row.emptied)) for row, until in rows]
 
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
         deadly = [item for item in claimed if item.takeovers > LEFT_IN_COMPANY + self._max_attempts]
@@ -411,12 +401,17 @@ class Recovery:
         intent = self._tables.intent
         newer = select(intent.c.id, intent.c.location).where(intent.c.location.in_(locations))
         pending: dict[UUID, str] = {row.id: row.location for row in await connection.execute(newer)}
-        free: set[UUID] = set()
-        for item in sorted(pending):  # one by one: a list may lock other rows on MariaDB
-            lock = select(intent.c.id).where(intent.c.id == item).with_for_update(skip_locked=True)
-            free.update((await connection.execute(lock)).scalars())
+        free = {row.id for row in await self._lock_free(connection, pending)}
         await self._forget(connection, intent, free)
         return {location for item, location in pending.items() if item not in free}
+
+    async def _lock_free(self, connection: AsyncConnection, ids: Iterable[UUID]) -> list[Row[Any]]:
+        """Lock those of some intents that no other transaction has locked, and return them."""
+        intent = self._tables.intent
+        free: list[Row[Any]] = []
+        for item in sorted(ids):  # one by one: a list may lock other rows on MariaDB
+            free += await connection.execute(select(intent).where(intent.c.id == item).with_for_update(skip_locked=True))
+        return free
 
     async def _forget(self, connection: AsyncConnection, table: Table, ids: Collection[UUID]) -> None:
         """Delete intents or their reclaims, and what was decided on them."""
@@ -452,8 +447,7 @@ class Recovery:
 
     async def _bury(self, item: _Reclaim) -> FailedReclaim:
         """Make dead letters of rows whose workers have died repeatedly."""
-        problem = f"{item.takeovers - 1} workers have taken it over, and none has come to an end"
-        return await self._note(item, problem, attempts=item.attempts, dead=True)
+        return await self._note(item, DEADLY.format(item.takeovers - 1), attempts=item.attempts, dead=True)
 
     async def _fail(self, item: _Reclaim, error: Exception) -> FailedReclaim:
         attempts = item.attempts + 1
@@ -482,14 +476,6 @@ class Recovery:
             await connection.execute(
                 delete(table).where(table.c.id == bindparam("wanted")), [{"wanted": item} for item in wanted]
             )
-
-
-_COLUMNS = [field.name for field in fields(_Reclaim)]
-
-
-def _reclaim(row: Row[Any], *, attempts: int, takeovers: int, emptied: bool, due: datetime) -> _Reclaim:
-    what = (row.id, row.kind, row.backend, row.location, row.upload_id, row.source)
-    return _Reclaim(*what, attempts, takeovers, emptied, due)
 
 
 def _token(item: _Reclaim | Row[Any]) -> tuple[int, int, datetime]:

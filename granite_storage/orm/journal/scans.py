@@ -58,7 +58,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 class ScanJobs(JobQueue):
     """Has held objects scanned, and writes the verdicts into their rows; its arguments are those of `JobQueue`."""
 
-    async def scan(self, backend: str) -> RecoveryReport:
+    async def run(self, backend: str) -> RecoveryReport:
         """Scan what is due on one backend, given by its key; of a column whose scanner is unavailable only the first few."""
         report = RecoveryReport()
         unavailable: set[Address] = set()
@@ -72,12 +72,11 @@ class ScanJobs(JobQueue):
             else:
                 report.scanned += judged
 
-        for suspected, limit in ((False, CONCURRENCY), (True, 1)):
-            while addresses := sorted(all_addresses - unavailable):
-                due = (table.c.key == SCAN) & tuple_(table.c.table_name, table.c.column_name).in_(addresses)
-                if not (jobs := await self._claim(backend, limit, due, suspected=suspected)):
-                    break
-                await run_bounded(jobs, work, limit)
+        while addresses := sorted(all_addresses - unavailable):
+            due = (table.c.key == SCAN) & tuple_(table.c.table_name, table.c.column_name).in_(addresses)
+            if not (jobs := await self._claim(backend, CONCURRENCY, due)):
+                break
+            await run_bounded(jobs, work, CONCURRENCY)
         return report
 
     async def _scan(self, job: LeasedJob) -> int:
@@ -86,8 +85,6 @@ class ScanJobs(JobQueue):
         Raises:
             ScannerUnavailableError: The scanner cannot judge it now; that is noted.
         """
-        if await self._is_deadly(job):
-            return 0
         try:
             with contained("a scan"):
                 async with background(self._renew(job)):

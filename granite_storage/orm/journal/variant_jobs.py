@@ -93,7 +93,7 @@ class VariantJobs(JobQueue):
 
     _column_type = AttachmentType
 
-    async def derive(self, backend: str) -> RecoveryReport:
+    async def run(self, backend: str) -> RecoveryReport:
         """Make the variants that are due of objects on one backend, given by its key.
 
         Only those whose recipes are this process's own: another version of the application may have others.
@@ -102,11 +102,10 @@ class VariantJobs(JobQueue):
         if not recipes:
             return report
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
-        for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
-            while jobs := await self._claim(backend, limit, own, suspected=suspected):
-                by_object = group(jobs, attrgetter("place")).values()
-                async with background(*map(self._renew, jobs)):
-                    report.derived += sum(await run_bounded(by_object, self._derive, CONCURRENCY))
+        while jobs := await self._claim(backend, _JOBS_AT_A_TIME, own):
+            by_object = group(jobs, attrgetter("place")).values()
+            async with background(*map(self._renew, jobs)):
+                report.derived += sum(await run_bounded(by_object, self._derive, CONCURRENCY))
         await self._forget_dead(backend, own)
         report.refused = self._refused
         return report
@@ -213,9 +212,6 @@ class VariantJobs(JobQueue):
 
     async def _derive(self, jobs: Sequence[LeasedJob]) -> int:
         """Make the variants that are due of one object; return how many its rows have got."""
-        jobs = [job for job in jobs if not await self._is_deadly(job)]
-        if not jobs:
-            return 0
         try:
             with contained("making variants"):
                 return await self._derive_all(jobs)
@@ -416,7 +412,7 @@ class VariantJobs(JobQueue):
                     is_refused = isinstance(error, DerivationRefusedError)
                     if is_refused:
                         problem = describe_refusal(error)
-                        self._refused.append(failure_of(job, problem))
+                        self._refused.append(failure_of(job, problem, job.attempts + 1))
                     await self._note(job, problem, is_dead=is_refused or not await self._is_unmounted(job), is_outcome=is_refused)
             case DerivationFailedError():
                 most = min(self._max_attempts, _MOST_DERIVATIONS)

@@ -50,19 +50,13 @@ async def at_work(
     A pass in progress is cancelled when the block ends; any worker resumes it.
     """
     seconds = interval.total_seconds()
-    loops = (_recover_forever(partial(recover, item), seconds, alarm, f"{what} of the backend {item!r}") for item in backends)
-    async with background(*loops):
+
+    async def recover_forever(backend: str) -> None:
+        woken = asyncio.Event()
+        rest = min(_PAUSE, seconds)  # transactions that end in the meantime are processed together
+        with alarm.heard_by(woken):
+            work, which = partial(recover, backend), f"{what} of the backend {backend!r}"
+            await repeat(work, seconds, which, jitter=_JITTER, wake=woken, rest=rest)
+
+    async with background(*map(recover_forever, backends)):
         yield
-
-
-async def _recover_forever(recover: Callable[[], Awaitable[object]], interval: float, alarm: Alarm, what: str) -> None:
-    woken = asyncio.Event()
-    with alarm.heard_by(woken):
-        await repeat(
-            recover,
-            interval,
-            what,
-            jitter=_JITTER,
-            wake=woken,
-            rest=min(_PAUSE, interval),  # transactions that end in the meantime are processed together
-        )

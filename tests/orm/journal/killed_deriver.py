@@ -65,7 +65,7 @@ async def main(url: str, root: str, step: str) -> None:
     bind_storage(Base, manager, journal=journal)
     trap(step)
     with declared(RECIPES):
-        await journal._jobs(VariantJobs).derive("store")
+        await journal._jobs(VariantJobs).run("store")
 
 
 if __name__ == "__main__":

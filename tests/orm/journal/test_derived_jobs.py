@@ -216,7 +216,7 @@ class TestRecipes:
             async with stopped_in(env, old):
                 with declared({"thumb": new}):
                     await enqueue(env)
-                    assert await journal_of(env)._jobs(VariantJobs).derive("store")
+                    assert await journal_of(env)._jobs(VariantJobs).run("store")
                 assert await shown(env) == {"thumb": new.result(b"x")}
             assert await shown(env) == {"thumb": new.result(b"x")}
         with declared({"thumb": new}):
@@ -319,7 +319,7 @@ class TestRows:
             async with stopped_in(env, first):
                 await make_due(env)
                 await hide(env, "variant:one")
-                assert await journal_of(env)._jobs(VariantJobs).derive("store")
+                assert await journal_of(env)._jobs(VariantJobs).run("store")
             assert await shown(env) == {"one": first.result(b"x"), "two": second.result(b"x")}
 
     async def test_another_part_of_the_value(self, env: OrmEnvironment) -> None:
@@ -718,7 +718,7 @@ class TestFailures:
         recipe = Upper()
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))
-            await journal_of(env)._jobs(VariantJobs)._claim("store", 8, journal_of(env).tables.job.c.key != "", suspected=False)
+            await journal_of(env)._jobs(VariantJobs)._claim("store", 8, journal_of(env).tables.job.c.key != "")
             assert (await journal_of(env).recover()).derived == 0, "its lease is not over"
             assert await derive(env) == 1
 
@@ -740,7 +740,7 @@ class TestFailures:
         with declared({"thumb": recipe}):
             while reached:
                 await env.add(Doc(id=1, file=file("x")))
-                steps = Steps(journal_of(env)._jobs(VariantJobs).derive("store"), {at}, 0)  # type: ignore[arg-type]
+                steps = Steps(journal_of(env)._jobs(VariantJobs).run("store"), {at}, 0)  # type: ignore[arg-type]
                 await steps.run()
                 reached = steps.reached
                 assert bool(await shown(env)) is not bool(await jobs(env))

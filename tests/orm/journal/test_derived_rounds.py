@@ -29,7 +29,7 @@ async def test_64_jobs_on_one_row(env: OrmEnvironment, monkeypatch: pytest.Monke
         for number in range(repetitions("GRANITE_DERIVER_ROUNDS", default=2, exhaustive=1000)):
             content = f"x{number}"
             await env.add(Doc(id=1, file=file(content)))
-            working = [asyncio.create_task(journal_of(env)._jobs(VariantJobs).derive("store")) for _ in range(8)]
+            working = [asyncio.create_task(journal_of(env)._jobs(VariantJobs).run("store")) for _ in range(8)]
             again = asyncio.create_task(make_due(env))  # what one has taken over, others take over as well
             await asyncio.gather(*working, again)
             await journal_of(env).recover()
@@ -74,7 +74,7 @@ async def test_beside_writers(env: OrmEnvironment) -> None:
         writers = [asyncio.create_task(write()) for _ in range(2)]
         while not all(task.done() for task in writers):
             await make_due(env)
-            await asyncio.gather(*(journal_of(env)._jobs(VariantJobs).derive("store") for _ in range(2)))
+            await asyncio.gather(*(journal_of(env)._jobs(VariantJobs).run("store") for _ in range(2)))
         await asyncio.gather(*writers)
         for _ in range(3):
             await make_due(env)
@@ -156,9 +156,7 @@ async def test_a_writer_at_every_await(env: OrmEnvironment, write: Callable[[Orm
             await env.add(Doc(id=1, file=file("x"), other=file("z")), Doc(id=2))
             deriver = journal_of(env)._jobs(VariantJobs)
             mine = journal_of(env).tables.job.c.location == (await ref_of(env)).location
-            working = Interleaved(
-                deriver._derive(await deriver._claim("store", 8, mine, suspected=False)), at, partial(write, env)
-            )
+            working = Interleaved(deriver._derive(await deriver._claim("store", 8, mine)), at, partial(write, env))
             await working
             reached = working.task is not None
             for (_, number, column), content in (await env.contents()).items():

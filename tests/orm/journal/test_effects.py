@@ -400,14 +400,14 @@ class TestFailures:
             await env.add(Doc(id=1, file=file("x")))
             own = effects_module.effect_key("search")
             table = journal_of(env).tables.job
-            await journal_of(env)._jobs(EffectJobs)._claim("store", 1, table.c.key == own, suspected=False)
+            await journal_of(env)._jobs(EffectJobs)._claim("store", 1, table.c.key == own)
             async with env.sessions.begin() as session:
                 await session.execute(delete(Doc))
             assert (await journal_of(env).recover()).effects == 0
             assert await verbs(env, index) == ["remove"]
 
     async def test_a_lost_lease_cancels_the_handler(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(effects_module, "RENEWALS", 2000)
+        monkeypatch.setattr("granite_storage.orm.journal.jobs.RENEWALS", 2000)
         index = SearchIndex(env)
         with with_effects({"search": index.effect}):
             await env.add(Doc(id=1, file=file("x")))

@@ -164,7 +164,8 @@ async def test_it_opens_few_connections(env: OrmEnvironment, pool: dict[str, Any
         event.listen(inner, "checkout", checkout)
         event.listen(inner, "checkin", checkin)
         lifetime = timedelta(hours=1)
-        await asyncio.gather(*(journal.begin_staging("store", f"doc/1/file/{number}", lifetime=lifetime) for number in range(60)))
+        staging = await journal.staging()
+        await asyncio.gather(*(staging.begin("store", f"doc/1/file/{number}", lifetime) for number in range(60)))
     await engine.dispose()
     assert most == 2
     assert len(await rows(env, "intent")) == 60

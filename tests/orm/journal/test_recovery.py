@@ -368,7 +368,7 @@ class TestLeases:
             assert [await rows(env, name) for name in ("intent", "reclaim")] == [[], []]
             return await original(*args, **kwargs)
 
-        monkeypatch.setattr("granite_storage.orm.journal.intents.Lease.hold", hold)
+        monkeypatch.setattr("granite_storage.orm.journal.jobs.Lease.hold", hold)
         monkeypatch.setattr(type(env.backend), "put_bytes", put_bytes)
         with pytest.raises(StaleAttachmentError, match="lease"):
             await env.add(Doc(id=1, file=file("a")))
@@ -377,7 +377,7 @@ class TestLeases:
     async def test_nothing_is_sent_when_the_lease_is_over_already(
         self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("granite_storage.orm.journal.intents._SAFE_SHARE", 0.0)
+        monkeypatch.setattr("granite_storage.orm.journal.jobs._SAFE_SHARE", 0.0)
         with pytest.raises(StaleAttachmentError, match="lease"):
             await env.add(Doc(id=1, file=file("a")))
         assert not [call for call in env.backend.calls if call.operation.startswith("put")]
@@ -544,7 +544,7 @@ class TestWorker:
             async with env.sessions.begin() as session:
                 (await session.get_one(Doc, 1)).file = None
         [waiting] = await rows(env, "intent")
-        await journal_of(env).intents.expire([waiting.id])
+        await journal_of(env).intents.renew([waiting.id], timedelta(0))
         assert [row.due for row in await rows(env, "intent")] == [waiting.due]
         await expire(env)
         await env.recover()

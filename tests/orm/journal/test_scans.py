@@ -500,7 +500,7 @@ class TestWorkers:
         scanner.default = "clean"
 
         async def work() -> None:
-            await journal_of(env)._jobs(ScanJobs).scan("store")
+            await journal_of(env)._jobs(ScanJobs).run("store")
 
         at, reached = 0, True
         while reached:

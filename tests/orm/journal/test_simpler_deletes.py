@@ -175,7 +175,7 @@ def lifting_any_fence(patch: pytest.MonkeyPatch) -> None:
 
     async def let_go(self: Recovery, items: Any) -> None:
         async with self._pool.reading() as connection:
-            await self._forget(connection, [item.id for item in items])
+            await self._forget(connection, self._tables.reclaim, [item.id for item in items])
 
     patch.setattr(Recovery, "_let_go", let_go)
 

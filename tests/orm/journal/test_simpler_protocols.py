@@ -267,7 +267,7 @@ def without_row_count(patch: pytest.MonkeyPatch) -> None:
 def without_tombstone(patch: pytest.MonkeyPatch) -> None:
     async def conclude(self: Recovery, removed: Any) -> None:
         async with self._pool.reading() as connection:
-            await self._forget(connection, [item.id for item in removed])
+            await self._forget(connection, self._tables.reclaim, [item.id for item in removed])
 
     patch.setattr(Recovery, "_conclude", conclude)
 
@@ -331,7 +331,7 @@ def without_second_look(patch: pytest.MonkeyPatch) -> None:
 def _claimed(row: Any) -> Any:
     from granite_storage.orm.journal.recovery import _Reclaim
 
-    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, row.source, 0, 1, False)
+    return _Reclaim._make((*row[:6], row.due, 0, 1, False))
 
 
 VARIANTS: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] = [

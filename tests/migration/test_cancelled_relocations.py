@@ -30,7 +30,7 @@ async def test_at_every_await(env: MigrationEnvironment, names: tuple[str, ...],
         binding = env.write_to("new")
         (row,) = [row async for row in Scan(binding).rows()]
         held = next(value for value in row.values if value.ref is not None)
-        work = relocate(binding, held, rate_limited=partial(rate_limited, budget=Budget(None)), is_shared=False)
+        work = relocate(binding, held, rate_limited=partial(rate_limited, budget=Budget(None)))
         steps = Steps(work, {step}, turns)
         await steps.run()
         is_moved = (await env.refs())[0].backend == "new"

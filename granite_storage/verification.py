@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -238,22 +238,22 @@ def verify(
     return Verification(Rows(binding, concurrency, after, bytes_per_second, schemas), storage_key, deep)
 
 
+_PROBLEMS: Mapping[type[StorageError], Problem] = {
+    ObjectNotFoundError: Problem.MISSING,
+    SizeMismatchError: Problem.WRONG_SIZE,
+    ChecksumMismatchError: Problem.WRONG_CHECKSUM,
+    AccessDeniedError: Problem.DENIED,
+    UnknownBackendError: Problem.UNKNOWN_BACKEND,
+    InvalidLocationError: Problem.UNDECODABLE,
+    InvalidReferenceError: Problem.UNDECODABLE,
+    BackendError: Problem.UNREADABLE,  # any other one of its family, which therefore comes last
+}
+
+
 def _problem(error: StorageError) -> Problem:
-    match error:
-        case ObjectNotFoundError():
-            return Problem.MISSING
-        case SizeMismatchError():
-            return Problem.WRONG_SIZE
-        case ChecksumMismatchError():
-            return Problem.WRONG_CHECKSUM
-        case AccessDeniedError():
-            return Problem.DENIED
-        case UnknownBackendError():
-            return Problem.UNKNOWN_BACKEND
-        case InvalidLocationError() | InvalidReferenceError():
-            return Problem.UNDECODABLE
-        case BackendError():
-            return Problem.UNREADABLE
+    for kind, problem in _PROBLEMS.items():
+        if isinstance(error, kind):
+            return problem
     raise error
 
 

@@ -187,8 +187,8 @@ MUTANTS = [
         name="verification-denied-means-missing",
         rule="A refused permission is not reported as a missing object.",
         path="granite_storage/verification.py",
-        old="return Problem.DENIED",
-        new="return Problem.MISSING",
+        old="AccessDeniedError: Problem.DENIED",
+        new="AccessDeniedError: Problem.MISSING",
         tests=("tests/verification/test_verify.py::TestFindings::test_permission_denied_is_not_missing[sqlite-begin-False]",),
     ),
     Mutant(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from granite_storage._jobs import (
     MOST_KEPT,
+    Budget,
     RowReport,
     RowRun,
     Rows,
@@ -53,13 +54,9 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.orm.transactions import Frame
-    from granite_storage.readers import StoredObjectReader
 
-__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]
+__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "migrate", "relocate"]
 
-
-RateLimited = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
-"""What the bytes of an object pass through on their way."""
 
 _CONCURRENCY = 8
 _TRIES = 5
@@ -129,7 +126,6 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         super().__init__(MigrationReport(), rows)
         self._storage_key = storage_key
         self._to_backend = to_backend
-        self._rate_limited = partial(rate_limited, budget=self._budget)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failed: set[tuple[str, str, tuple[Any, ...], Any]] = set()
         self._first_whole_pass = 1 if rows.after is None else 2
@@ -227,7 +223,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
     async def _relocate(self, held: RowValue, location: str) -> bool:
         # Of two transactions at a time that move rows of one object, each would see the other's row still refer to it.
         async with self._locks.setdefault(location, asyncio.Lock()):
-            return await relocate(self._binding, held, rate_limited=self._rate_limited)
+            return await relocate(self._binding, held, self._budget)
 
 
 def migrate(
@@ -319,7 +315,7 @@ def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") 
 # rolled back, or where the row has changed, the copy; unknown, neither.
 
 
-async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: RateLimited) -> bool:
+async def relocate(binding: StorageBinding, held: RowValue, budget: Budget) -> bool:
     """Copy the object of an attachment column and its variants to where its policy writes now; let the row refer to the copies.
 
     All of them are copied, whichever backend they are on: a variant belongs to the location of its original, which changes.
@@ -327,7 +323,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     Args:
         binding: The binding in force for the base.
         held: What the column holds.
-        rate_limited: What the bytes pass through on their way.
+        budget: How many bytes per second pass on their way.
 
     Returns:
         Whether the row refers to the copies now; False where a writer was faster, and then nothing is left of them.
@@ -340,12 +336,12 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     column_type = held.column.type
     if (sessions := binding.own_sessions) is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only objects of attachment columns can be relocated, through a binding with a session_factory")
-    relocation = _Relocation(held.ref, held, rate_limited)
-    names = list(held.ref.variants or {})
-    states = [relocation, *(_VariantRelocation(held.ref, name, held, rate_limited, relocation) for name in names)]
+    relocation = _Relocation(held.ref, held, budget)
+    variants = held.ref.variants or {}
+    states = [relocation, *(_Relocation(variant, held, budget, source=relocation) for variant in variants.values())]
     copies = [Attachment._in(state) for state in states]
     await store([Upload(copy, column_type, "", has_variants=False) for copy in copies])
-    swap = _Swap(held, held.ref, names, copies)
+    swap = _Swap(held, held.ref, list(variants), copies)
     try:
         return await _commit(sessions, swap)
     finally:
@@ -370,46 +366,38 @@ async def _discard_copies(copies: Sequence[Attachment]) -> None:
 
 
 class _Relocation(AttachmentState):
-    """The state of a pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
+    """The state of a pending attachment that becomes a copy of what a row holds, on the backend that its policy names now.
 
-    def __init__(self, original: StoredObjectRef, held: RowValue, rate_limited: RateLimited) -> None:
+    Args:
+        original: The ref of what is copied.
+        held: What the row holds.
+        budget: How many bytes per second pass on their way.
+        source: The copy of its original, which is prepared before, where it is a variant.
+    """
+
+    def __init__(self, original: StoredObjectRef, held: RowValue, budget: Budget, *, source: _Relocation | None = None) -> None:
         self._original = original
         self._held = held
-        self._rate_limited = rate_limited
+        self._budget = budget
+        self._source = source
         self.location: str | None = None
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever it is, for it was let in once."""
-        prepared = self._prepare_as_it_is(manager, self._original.storage_key)
+        storage_key = (self._source or self)._original.storage_key
+        names = _names_of(self._held, self._original)
+        prepared = manager._engine.prepare_copy(self._original, storage_key=storage_key, **names)
+        prepared = replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
+        if self._source is not None:
+            prepared = replace(prepared, source=self._source.location, recipe=self._original.recipe)
         self.location = prepared.location
         return prepared
 
-    def _prepare_as_it_is(self, manager: StorageManager, storage_key: str) -> PreparedUpload:
-        names = _names_of(self._held, self._original)
-        prepared = manager._engine.prepare_copy(self._original, storage_key=storage_key, **names)
-        return replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
-
     async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
-        async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
+        async with manager.open(self._original, verify=True) as reader, aclosing(rate_limited(reader, self._budget)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
             # Before the reader is closed: a cancellation that comes then has to find what is stored.
             self._store(_keep_metadata(self._original, copy), column_type)
-
-
-class _VariantRelocation(_Relocation):
-    """The state of a copy of a variant, which goes to where its original does."""
-
-    def __init__(
-        self, original: StoredObjectRef, name: str, held: RowValue, rate_limited: RateLimited, source: _Relocation
-    ) -> None:
-        super().__init__((original.variants or {})[name], held, rate_limited)
-        self._storage_key = original.storage_key
-        self._source = source
-
-    def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
-        """Decide where the copy will be; the original's copy is prepared before."""
-        prepared = self._prepare_as_it_is(manager, self._storage_key)
-        return replace(prepared, source=self._source.location, recipe=self._original.recipe)
 
 
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:

@@ -391,18 +391,20 @@ def require_synchronous(source: Any) -> None:
     Raises:
         TypeError: It is one.
     """
-    while isinstance(source, SizeLimitedStream):
-        source = source._source
-    if isinstance(source, ReadOnce):
-        source = source._source
-    if isinstance(source, WholeFile):
-        source = source._file
+    source = _unwrapped(source)
     is_async = _is_async_file(source) if is_file(source) else isinstance(source, AsyncIterable)
     if is_async and _synchronous_file(source) is source:
         raise TypeError(
             f"{type(source).__name__} is an asynchronous stream, which belongs to an event loop: synchronous code stores bytes,"
             " a file, an iterable of bytes, or an upload that has a file of its own; read it first, or store it from async code"
         )
+
+
+def _unwrapped(source: Any) -> Any:
+    """Return what the caller gave, without what was put around it here."""
+    while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
+        source = source._file if isinstance(source, WholeFile) else source._source
+    return source
 
 
 def _synchronous_file(file: Any) -> Any:
@@ -474,8 +476,7 @@ def upload_size(upload: object) -> int | None:
 
 def expected_size(source: Any) -> int | None:
     """Return the size that a source says of itself before it is read, as uploads and bodies do; None where it says none."""
-    while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
-        source = source._file if isinstance(source, WholeFile) else source._source
+    source = _unwrapped(source)
     return size_of(source) if isinstance(source, bytes | bytearray | memoryview) else _declared_size(source)
 
 

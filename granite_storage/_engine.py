@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, cast
 
 from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, served_type
@@ -92,6 +92,14 @@ _OPAQUE = "application/octet-stream"
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
 _MEDIA_TYPE = re.compile(rf"{_WORD}/{_WORD}(?:[ \t]*;[ \t]*(?:{_WORD}=(?:{_WORD}|{_QUOTED}))?)*+")
+
+
+class Owner(TypedDict):
+    """What owns an object: the segments of its location that say so."""
+
+    model_name: str
+    entity_id: str
+    field_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,12 +527,10 @@ class Engine:
         self,
         *,
         storage_key: str,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
         content_type: str | None = None,
         original_filename: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        **owner: Unpack[Owner],
     ) -> PreparedUpload:
         """Choose the location of an object, and check what is to be kept of it; nothing is stored.
 
@@ -538,18 +544,12 @@ class Engine:
             location_name = load_gate().fit_location(filename, policy.accept)
         if policy.public is not None:
             location_name = load_gate().fit_public(location_name, content_type)
-        location = make_location(
-            key_prefix=policy.key_prefix,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            original_filename=location_name,
-        )
+        location = make_location(key_prefix=policy.key_prefix, original_filename=location_name, **owner)
         own_keys = None if extra is None else read_only(extra, "extra")
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
 
     def prepare_variant(
-        self, source: str, filename: str, recipe: str, *, storage_key: str, model_name: str, entity_id: str, field_name: str
+        self, source: str, filename: str, recipe: str, *, storage_key: str, **owner: Unpack[Owner]
     ) -> PreparedUpload:
         """Choose the location of a variant, as `prepare` does; what clients may send does not bind it.
 
@@ -558,28 +558,18 @@ class Engine:
             filename: Its name in the location.
             recipe: The digest of its recipe.
             storage_key: The policy of its original.
-            model_name: A segment of its location, as the next two.
-            entity_id: The second one.
-            field_name: The third one.
+            owner: The segments of its location.
         """
-        prepared = self.prepare(
-            storage_key=storage_key,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            original_filename=filename,
-        )
+        prepared = self.prepare(storage_key=storage_key, original_filename=filename, **owner)
         return replace(prepared, original_filename=None, checks=None, source=source, recipe=recipe)
 
     def prepare_copy(
         self,
         ref: StoredObjectRef,
         *,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
         storage_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        **owner: Unpack[Owner],
     ) -> PreparedUpload:
         """Choose the location of a copy of an object, as `prepare` does; None for the policy and the own keys of the ref."""
         with self._lifecycle.call(), self._at(ref) as source:
@@ -589,12 +579,10 @@ class Engine:
             extra = {key: value for key, value in (ref.extra or {}).items() if key not in own_keys}
         prepared = self.prepare(
             storage_key=storage_key or ref.storage_key,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
             content_type=ref.content_type,
             original_filename=ref.original_filename,
             extra=extra,
+            **owner,
         )
         return prepared.as_copy_of(ref)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
 Item = TypeVar("Item")
-Source = TypeVar("Source")
 Result = TypeVar("Result")
 Report = TypeVar("Report")
 
@@ -100,24 +99,43 @@ class RowReport:
 ReportOnRows = TypeVar("ReportOnRows", bound=RowReport)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which rows a job is over, and how fast it may be.
+
+    Attributes:
+        binding: The binding.
+        concurrency: How many rows are processed at a time.
+        after: The key of the row to begin after; None for the first one.
+        bytes_per_second: The most bytes of objects that are read per second; None for no limit.
+        schemas: The schemas whose rows are meant, as the database calls them; none for all.
+    """
+
+    binding: StorageBinding
+    concurrency: int
+    after: str | None
+    bytes_per_second: float | None
+    schemas: Collection[str]
+
+
 class RowRun(Run[Item, ReportOnRows]):
     """A job over the rows of a binding, in the order of their keys.
 
     Args:
-        report: The report, with the key to begin after.
-        binding: The binding.
-        concurrency: How many rows are processed at a time.
-        schemas: The schemas whose rows are meant, as the database calls them; none for all.
+        report: The report.
+        rows: The rows.
 
     Attributes:
         has_ended: Whether it has processed every row that it could see.
     """
 
-    def __init__(self, report: ReportOnRows, binding: StorageBinding, concurrency: int, schemas: Collection[str] = ()) -> None:
+    def __init__(self, report: ReportOnRows, rows: Rows) -> None:
         super().__init__(report)
-        self._binding = binding
-        self._scan = Scan(binding, schemas)
-        self._concurrency = concurrency
+        report.key = rows.after
+        self._concurrency = require_concurrency(rows.concurrency)
+        self._budget = Budget(rows.bytes_per_second)
+        self._binding = rows.binding
+        self._scan = Scan(rows.binding, rows.schemas)
         self.has_ended: bool = False
 
     async def count(self) -> int:
@@ -126,21 +144,23 @@ class RowRun(Run[Item, ReportOnRows]):
         self.report.unseen = list(self._scan.unseen)
         return number
 
-    async def _process_rows(
-        self,
-        sources: AsyncGenerator[Source, None],
-        work: Callable[[Source], Awaitable[Sequence[Item]]],
-        row_of: Callable[[Source], RowValues],
-    ) -> AsyncGenerator[Item, None]:
-        """Do work on rows, several at a time, record and yield what comes of it, and note the rows as done."""
-        results = run_in_order(sources, work, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
+    async def _items(self) -> AsyncGenerator[Item, None]:
+        async with aclosing(self._process_rows(self.report.key)) as items:
+            async for item in items:
+                yield item
+        self.report.complete = self._end()
+
+    async def _process_rows(self, after: str | None) -> AsyncGenerator[Item, None]:
+        """Process the rows after a key, several at a time, record and yield what comes of it, and note the rows as done."""
+        rows = self._scan.rows(after=after)
+        results = run_in_order(rows, self._process_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
         async with aclosing(results):
-            async for source, items in results:
+            async for row, items in results:
                 for item in items:
                     self._record(item)
                     yield item
                 self.report.rows += 1
-                self.report.key = row_of(source).key
+                self.report.key = row.key
                 self._on_progress()
         self.report.unseen = list(self._scan.unseen)
 
@@ -148,6 +168,10 @@ class RowRun(Run[Item, ReportOnRows]):
         """Note that a pass has ended; return whether it is complete."""
         self.has_ended = is_whole and not self._stopped
         return self.has_ended and not self.report.unseen
+
+    @abstractmethod
+    async def _process_row(self, row: RowValues) -> Sequence[Item]:
+        """Do the work on a row."""
 
     @abstractmethod
     def _record(self, item: Item) -> None:

@@ -13,7 +13,7 @@ import inspect
 import logging
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 logger = logging.getLogger("granite_storage")
@@ -39,7 +39,7 @@ class UnaskedEndError(RuntimeError):
     """Code of others has raised what ends a task or a generator, though no caller asked for its end."""
 
 
-def contained(what: str) -> AbstractContextManager[None]:
+class contained:  # noqa: N801  # it is called as a function
     """Turn what ends a task or a generator into an error where code of others raises it unasked, in the block.
 
     A CancelledError while the task is not being cancelled, a GeneratorExit while the coroutine is not being closed and any other
@@ -50,10 +50,7 @@ def contained(what: str) -> AbstractContextManager[None]:
     Args:
         what: What is called in the block, for the message.
     """
-    return _Contained(what)
 
-
-class _Contained:
     __slots__ = ("_task", "_what")
 
     def __init__(self, what: str) -> None:

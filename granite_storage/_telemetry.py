@@ -20,7 +20,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import Token
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from importlib.util import find_spec
@@ -30,10 +29,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.metrics import Counter, Histogram, Meter
     from opentelemetry.metrics import _Gauge as Gauge
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Tracer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -325,18 +323,22 @@ class _Operation:
             self._instruments.bytes.add(size, {**self._labels, _DIRECTION: "write"})
 
     def __enter__(self) -> Self:
+        from opentelemetry import context, trace
+
         attributes = self._labels
         if self._instruments.has_locations and "location" in (found := fields_of(self._subject)):
             attributes = {**attributes, f"{_NAMESPACE}.location": found["location"]}
         self._span = self._instruments.tracer.start_span(f"{_NAMESPACE}.{self._operation}", attributes=attributes)
-        self._token = _enter_span(self._span) if self._is_current else None
+        self._token = context.attach(trace.set_span_in_context(self._span)) if self._is_current else None
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        from opentelemetry import context
+
         seconds = time.perf_counter() - self._began
         if self._token is not None:
-            _leave_span(self._token)
+            context.detach(self._token)
         is_error = isinstance(error, Exception)
         outcome = {_OUTCOME: "ok" if error is None else "error" if is_error else "cancelled"}
         if is_error and error is not None:
@@ -357,18 +359,6 @@ class _Operation:
         said = {"exception.message": redact(str(error))} if self._instruments.has_locations else {}
         self._span.add_event("exception", {"exception.type": name, **said})
         self._span.set_status(StatusCode.ERROR, name)
-
-
-def _enter_span(span: Span) -> Token[Context]:
-    from opentelemetry import context, trace
-
-    return context.attach(trace.set_span_in_context(span))
-
-
-def _leave_span(token: Token[Context]) -> None:
-    from opentelemetry import context
-
-    context.detach(token)
 
 
 def _labels_of(subject: object) -> Mapping[str, str]:

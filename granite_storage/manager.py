@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from granite_storage._engine import Engine, Lifecycle, require_positive, require_ref, require_seconds, upload_names
 from granite_storage._headers import Disposition
@@ -22,6 +23,7 @@ from granite_storage.streams import BytesLike, ByteSource, Pace, require_synchro
 __all__ = ["StorageManager", "SyncStorage"]
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -497,6 +499,32 @@ class StorageManager:
         return f"<StorageManager policies={sorted(self.policies)} backends={sorted(self.backends)}>"
 
 
+def _blocking(
+    method: Callable[Concatenate[StorageManager, P], Coroutine[Any, Any, T]], *, stores: bool = False
+) -> Callable[[Callable[..., object]], Callable[Concatenate[SyncStorage, P], T]]:
+    """Make a function, of which only the name and the docstring count, a method that waits for one of the manager.
+
+    Args:
+        method: The manager's method.
+        stores: Whether it returns the ref of a new object, which is deleted where the wait was interrupted after its end.
+    """
+
+    def decorate(documented: Callable[..., object]) -> Callable[Concatenate[SyncStorage, P], T]:
+        @wraps(method)
+        def call(self: SyncStorage, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            if "stream" in kwargs:
+                require_synchronous(kwargs["stream"])
+            manager, name = self._manager, method.__name__
+            work: Coroutine[Any, Any, T] = getattr(manager, name)(*args, **kwargs)
+            undo: Any = manager.delete if stores else None
+            return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'", undo)
+
+        call.__doc__, call.__qualname__ = documented.__doc__, documented.__qualname__
+        return call
+
+    return decorate
+
+
 class SyncStorage:
     """The methods of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
 
@@ -511,45 +539,12 @@ class SyncStorage:
     def __init__(self, manager: StorageManager) -> None:
         self._manager = manager
 
-    def put_bytes(
-        self,
-        *,
-        storage_key: str,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        content: BytesLike,
-        content_type: str | None = None,
-        original_filename: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> StoredObjectRef:
+    @_blocking(StorageManager.put_bytes, stores=True)
+    def put_bytes(self) -> None:
         """Store content that is in memory; see `StorageManager.put_bytes`."""
-        work = self._manager.put_bytes(
-            storage_key=storage_key,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            content=content,
-            content_type=content_type,
-            original_filename=original_filename,
-            extra=extra,
-        )
-        return self._run(work, "put_bytes", self._manager.delete)
 
-    def put_stream(
-        self,
-        *,
-        storage_key: str,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        stream: ByteSource,
-        content_type: str | None = None,
-        original_filename: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-        size: int | None = None,
-        checksum: str | None = None,
-    ) -> StoredObjectRef:
+    @_blocking(StorageManager.put_stream, stores=True)
+    def put_stream(self) -> None:
         """Store a stream; see `StorageManager.put_stream`.
 
         The stream is read in another thread. It may be a binary file, an iterable of bytes, or an upload whose `file` is a
@@ -558,100 +553,52 @@ class SyncStorage:
         Raises:
             TypeError: It is an asynchronous stream, which belongs to an event loop.
         """
-        require_synchronous(stream)
-        work = self._manager.put_stream(
-            storage_key=storage_key,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            stream=stream,
-            content_type=content_type,
-            original_filename=original_filename,
-            extra=extra,
-            size=size,
-            checksum=checksum,
-        )
-        return self._run(work, "put_stream", self._manager.delete)
 
-    def get(self, ref: StoredObjectRef) -> bytes:
+    @_blocking(StorageManager.get)
+    def get(self) -> None:
         """Return all bytes of an object, verified; see `StorageManager.get`."""
-        return self._run(self._manager.get(ref), "get")
 
     def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
         """Open an object, or a range of one, as a binary file; see `StorageManager.open`."""
         opening = self._manager.open(ref, offset=offset, length=length, verify=verify)
-        return SyncObjectReader(self._run(opening.start(), "open"))
+        return SyncObjectReader(run_blocking(opening.start(), "storage.sync.open", "'await storage.open(...)'"))
 
-    def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
+    @_blocking(StorageManager.scan)
+    def scan(self) -> None:
         """Scan the stored object again; see `StorageManager.scan`."""
-        return self._run(self._manager.scan(ref), "scan")
 
-    def exists(self, ref: StoredObjectRef) -> bool:
+    @_blocking(StorageManager.exists)
+    def exists(self) -> None:
         """Return whether the object exists; see `StorageManager.exists`."""
-        return self._run(self._manager.exists(ref), "exists")
 
-    def stat(self, ref: StoredObjectRef) -> ObjectInfo:
+    @_blocking(StorageManager.stat)
+    def stat(self) -> None:
         """Return the object's properties in the backend; see `StorageManager.stat`."""
-        return self._run(self._manager.stat(ref), "stat")
 
-    def url(
-        self,
-        ref: StoredObjectRef,
-        *,
-        expires_in: timedelta,
-        disposition: Disposition = "attachment",
-        filename: str | None = None,
-        stable_for: timedelta | None = None,
-    ) -> str:
+    @_blocking(StorageManager.url)
+    def url(self) -> None:
         """Return a URL with which anyone can read the object until it expires; see `StorageManager.url`."""
-        work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
-        return self._run(work, "url")
 
-    def urls(
-        self,
-        refs: Iterable[StoredObjectRef],
-        *,
-        expires_in: timedelta,
-        disposition: Disposition = "attachment",
-        stable_for: timedelta | None = None,
-    ) -> builtins.list[str]:
+    @_blocking(StorageManager.urls)
+    def urls(self) -> None:
         """Return the URLs of several objects, in their order; see `StorageManager.urls`."""
-        work = self._manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
-        return self._run(work, "urls")
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> Generator[ObjectInfo, None, None]:
         """Iterate over the objects of a policy; see `StorageManager.list`."""
         require_no_loop("storage.sync.list", "'async for info in storage.list(...)'")
         return portal.iterate(self._manager.list(storage_key=storage_key, prefix=prefix, start_after=start_after))
 
-    def delete(self, ref: StoredObjectRef) -> None:
+    @_blocking(StorageManager.delete)
+    def delete(self) -> None:
         """Delete the object permanently; see `StorageManager.delete`."""
-        self._run(self._manager.delete(ref), "delete")
 
-    def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
+    @_blocking(StorageManager.delete_many)
+    def delete_many(self) -> None:
         """Delete objects permanently; see `StorageManager.delete_many`."""
-        return self._run(self._manager.delete_many(refs), "delete_many")
 
-    def copy(
-        self,
-        ref: StoredObjectRef,
-        *,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        storage_key: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> StoredObjectRef:
+    @_blocking(StorageManager.copy, stores=True)
+    def copy(self) -> None:
         """Copy an object to a new one; see `StorageManager.copy`."""
-        work = self._manager.copy(
-            ref,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            storage_key=storage_key,
-            extra=extra,
-        )
-        return self._run(work, "copy", self._manager.delete)
 
     def close(self) -> None:
         """Close the connections of synchronous callers; see `StorageManager.aclose`. A later call opens new ones."""
@@ -667,6 +614,3 @@ class SyncStorage:
 
     def __repr__(self) -> str:
         return f"<SyncStorage of {self._manager!r}>"
-
-    def _run(self, work: Coroutine[Any, Any, T], name: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None) -> T:
-        return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'", undo)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy import ColumnElement, Connection, LargeBinary, Text, Update, bindparam, cast, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -20,9 +20,9 @@ from granite_storage._jobs import (
     Budget,
     RowReport,
     RowRun,
+    Rows,
     ends_run,
     rate_limited,
-    require_concurrency,
     require_in_force,
     require_mounted,
     retry_unavailable,
@@ -41,7 +41,7 @@ from granite_storage.orm._util import codes_of
 from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import RowRef, among, find_referenced
+from granite_storage.orm.locking import RowRef, among
 from granite_storage.orm.references import RowValue, RowValues, as_stored, asked_to_the_end, keeping_other_columns
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
@@ -54,16 +54,11 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.orm.transactions import Frame
-    from granite_storage.readers import StoredObjectReader
 
-__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]
+__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "migrate", "relocate"]
 
-
-RateLimited = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
-"""What the bytes of an object pass through on their way."""
 
 _CONCURRENCY = 8
-_BATCH = 500
 _TRIES = 5
 _MOST_PASSES = 20
 _REFUSED = ("42501", "42809", 1142, 1143)
@@ -127,23 +122,13 @@ class MigrationReport(RowReport):
 class Migration(RowRun[MigratedObject, MigrationReport]):
     """The result of `migrate`: iterate over it for the objects that it processes, or await it for the report."""
 
-    def __init__(
-        self,
-        binding: StorageBinding,
-        storage_key: str,
-        to_backend: str,
-        concurrency: int,
-        after: str | None,
-        budget: Budget,
-        schemas: Collection[str],
-    ) -> None:
-        super().__init__(MigrationReport(key=after), binding, concurrency, schemas)
+    def __init__(self, rows: Rows, storage_key: str, to_backend: str) -> None:
+        super().__init__(MigrationReport(), rows)
         self._storage_key = storage_key
         self._to_backend = to_backend
-        self._rate_limited = partial(rate_limited, budget=budget)
-        self._shared_objects = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failed: set[tuple[str, str, tuple[Any, ...], Any]] = set()
-        self._first_whole_pass = 1 if after is None else 2
+        self._first_whole_pass = 1 if rows.after is None else 2
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
         """Return the number of objects to move and their bytes, by their backend, without changing anything."""
@@ -165,8 +150,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
             before = report.moved + report.changed
             report.passes += 1
             is_whole = report.passes >= self._first_whole_pass
-            batches = self._batches(None if is_whole else report.key)
-            async with aclosing(self._process_rows(batches, self._move_row, itemgetter(0))) as items:
+            async with aclosing(self._process_rows(None if is_whole else report.key)) as items:
                 async for moved in items:
                     yield moved
             report.complete = self._end(is_whole=is_whole and report.moved + report.changed == before)
@@ -187,26 +171,6 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
                 if len(report.failures) < MOST_KEPT:
                     report.failures.append(item)
 
-    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RowValues, set[str]], None]:
-        """Yield the rows, each with the locations that more than one value of its batch refers to."""
-        batch: list[RowValues] = []
-        async with aclosing(self._scan.rows(after=after)) as rows:
-            async for row in rows:
-                batch.append(row)
-                if len(batch) == _BATCH:
-                    for item in await self._with_shared(batch):
-                        yield item
-                    batch = []
-        for item in await self._with_shared(batch):
-            yield item
-
-    async def _with_shared(self, batch: Sequence[RowValues]) -> list[tuple[RowValues, set[str]]]:
-        refs = [
-            held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
-        ]
-        shared = await self._scan.shared(refs) if refs else set()
-        return [(row, shared) for row in batch]
-
     def _concerns(self, held: RowValue) -> bool:
         """Return whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
         if (held.table_name, held.column.name, held.primary_key, held.raw) in self._failed:
@@ -218,17 +182,16 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         is_elsewhere = any(ref.backend != self._to_backend for ref in iter_refs(held.ref))
         return held.ref.storage_key == self._storage_key and is_elsewhere
 
-    async def _move_row(self, item: tuple[RowValues, set[str]]) -> list[MigratedObject]:
-        row, shared = item
-        return [await self._migrate_value(held, shared) for held in row.values if self._concerns(held)]
+    async def _process_row(self, row: RowValues) -> list[MigratedObject]:
+        return [await self._migrate_value(held) for held in row.values if self._concerns(held)]
 
-    async def _migrate_value(self, held: RowValue, shared: set[str]) -> MigratedObject:
-        dealt_with = await self._try_to_move(held, shared)
+    async def _migrate_value(self, held: RowValue) -> MigratedObject:
+        dealt_with = await self._try_to_move(held)
         if dealt_with.status is MigrationStatus.FAILED:
             self._failed.add((held.table_name, held.column.name, held.primary_key, held.raw))
         return dealt_with
 
-    async def _try_to_move(self, held: RowValue, shared: set[str]) -> MigratedObject:
+    async def _try_to_move(self, held: RowValue) -> MigratedObject:
         """Move what a column contains; where a writer has changed it, what it contains then, unless that needs no move."""
         if not held.is_managed:
             return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
@@ -240,7 +203,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
                 return _to_migrated(MigrationStatus.FAILED, held, held.error)
             error = None
             try:
-                if await retry_unavailable(partial(self._relocate, held, held.ref, shared)):
+                if await retry_unavailable(partial(self._relocate, held, held.ref.location)):
                     return _to_migrated(MigrationStatus.MOVED, held)
             except (StorageError, SQLAlchemyError) as problem:
                 if ends_run(problem):
@@ -257,11 +220,10 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
             held = found
         return _to_migrated(MigrationStatus.CHANGED, held, error or f"writers changed it first, {_TRIES} times")
 
-    async def _relocate(self, held: RowValue, ref: StoredObjectRef, shared: set[str]) -> bool:
-        if ref.location not in shared:
-            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=False)
-        async with self._shared_objects:
-            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=True)
+    async def _relocate(self, held: RowValue, location: str) -> bool:
+        # Of two transactions at a time that move rows of one object, each would see the other's row still refer to it.
+        async with self._locks.setdefault(location, asyncio.Lock()):
+            return await relocate(self._binding, held, self._budget)
 
 
 def migrate(
@@ -319,7 +281,7 @@ def migrate(
             f" there: let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all are moved"
         )
     require_in_force(binding)
-    return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second), schemas)
+    return Migration(Rows(binding, concurrency, after, bytes_per_second, schemas), storage_key, to_backend)
 
 
 def _is_transient(error: Exception) -> bool:
@@ -353,7 +315,7 @@ def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") 
 # rolled back, or where the row has changed, the copy; unknown, neither.
 
 
-async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
+async def relocate(binding: StorageBinding, held: RowValue, budget: Budget) -> bool:
     """Copy the object of an attachment column and its variants to where its policy writes now; let the row refer to the copies.
 
     All of them are copied, whichever backend they are on: a variant belongs to the location of its original, which changes.
@@ -361,9 +323,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     Args:
         binding: The binding in force for the base.
         held: What the column holds.
-        rate_limited: What the bytes pass through on their way.
-        is_shared: Whether another value refers to the same object, as only SQL past the library can bring about; then the object
-            goes with the last one.
+        budget: How many bytes per second pass on their way.
 
     Returns:
         Whether the row refers to the copies now; False where a writer was faster, and then nothing is left of them.
@@ -376,12 +336,12 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     column_type = held.column.type
     if (sessions := binding.own_sessions) is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only objects of attachment columns can be relocated, through a binding with a session_factory")
-    relocation = _Relocation(held.ref, held, rate_limited)
-    names = list(held.ref.variants or {})
-    states = [relocation, *(_VariantRelocation(held.ref, name, held, rate_limited, relocation) for name in names)]
+    relocation = _Relocation(held.ref, held, budget)
+    variants = held.ref.variants or {}
+    states = [relocation, *(_Relocation(variant, held, budget, source=relocation) for variant in variants.values())]
     copies = [Attachment._in(state) for state in states]
     await store([Upload(copy, column_type, "", has_variants=False) for copy in copies])
-    swap = _Swap(held, held.ref, names, copies, is_shared=is_shared)
+    swap = _Swap(held, held.ref, list(variants), copies)
     try:
         return await _commit(sessions, swap)
     finally:
@@ -406,46 +366,38 @@ async def _discard_copies(copies: Sequence[Attachment]) -> None:
 
 
 class _Relocation(AttachmentState):
-    """The state of a pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
+    """The state of a pending attachment that becomes a copy of what a row holds, on the backend that its policy names now.
 
-    def __init__(self, original: StoredObjectRef, held: RowValue, rate_limited: RateLimited) -> None:
+    Args:
+        original: The ref of what is copied.
+        held: What the row holds.
+        budget: How many bytes per second pass on their way.
+        source: The copy of its original, which is prepared before, where it is a variant.
+    """
+
+    def __init__(self, original: StoredObjectRef, held: RowValue, budget: Budget, *, source: _Relocation | None = None) -> None:
         self._original = original
         self._held = held
-        self._rate_limited = rate_limited
+        self._budget = budget
+        self._source = source
         self.location: str | None = None
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever it is, for it was let in once."""
-        prepared = self._prepare_as_it_is(manager, self._original.storage_key)
+        storage_key = (self._source or self)._original.storage_key
+        names = _names_of(self._held, self._original)
+        prepared = manager._engine.prepare_copy(self._original, storage_key=storage_key, **names)
+        prepared = replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
+        if self._source is not None:
+            prepared = replace(prepared, source=self._source.location, recipe=self._original.recipe)
         self.location = prepared.location
         return prepared
 
-    def _prepare_as_it_is(self, manager: StorageManager, storage_key: str) -> PreparedUpload:
-        names = _names_of(self._held, self._original)
-        prepared = manager._engine.prepare_copy(self._original, storage_key=storage_key, **names)
-        return replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
-
     async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
-        async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
+        async with manager.open(self._original, verify=True) as reader, aclosing(rate_limited(reader, self._budget)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
             # Before the reader is closed: a cancellation that comes then has to find what is stored.
             self._store(_keep_metadata(self._original, copy), column_type)
-
-
-class _VariantRelocation(_Relocation):
-    """The state of a copy of a variant, which goes to where its original does."""
-
-    def __init__(
-        self, original: StoredObjectRef, name: str, held: RowValue, rate_limited: RateLimited, source: _Relocation
-    ) -> None:
-        super().__init__((original.variants or {})[name], held, rate_limited)
-        self._storage_key = original.storage_key
-        self._source = source
-
-    def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
-        """Decide where the copy will be; the original's copy is prepared before."""
-        prepared = self._prepare_as_it_is(manager, self._storage_key)
-        return replace(prepared, source=self._source.location, recipe=self._original.recipe)
 
 
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
@@ -472,24 +424,14 @@ class _Swap:
         original: Its ref.
         names: The names of its variants.
         copies: The copy of the object, and those of its variants.
-        is_shared: Whether another value refers to the same object.
     """
 
-    def __init__(
-        self,
-        held: RowValue,
-        original: StoredObjectRef,
-        names: Sequence[str],
-        copies: Sequence[Attachment],
-        *,
-        is_shared: bool,
-    ) -> None:
+    def __init__(self, held: RowValue, original: StoredObjectRef, names: Sequence[str], copies: Sequence[Attachment]) -> None:
         self._held = held
         self._original = original
         self._copies = copies
         own, *variants = [copy.ref for copy in copies]
         self._ref = own.with_variants(dict(zip(names, variants, strict=True)))
-        self._is_shared = is_shared
         self.is_told = False
 
     def __call__(self, session: Session) -> bool:
@@ -507,9 +449,8 @@ class _Swap:
             return False
         frame.log += [(item, True) for item in stored]
         self._consume_intents(connection, [item.intent for item in stored if item.intent is not None], frame)
-        if not (self._is_shared and self._is_referred_to(connection)):
-            original = RowRef(held.table, held.primary_key, held.column, self._original)
-            write_displaced(connection, flush.displace(frame, [original]))
+        original = RowRef(held.table, held.primary_key, held.column, self._original)
+        write_displaced(connection, flush.displace(frame, [original]))
         return True
 
     def _consume_intents(self, connection: Connection, consumed: Sequence[Intent], frame: Frame) -> None:
@@ -518,14 +459,6 @@ class _Swap:
             journal.intents.consume(connection, [intent.id for intent in consumed])
             if journal.intents.enqueue(connection, [(column, self._ref)], [(column, self._original)]):
                 frame.wakes.add(journal)
-
-    def _is_referred_to(self, connection: Connection) -> bool:
-        """Return whether another value still refers to the original, in any schema, under whatever backend's key."""
-        column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
-        try:
-            return bool(find_referenced(connection, column_type.binding().ref_columns(), {self._original.location: None}))
-        except LookupError:
-            return True  # one may be where this role cannot look: the garbage collector decides
 
 
 def _compare_and_set(held: RowValue, ref: StoredObjectRef, connection: Connection) -> Update:

@@ -13,11 +13,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from granite_storage._jobs import (
     MOST_KEPT,
-    Budget,
     RowReport,
     RowRun,
+    Rows,
     ends_run,
-    require_concurrency,
     require_in_force,
     require_mounted,
     retry_unavailable,
@@ -126,26 +125,14 @@ class _Wanted:
 class Rederivation(RowRun[RederivedVariant, RederivationReport]):
     """The result of `rederive`: iterate over it for what it processes, or await it for the report."""
 
-    def __init__(
-        self,
-        binding: StorageBinding,
-        which: Which,
-        columns: Collection[str],
-        names: Collection[str],
-        drop_undeclared: bool,
-        concurrency: int,
-        after: str | None,
-        budget: Budget,
-        schemas: Collection[str],
-    ) -> None:
-        super().__init__(RederivationReport(key=after), binding, concurrency, schemas)
+    def __init__(self, rows: Rows, which: Which, columns: Collection[str], names: Collection[str], drop_undeclared: bool) -> None:
+        super().__init__(RederivationReport(), rows)
         self._which: Which = which
         self._columns = frozenset(columns)
         self._names = frozenset(names)
         self._drop_undeclared = drop_undeclared
-        self._budget = budget
-        self._is_of_all_schemas = not schemas
-        self._is_whole = after is None and not schemas
+        self._is_of_all_schemas = not rows.schemas
+        self._is_whole = rows.after is None and not rows.schemas
         self._effects: Mapping[str, Sequence[str]] = {}
 
     async def waiting(self) -> dict[tuple[str, str, str], int]:
@@ -164,15 +151,12 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         return dict(found)
 
     async def _items(self) -> AsyncGenerator[RederivedVariant, None]:
-        report = self.report
         await self._find_effects()
-        rows = self._scan.rows(after=report.key)
-        async with aclosing(self._process_rows(rows, self._process_row, lambda row: row)) as items:
+        async with aclosing(super()._items()) as items:
             async for item in items:
                 yield item
-        report.complete = self._end()
         journal = self._binding.journal
-        if journal is None or not report.complete:
+        if journal is None or not self.report.complete:
             return
         if self._is_whole and self._effects:
             await (await journal.effect_jobs()).note_passes(self._effects)
@@ -352,8 +336,8 @@ def rederive(
     require_in_force(binding)
     require_columns(binding, columns)
     require_names(binding, names, drop_undeclared=drop_undeclared)
-    concurrency = require_concurrency(concurrency)
-    return Rederivation(binding, which, columns, names, drop_undeclared, concurrency, after, Budget(bytes_per_second), schemas)
+    rows = Rows(binding, concurrency, after, bytes_per_second, schemas)
+    return Rederivation(rows, which, columns, names, drop_undeclared)
 
 
 def require_columns(binding: StorageBinding, columns: Collection[str]) -> None:

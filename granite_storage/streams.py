@@ -391,18 +391,20 @@ def require_synchronous(source: Any) -> None:
     Raises:
         TypeError: It is one.
     """
-    while isinstance(source, SizeLimitedStream):
-        source = source._source
-    if isinstance(source, ReadOnce):
-        source = source._source
-    if isinstance(source, WholeFile):
-        source = source._file
+    source = _unwrapped(source)
     is_async = _is_async_file(source) if is_file(source) else isinstance(source, AsyncIterable)
     if is_async and _synchronous_file(source) is source:
         raise TypeError(
             f"{type(source).__name__} is an asynchronous stream, which belongs to an event loop: synchronous code stores bytes,"
             " a file, an iterable of bytes, or an upload that has a file of its own; read it first, or store it from async code"
         )
+
+
+def _unwrapped(source: Any) -> Any:
+    """Return what the caller gave, without what was put around it here."""
+    while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
+        source = source._file if isinstance(source, WholeFile) else source._source
+    return source
 
 
 def _synchronous_file(file: Any) -> Any:
@@ -474,8 +476,7 @@ def upload_size(upload: object) -> int | None:
 
 def expected_size(source: Any) -> int | None:
     """Return the size that a source says of itself before it is read, as uploads and bodies do; None where it says none."""
-    while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
-        source = source._file if isinstance(source, WholeFile) else source._source
+    source = _unwrapped(source)
     return size_of(source) if isinstance(source, bytes | bytearray | memoryview) else _declared_size(source)
 
 
@@ -586,42 +587,34 @@ async def _iterate_in_thread(source: Iterable[Any], claim: Claim) -> AsyncGenera
     try:
         with claim(iterator):
             while True:
-                batch: _Batch = await _threads.run(in_context, _take, iterator, cancel_timeout=_CANCEL_TIMEOUT)
-                while batch.chunks:
-                    yield batch.chunks.popleft()
-                if batch.error is not None:
-                    raise batch.error
-                if batch.exhausted:
+                chunks, end = await _threads.run(in_context, _take, iterator, cancel_timeout=_CANCEL_TIMEOUT)
+                while chunks:
+                    yield chunks.popleft()
+                if isinstance(end, StopIteration):
                     return
+                if end is not None:
+                    raise end
     finally:
         if iterator is not source and hasattr(iterator, "close"):
             await shielded_cleanup(_threads.run(close, iterator), "closing the iterator of a stream", timeout=_CANCEL_TIMEOUT)
 
 
-class _Batch:
-    """What one visit to a thread took from an iterator: the chunks first, then the error that ended it."""
+def _take(iterator: Iterator[Any]) -> tuple[deque[BytesLike], Exception | None]:
+    """Take chunks for a moment, and return them with what ended the iterator after them, if it has ended.
 
-    def __init__(self) -> None:
-        self.chunks: deque[BytesLike] = deque()
-        self.exhausted = False
-        self.error: BaseException | None = None
-
-
-def _take(iterator: Iterator[Any]) -> _Batch:
-    """Take chunks for a moment; one in a buffer that may be used again is copied, or ends the batch where it is large."""
-    batch = _Batch()
+    A chunk in a buffer that may be used again is copied, or the last one where it is large.
+    """
+    chunks: deque[BytesLike] = deque()
     buffered = 0
     turn_ends = time.monotonic() + _FILE_TURN_SECONDS
     try:
         while buffered < CHUNK_SIZE and time.monotonic() < turn_ends:
             chunk = _bytes_like(next(iterator))
             buffered += len(chunk)
-            batch.chunks.append(chunk if len(chunk) >= CHUNK_SIZE else bytes(chunk))
-    except StopIteration:
-        batch.exhausted = True
+            chunks.append(chunk if len(chunk) >= CHUNK_SIZE else bytes(chunk))
     except Exception as error:  # noqa: BLE001  # it is raised again after the chunks that came before it
-        batch.error = error
-    return batch
+        return chunks, error
+    return chunks, None
 
 
 def _bytes_like(chunk: Any) -> BytesLike:

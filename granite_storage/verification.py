@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from granite_storage._jobs import (
     MOST_KEPT,
-    Budget,
     RowReport,
     RowRun,
+    Rows,
     rate_limited,
-    require_concurrency,
     require_mounted,
     retry_unavailable,
 )
@@ -120,29 +119,12 @@ class VerificationReport(RowReport):
 class Verification(RowRun[Finding, VerificationReport]):
     """The result of `verify`: iterate over it for the findings, or await it for the report."""
 
-    def __init__(
-        self,
-        binding: StorageBinding,
-        storage_key: str | None,
-        deep: bool,
-        concurrency: int,
-        after: str | None,
-        budget: Budget,
-        schemas: Collection[str],
-    ) -> None:
-        super().__init__(VerificationReport(key=after), binding, concurrency, schemas)
-        self._manager = binding.manager
+    def __init__(self, rows: Rows, storage_key: str | None, deep: bool) -> None:
+        super().__init__(VerificationReport(), rows)
+        self._manager = rows.binding.manager
         self._storage_key = storage_key
         self._deep = deep
-        self._budget = budget
         self._mounted: set[str] = set()
-
-    async def _items(self) -> AsyncGenerator[Finding, None]:
-        rows = self._scan.rows(after=self.report.key)
-        async with aclosing(self._process_rows(rows, self._verify_row, lambda row: row)) as findings:
-            async for finding in findings:
-                yield finding
-        self.report.complete = self._end()
 
     def _record(self, item: Finding) -> None:
         report = self.report
@@ -151,7 +133,7 @@ class Verification(RowRun[Finding, VerificationReport]):
         if len(report.findings) < MOST_KEPT:
             report.findings.append(item)
 
-    async def _verify_row(self, row: RowValues) -> Sequence[Finding]:
+    async def _process_row(self, row: RowValues) -> Sequence[Finding]:
         return [finding for held in row.values for finding in await self._verify_value(held)]
 
     def _named(self, held: RowValue) -> list[_Named]:
@@ -253,25 +235,25 @@ def verify(
     """
     if storage_key is not None:
         binding.manager.policy(storage_key)
-    return Verification(binding, storage_key, deep, require_concurrency(concurrency), after, Budget(bytes_per_second), schemas)
+    return Verification(Rows(binding, concurrency, after, bytes_per_second, schemas), storage_key, deep)
+
+
+_PROBLEMS: Mapping[type[StorageError], Problem] = {
+    ObjectNotFoundError: Problem.MISSING,
+    SizeMismatchError: Problem.WRONG_SIZE,
+    ChecksumMismatchError: Problem.WRONG_CHECKSUM,
+    AccessDeniedError: Problem.DENIED,
+    UnknownBackendError: Problem.UNKNOWN_BACKEND,
+    InvalidLocationError: Problem.UNDECODABLE,
+    InvalidReferenceError: Problem.UNDECODABLE,
+    BackendError: Problem.UNREADABLE,  # any other one of its family, which therefore comes last
+}
 
 
 def _problem(error: StorageError) -> Problem:
-    match error:
-        case ObjectNotFoundError():
-            return Problem.MISSING
-        case SizeMismatchError():
-            return Problem.WRONG_SIZE
-        case ChecksumMismatchError():
-            return Problem.WRONG_CHECKSUM
-        case AccessDeniedError():
-            return Problem.DENIED
-        case UnknownBackendError():
-            return Problem.UNKNOWN_BACKEND
-        case InvalidLocationError() | InvalidReferenceError():
-            return Problem.UNDECODABLE
-        case BackendError():
-            return Problem.UNREADABLE
+    for kind, problem in _PROBLEMS.items():
+        if isinstance(error, kind):
+            return problem
     raise error
 
 

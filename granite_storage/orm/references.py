@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 
 from granite_storage._documentation import Page
@@ -301,30 +299,6 @@ class Scan:
             encoding = await connection.run_sync(text_encoding)
             of = FoundTable(held.table, (held.column,), held.home)
             return _value(of, held.primary_key, held.column, row[0], _reader(connection.dialect), encoding)
-
-    async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
-        """Return the locations that more than one value refers to, whatever the backend key."""
-        counted: Counter[str] = Counter()
-        wanted = sorted({ref.location for ref in refs if is_text(ref.location)})
-        for found in self._found:
-            for column in found.columns:
-                counted.update(await self._locations(found, column, wanted))
-        return {location for location, number in counted.items() if number > 1}
-
-    @asked_to_the_end
-    async def _locations(self, found: FoundTable, column: Column[Any], wanted: Sequence[str]) -> list[str]:
-        """Return the locations that a column refers to, each as often as it does."""
-        async with self._connection(found.table) as connection:
-            location = location_of(column, connection.dialect.name)[1]
-            statement = select(location).where(location.in_(wanted))
-            try:
-                return list((await connection.execute(statement, execution_options=found.options)).scalars())
-            except OperationalError:  # on SQLite one value that is not JSON fails every query of the column
-                if connection.dialect.name != "sqlite":
-                    raise
-                location = where_json(column, location)
-                statement = select(location).where(location.in_(wanted))
-                return list((await connection.execute(statement, execution_options=found.options)).scalars())
 
     @asked_to_the_end
     async def _look_for_tables(self) -> None:

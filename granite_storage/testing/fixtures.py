@@ -114,8 +114,5 @@ def granite_local_storage(granite_make_storage: MakeStorage, tmp_path: Path) -> 
 
 def _close(manager: StorageManager) -> None:
     """Close a manager on a loop of its own: that of the test may be closed, and pytest's must not be replaced."""
-    loop = asyncio.new_event_loop()
-    try:
-        loop.run_until_complete(manager.aclose())
-    finally:
-        loop.close()
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        runner.run(manager.aclose())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 
-from granite_storage._jobs import Budget, rate_limited
+from granite_storage._jobs import Budget
 from granite_storage.migration import relocate
 from granite_storage.orm.references import Scan
 from tests.migration.environment import MigrationEnvironment, Shelf, file, give_variants
@@ -30,7 +28,7 @@ async def test_at_every_await(env: MigrationEnvironment, names: tuple[str, ...],
         binding = env.write_to("new")
         (row,) = [row async for row in Scan(binding).rows()]
         held = next(value for value in row.values if value.ref is not None)
-        work = relocate(binding, held, rate_limited=partial(rate_limited, budget=Budget(None)), is_shared=False)
+        work = relocate(binding, held, Budget(None))
         steps = Steps(work, {step}, turns)
         await steps.run()
         is_moved = (await env.refs())[0].backend == "new"

@@ -121,8 +121,8 @@ MUTANTS = [
         name="nested-migration-leaves-variants",
         rule="An object and its variants move together.",
         path="granite_storage/migration.py",
-        old="    names = list(held.ref.variants or {})\n",
-        new="    names: list[str] = []\n",
+        old="    variants = held.ref.variants or {}\n",
+        new="    variants: dict[str, StoredObjectRef] = {}\n",
         tests=(f"{_MIGRATION}::test_there_and_back",),
     ),
     Mutant(
@@ -137,8 +137,8 @@ MUTANTS = [
         name="nested-migration-without-source",
         rule="The intent of a variant's copy names the copy of its original, whose row the worker looks into.",
         path="granite_storage/migration.py",
-        old="return replace(prepared, source=self._source.location, recipe",
-        new="return replace(prepared, recipe",
+        old="prepared = replace(prepared, source=self._source.location, recipe",
+        new="prepared = replace(prepared, recipe",
         tests=(f"{_MIGRATION}::test_all_objects_of_a_value",),
     ),
     Mutant(

@@ -120,9 +120,9 @@ MUTANTS = [
     Mutant(
         name="migration-deletes-shared-object",
         rule="An object that another value refers to stays until the last one is moved.",
-        path="granite_storage/migration.py",
-        old="if not (self._is_shared and self._is_referred_to(connection)):",
-        new="if not self._is_shared or self._is_referred_to(connection):",
+        path="granite_storage/orm/transactions.py",
+        old="                concerned.shared |= shared\n",
+        new="                concerned.shared |= set()\n",
         tests=("tests/migration/test_migrate.py::TestMoving::test_two_columns_that_share_an_object[sqlite-begin-plain]",),
     ),
     Mutant(
@@ -187,8 +187,8 @@ MUTANTS = [
         name="verification-denied-means-missing",
         rule="A refused permission is not reported as a missing object.",
         path="granite_storage/verification.py",
-        old="return Problem.DENIED",
-        new="return Problem.MISSING",
+        old="AccessDeniedError: Problem.DENIED",
+        new="AccessDeniedError: Problem.MISSING",
         tests=("tests/verification/test_verify.py::TestFindings::test_permission_denied_is_not_missing[sqlite-begin-False]",),
     ),
     Mutant(

@@ -239,8 +239,10 @@ class Caught:
 
 
 @contextmanager
-def must_raise(kind: type[BaseException] | tuple[type[BaseException], ...], promise: str) -> Iterator[Caught]:
-    """Fail, in words, unless the block raises an error of this kind."""
+def must_raise(
+    kind: type[BaseException] | tuple[type[BaseException], ...], promise: str, *, location: str | None = None
+) -> Iterator[Caught]:
+    """Fail, in words, unless the block raises an error of this kind, and of this location where one is given."""
     caught = Caught()
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(each.__name__ for each in kinds)
@@ -248,6 +250,8 @@ def must_raise(kind: type[BaseException] | tuple[type[BaseException], ...], prom
         yield caught
     except kinds as error:
         caught.error = error
+        named = getattr(error, "location", None)
+        assert location in (None, named), f"{promise}: the error says location={named!r}, not {location!r}"
         return
     except Exception as error:
         raise AssertionError(f"{promise}: it raised {error!r}, not {expected}") from error

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import delete, select, update
 
 from granite_storage import Attachment, ConfigurationError, bind_storage
-from granite_storage._jobs import Budget, rate_limited
+from granite_storage._jobs import Budget
 from granite_storage.derived import Effect, EffectEvent
 from granite_storage.migration import relocate
 from granite_storage.orm import AttachmentType
@@ -272,9 +272,7 @@ async def _values(env: OrmEnvironment) -> Any:
 
 
 async def _relocate(env: OrmEnvironment, held: Any) -> None:
-
-    budget = Budget(None)
-    assert await relocate(env.binding, held, rate_limited=lambda reader: rate_limited(reader, budget), is_shared=False)
+    assert await relocate(env.binding, held, Budget(None))
 
 
 class TestFailures:

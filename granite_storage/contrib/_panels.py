@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Self, TypeVar, cast
-from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -17,7 +16,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import StaleDataError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import URL, FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -89,7 +88,7 @@ class FileView:
     def picture(self) -> str | None:
         """The URL of the picture that stands for it; None where there is none."""
         if self.preview is not None:
-            return _with_query(self.url, "variant", self.preview)
+            return str(URL(self.url).include_query_params(variant=self.preview))
         return self.url if self.family == "image" else None
 
     @classmethod
@@ -106,7 +105,7 @@ class FileView:
         """
         attachment, key = (file.file, file.id) if isinstance(file, AttachedFile) else (file, None)
         if url and key is not None:
-            url = _with_query(url, "file", key)
+            url = str(URL(url).include_query_params(file=key))
         try:
             size, variants = attachment.size, attachment.variants
         except InvalidReferenceError:
@@ -127,10 +126,6 @@ def render_files(views: Iterable[FileView]) -> Markup:
     """Return the HTML of the files of an attribute."""
     html: Markup = _macros.files(views)
     return html
-
-
-def _with_query(url: str, name: str, value: object) -> str:
-    return f"{url}{'&' if '?' in url else '?'}{urlencode({name: value})}"
 
 
 def _format_size(size: int) -> str:

@@ -55,23 +55,6 @@ from granite_storage.web._conditional import (
     requested_ranges,
 )
 
-__all__ = [
-    "Body",
-    "Offload",
-    "Part",
-    "Request",
-    "StoredObjectResponse",
-    "group_reads",
-    "is_request",
-    "multipart",
-    "send_chunk",
-    "send_departed",
-    "send_headers",
-    "send_part",
-    "send_status",
-    "serve_connected",
-]
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 # One visit to a thread each: fewer would cost speed, larger ones memory with every slow client.

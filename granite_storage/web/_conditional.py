@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime, parsedate
+from email.utils import parsedate
 
 from starlette.datastructures import Headers
 
@@ -94,11 +94,6 @@ def http_date(text: str | None) -> datetime | None:
         return datetime(_full_year(year % 100) if "-" in text else year, *rest, tzinfo=UTC)
     except ValueError:
         return None
-
-
-def format_date(moment: datetime) -> str:
-    """Return a date as HTTP writes it."""
-    return format_datetime(moment, usegmt=True)
 
 
 def _full_year(year: int) -> int:

@@ -13,7 +13,6 @@ from uuid import UUID
 from granite_storage._headers import served_type
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import (
-    ChecksumMismatchError,
     InfectedContentError,
     ObjectNotFoundError,
     StaleAttachmentError,
@@ -201,11 +200,6 @@ def contradicts(head: bytes, content_type: str) -> bool:
     return beginning is not None and beginning.match(head) is None
 
 
-def is_known(content_type: str) -> bool:
-    """Return whether it is known how files of a media type begin."""
-    return _beginning_of(content_type) is not None
-
-
 def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
     return _BEGINNINGS.get(canonical(content_type))
 
@@ -284,7 +278,7 @@ async def require_beginning(manager: StorageManager, ref: StoredObjectRef, uploa
         SizeMismatchError: It was replaced meanwhile.
         UploadMismatchError: Its first bytes contradict its media type.
     """
-    if is_known(upload_token.content_type):
+    if _beginning_of(upload_token.content_type) is not None:
         async with manager.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
         if contradicts(head, upload_token.content_type):
@@ -296,6 +290,7 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
 
     Raises:
         SizeMismatchError: It does not have the size that was copied.
+        ChecksumMismatchError: It does not have the announced checksum.
         UploadMismatchError: It is not what was announced.
     """
     # What its policy has judged was compared with the announcement on the way in; what is stored may be without its metadata.
@@ -308,8 +303,6 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
         try:
             async for chunk in content:
                 head += chunk[: HEAD_SIZE - len(head)]
-        except ChecksumMismatchError as error:
-            raise UploadMismatchError("the file does not have the announced checksum") from error
         finally:
             await content.aclose()
     if not was_judged and contradicts(head, upload_token.content_type):

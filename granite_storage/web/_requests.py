@@ -564,7 +564,7 @@ def _parse_head(headers: dict[bytes, bytes]) -> PartHead:
         name, filename = parameters[b"name"], _find_filename(parameters)
     content_type = headers.get(b"content-type")
     return PartHead(
-        _decode_name(name),
+        decode_text(name, "the name of a field"),
         None if filename is None else filename.decode("utf-8", "replace"),
         None if content_type is None else content_type_to_keep(content_type.decode("latin-1")),
     )
@@ -578,11 +578,12 @@ def _find_filename(parameters: dict[bytes, bytes]) -> bytes | None:
     return filename
 
 
-def _decode_name(name: bytes) -> str:
+def decode_text(raw: bytes, what: str = "a field") -> str:
+    """Return a text of a form, whose fields are in UTF-8."""
     try:
-        return name.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
-        raise MalformedRequestError("the name of a field is not UTF-8") from error
+        raise MalformedRequestError(f"{what} is not UTF-8") from error
 
 
 # application/x-www-form-urlencoded

@@ -32,6 +32,7 @@ from granite_storage.web._requests import (
     RequestBody,
     UploadLimits,
     content_type_to_keep,
+    decode_text,
     read_fields,
 )
 from granite_storage.web.errors import MalformedRequestError, MissingFieldError, RequestTooLargeError, UnsupportedRequestError
@@ -482,10 +483,7 @@ class _Form:
             self._limits.require("max_field_size", size, "a field is too large")
             self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
-        try:
-            return b"".join(chunks).decode()
-        except UnicodeDecodeError as error:
-            raise MalformedRequestError("a field is not UTF-8") from error
+        return decode_text(b"".join(chunks))
 
     async def _file(self, head: PartHead, next_chunk: NextChunk) -> None:
         part = FilePart(*head, next_chunk=next_chunk, max_size=self._limits.max_file_size, fields=self.fields)

@@ -107,14 +107,10 @@ def _has_tag(header: str, etag: str, *, strong: bool) -> bool:
     """Return whether a list of entity tags, or `*`, has this one; a list that is malformed has none."""
     if header == "*":
         return True
-    tags = _tags(header)
+    tags = [tag[0] for tag in _TAG.finditer(header)] if _TAGS.fullmatch(header) else []
     if strong:
         return etag in tags and not etag.startswith("W/")
     return etag.removeprefix("W/") in {tag.removeprefix("W/") for tag in tags}
-
-
-def _tags(header: str) -> list[str]:
-    return [tag[0] for tag in _TAG.finditer(header)] if _TAGS.fullmatch(header) else []
 
 
 # Which bytes a Range header asks for.

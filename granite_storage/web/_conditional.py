@@ -89,9 +89,10 @@ def http_date(text: str | None) -> datetime | None:
     """Read one of the three forms of a date in HTTP; None for anything else. Source: RFC 9110, section 5.6.7."""
     if text is None or not _DATE.fullmatch(text) or (parsed := parsedate(text)) is None:
         return None
-    year, *rest = parsed[:6]
+    year, month, day, hour, minute, second = parsed[:6]
     try:
-        return datetime(_full_year(year % 100) if "-" in text else year, *rest, tzinfo=UTC)
+        year = _full_year(year % 100) if "-" in text else year
+        return datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError:
         return None
 

@@ -7,11 +7,11 @@ import inspect
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Self, TypeAlias
+from typing import Any, Protocol, Self
 
 from granite_storage._documentation import Page
 from granite_storage._tasks import contained, shielded_cleanup
@@ -40,7 +40,6 @@ from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_ty
 from granite_storage.inspection.scanning import ScannedContent, judge_outcome
 from granite_storage.inspection.stripping import Stripper, can_strip
 from granite_storage.refs import ReadOnlyDict, canonical_timestamp, storable
-from granite_storage.streams import MeasuredStream
 
 __all__ = ["Gate", "Pieces", "Verdict", "fit_location", "fit_public", "judge_bytes", "validate"]
 
@@ -73,8 +72,20 @@ class Verdict:
     scan: Mapping[str, Any] | None = None
 
 
-Pieces: TypeAlias = AsyncGenerator[bytes, None] | MeasuredStream
-"""Content in pieces of at most 1 MiB."""
+class Pieces(Protocol):
+    """Content in pieces of at most 1 MiB."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Iterate the pieces."""
+        ...
+
+    def __anext__(self) -> Awaitable[bytes]:
+        """Return the next piece."""
+        ...
+
+    def aclose(self) -> Awaitable[None]:
+        """End the iteration early."""
+        ...
 
 
 class Gate:

@@ -482,7 +482,7 @@ class MultipartParser:
             yield None
         while True:
             buffer, start = self._buffer, self._position
-            end = buffer.find(self._delimiter, start)
+            after, end = None, buffer.find(self._delimiter, start)
             while end >= 0 and (after := self._after(end + 2)) is None:
                 end = buffer.find(self._delimiter, end + len(self._delimiter))
             if end == start and after is not None and not self._is_open(after):

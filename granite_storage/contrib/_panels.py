@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Self, TypeVar, cast
-from urllib.parse import urlencode
+from typing import Any, ClassVar, Self, TypeVar, cast
 
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import StaleDataError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import URL, FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,30 +31,10 @@ from granite_storage.orm.uploads import discard
 from granite_storage.web.errors import client_message
 from granite_storage.web.responses import StoredObjectResponse
 
-__all__ = [
-    "GONE",
-    "FileAction",
-    "FileView",
-    "FormFile",
-    "FormFiles",
-    "Known",
-    "RefusedError",
-    "blame",
-    "discarded_unless_assigned",
-    "existing",
-    "form_of",
-    "is_attached",
-    "load",
-    "readable",
-    "remember",
-    "render_files",
-    "require_preview",
-    "serve",
-    "views_of",
-]
-
 T = TypeVar("T")
 _PREVIEWS = ("preview", "thumb", "thumbnail")
+_LOADER = PackageLoader("granite_storage.contrib", "templates/plugins/granite-storage")
+_macros: Any = Environment(loader=_LOADER, autoescape=True).get_template("fields.html").module
 
 
 def is_attached(attribute: object) -> bool:
@@ -99,6 +79,18 @@ class FileView:
     preview: str | None
     key: int | None = None
 
+    @property
+    def family(self) -> str:
+        """The first part of its media type, where a browser can show it; otherwise empty."""
+        return self.content_type.partition("/")[0] if self.content_type in INLINE_TYPES else ""
+
+    @property
+    def picture(self) -> str | None:
+        """The URL of the picture that stands for it; None where there is none."""
+        if self.preview is not None:
+            return str(URL(self.url).include_query_params(variant=self.preview))
+        return self.url if self.family == "image" else None
+
     @classmethod
     def of(cls, file: Attachment | AttachedFile, url: str, preview: str | None = None) -> Self:
         """Return what is shown of an attachment.
@@ -113,7 +105,7 @@ class FileView:
         """
         attachment, key = (file.file, file.id) if isinstance(file, AttachedFile) else (file, None)
         if url and key is not None:
-            url = _with_query(url, "file", key)
+            url = str(URL(url).include_query_params(file=key))
         try:
             size, variants = attachment.size, attachment.variants
         except InvalidReferenceError:
@@ -132,25 +124,8 @@ def views_of(value: object, url: str, preview: str | None) -> list[FileView]:
 
 def render_files(views: Iterable[FileView]) -> Markup:
     """Return the HTML of the files of an attribute."""
-    return Markup("<br>").join(map(_render_file, views))
-
-
-def _render_file(view: FileView) -> Markup:
-    label = Markup("{} <small>{}</small>").format(view.name, view.description)
-    if not view.url:
-        return label
-    family = view.content_type.partition("/")[0] if view.content_type in INLINE_TYPES else ""
-    link = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
-    if view.preview is not None or family == "image":
-        source = view.url if view.preview is None else _with_query(view.url, "variant", view.preview)
-        picture = Markup('<img src="{}" alt="" loading="lazy" style="max-width: 10rem; max-height: 6rem">').format(source)
-        return link.format(view.url, picture + Markup("<br>") + label)
-    player = Markup('<{0} src="{1}" controls preload="none" style="max-width: 20rem"></{0}><br>').format(family, view.url)
-    return (player if family in ("audio", "video") else Markup("")) + link.format(view.url, label)
-
-
-def _with_query(url: str, name: str, value: object) -> str:
-    return f"{url}{'&' if '?' in url else '?'}{urlencode({name: value})}"
+    html: Markup = _macros.files(views)
+    return html
 
 
 def _format_size(size: int) -> str:
@@ -195,11 +170,23 @@ class _Form:
     views: Sequence[FileView] = ()
     uploads: Sequence[UploadFile] = ()
     errors: list[str] = field(default_factory=list)
+    _macro: ClassVar[Any]
 
     @property
     def is_required(self) -> bool:
         """Whether the row must have a file."""
         return declared_collection(self.attribute) is None and not self.attribute.type.column.nullable
+
+    @property
+    def accept(self) -> str:
+        """The media types that its policy accepts, as an input of HTML has them."""
+        column_type = self.attribute.type
+        return ",".join(column_type.binding().manager.policy(column_type.storage_key).accept or ())
+
+    def render(self, name: str, *, required: bool, invalid: bool) -> Markup:
+        """Return the present files with the choice of what becomes of them, and the input for new ones."""
+        html: Markup = self._macro(self, name, required, invalid)
+        return html
 
     def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
@@ -308,6 +295,7 @@ class FormFile(_Form):
     """
 
     action: FileAction | None = FileAction.KEEP
+    _macro = _macros.one
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
@@ -330,19 +318,6 @@ class FormFile(_Form):
             return "A file is required."
         return None
 
-    def render(self, name: str, *, required: bool, invalid: bool) -> Markup:
-        """Return the present file with the choice of what becomes of it, and the input for a new one."""
-        change = "let one = document.getElementById('{}-replace'); if (one) one.checked = this.files.length > 0"
-        options = Markup(' onchange="{}"{}').format(
-            change.format(name), Markup(" required") if required and not self.views else ""
-        )
-        present = render_files(self.views)
-        if self.views:
-            choices = [one for one in FileAction if not (required and one is FileAction.CLEAR)]
-            radios = [_RADIO.format(name, one.value, _checked(one is self.action), one.name.title()) for one in choices]
-            present += Markup("<div>{}</div>").format(Markup("").join(radios))
-        return _render_field(present + _render_chooser(name, self.attribute.type, options), invalid=invalid)
-
 
 @dataclass(slots=True)
 class FormFiles(_Form):
@@ -355,6 +330,7 @@ class FormFiles(_Form):
 
     order: Sequence[str] = ()
     removed: Collection[str] = ()
+    _macro = _macros.several
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; files that it does not name stay, such as those that were added meanwhile."""
@@ -369,14 +345,10 @@ class FormFiles(_Form):
             cast(Any, declared_collection(self.attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
         return [*kept, *new]
 
-    def render(self, name: str, *, required: bool, invalid: bool) -> Markup:
-        """Return the present files, to drag and to remove, and the input for new ones."""
-        rows = Markup("").join(
-            _ROW.format(name, view.key, render_files([view]), _checked(str(view.key) in self.removed), _UP)
-            for view in self._sorted(self.views, lambda view: view.key)
-        )
-        present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
-        return _render_field(present + _render_chooser(name, self.attribute.type, Markup(" multiple")), invalid=invalid)
+    @property
+    def sorted_views(self) -> list[FileView]:
+        """What is shown of the files, in the order that the form asks for."""
+        return self._sorted(self.views, lambda view: view.key)
 
     def _sorted(self, items: Iterable[T], key_of: Callable[[T], int | None]) -> list[T]:
         ranks = {key: rank for rank, key in enumerate(self.order)}
@@ -386,37 +358,6 @@ class FormFiles(_Form):
 def form_of(attribute: Any, value: Any = None, views: Sequence[FileView] = ()) -> FormFile | FormFiles:
     """Return the form of an attribute of a row that has a value, of which `views` are shown."""
     return (FormFile if declared_collection(attribute) is None else FormFiles)(attribute, value, views)
-
-
-_RADIO = Markup(
-    '<label class="form-check form-check-inline"><input class="form-check-input" type="radio" name="{0}-action" id="{0}-{1}"'
-    ' value="{1}"{2}> {3}</label>'
-)
-_ROW = Markup(
-    '<li draggable="true" style="cursor: move" ondragstart="this.dataset.moved = 1" ondragend="delete this.dataset.moved">'
-    '<input type="hidden" name="{0}-order" value="{1}">{2} <button type="button" class="btn btn-sm" title="Up" onclick="{4}">'
-    '&uarr;</button> <label class="form-check form-check-inline"><input class="form-check-input" type="checkbox"'
-    ' name="{0}-removed" value="{1}"{3}> Remove</label></li>'
-)
-_UP = "let row = this.closest('li'); if (row.previousElementSibling) row.previousElementSibling.before(row)"
-_DRAG = (
-    "event.preventDefault(); let over = event.target.closest('li'), moved = this.querySelector('[data-moved]');"
-    " if (over && moved && over !== moved) { let box = over.getBoundingClientRect();"
-    " event.clientY > box.top + box.height / 2 ? over.after(moved) : over.before(moved) }"
-)
-
-
-def _render_chooser(name: str, column_type: AttachmentType, options: Markup) -> Markup:
-    accept = ",".join(column_type.binding().manager.policy(column_type.storage_key).accept or ())
-    return Markup('<input type="file" class="form-control" id="{0}" name="{0}" accept="{1}"{2}>').format(name, accept, options)
-
-
-def _render_field(content: Markup, *, invalid: bool) -> Markup:
-    return Markup('<div class="{}">{}</div>').format("is-invalid" if invalid else "", content)
-
-
-def _checked(checked: bool) -> Markup:
-    return Markup(" checked") if checked else Markup("")
 
 
 @asynccontextmanager

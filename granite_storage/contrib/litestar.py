@@ -6,13 +6,14 @@ The extra `litestar` brings what it needs.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import inspect
 from sqlalchemy.orm import Mapper
 
+from granite_storage._problems import RETRY_AFTER
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError, StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, AttachmentVariants
@@ -39,7 +40,6 @@ from starlette import requests
 
 from granite_storage.web import FileTarget, UploadForm, UploadLimits, problem_response, stream_upload, upload_form
 from granite_storage.web._openapi import only_body
-from granite_storage.web.errors import RETRY_AFTER
 
 if TYPE_CHECKING:
     from litestar._openapi.schema_generation import SchemaCreator
@@ -158,10 +158,7 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
 
     @asynccontextmanager
     async def _run(self, _: Litestar) -> AsyncGenerator[None, None]:
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._storage)
-            if self._journal is not None:
-                await stack.enter_async_context(self._journal.worker())
+        async with self._storage, nullcontext() if self._journal is None else self._journal.worker():
             yield
 
     def _answer(self, _: Request[Any, Any, Any], error: StorageError) -> Response[bytes]:

@@ -186,7 +186,8 @@ def is_accepted(ref: StoredObjectRef, accept: tuple[str, ...] | None) -> bool:
     """
     if accept is None:
         return True
-    from granite_storage.inspection.media_types import canonical, matches  # which the recipe has loaded
+    from granite_storage.inspection._media_names import canonical
+    from granite_storage.inspection.media_types import matches  # which the recipe has loaded
 
     found = None if ref.media is None else ref.media.get("type")
     if isinstance(found, str):

@@ -8,23 +8,6 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = [
-    "HEAD_SIZE",
-    "Checks",
-    "HeadInspector",
-    "Inspection",
-    "Inspector",
-    "OnMismatch",
-    "OnUnavailable",
-    "OnUnstrippable",
-    "ScanResult",
-    "Scanner",
-    "StripMode",
-    "UploadPreview",
-    "Validator",
-    "require_positive",
-]
-
 _LONGEST_TEXT = 200
 
 HEAD_SIZE = 64 * 1024

@@ -9,17 +9,14 @@ import re
 import socket
 import struct
 import sys
-import threading
 import time
-import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, closing
 from typing import Any, get_args
+from weakref import WeakValueDictionary
 
 from granite_storage.exceptions import ConfigurationError, ScannerUnavailableError
 from granite_storage.inspection.base import OnUnavailable, ScanResult, require_positive
-
-__all__ = ["ClamdScanner"]
 
 _PIECE_SIZE = 256 * 1024
 _MAX_ANSWER = 4096
@@ -90,8 +87,8 @@ class ClamdScanner:
         self._connect_timeout = connect_timeout
         self._content_timeout = content_timeout
         self._max_concurrent = max_concurrent
-        self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        # A semaphore lives as long as a scan has it, and so does not keep its loop.
+        self._rooms: WeakValueDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakValueDictionary()
         self._version: tuple[str, float] | None = None  # and until when it is believed
 
     def __repr__(self) -> str:
@@ -107,9 +104,10 @@ class ClamdScanner:
             ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or said what is no verdict.
         """
         async with self._room():
-            async with self._connect(self._timeout) as connection, aclosing(self._pace(content)) as pieces:
-                is_whole = await connection.send_content(pieces)
-                answer = await connection.read_answer()
+            with closing(await self._connect(self._timeout)) as connection:
+                async with aclosing(self._pace(content)) as pieces:
+                    is_whole = await connection.send_content(pieces)
+                    answer = await connection.read_answer()
             signature = self._judge(answer, is_whole, connection.error)
             return ScanResult(is_clean=signature is None, by=await self._describe(), signature=signature)
 
@@ -174,7 +172,7 @@ class ClamdScanner:
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
         """Limit the scans in progress on this loop to `max_concurrent`."""
-        room = self._room_here()
+        room = self._rooms.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_concurrent))
         try:
             async with asyncio.timeout(self._timeout):
                 await room.acquire()
@@ -185,17 +183,6 @@ class ClamdScanner:
             yield
         finally:
             room.release()
-
-    def _room_here(self) -> asyncio.Semaphore:
-        loop = asyncio.get_running_loop()
-        room = self._rooms.get(loop)
-        if room is None:
-            with self._lock:
-                # A semaphore that somebody has waited for holds its loop, so the dictionary alone would never drop the two.
-                for closed in [other for other in self._rooms if other.is_closed()]:
-                    del self._rooms[closed]
-                room = self._rooms[loop] = asyncio.Semaphore(self._max_concurrent)
-        return room
 
     async def _describe(self) -> str:
         """Return the scanner's name and version, or `clamd` if it does not say."""
@@ -210,25 +197,17 @@ class ClamdScanner:
         return self._version[0]
 
     async def _ask(self, command: bytes, timeout: float) -> tuple[bytes, OSError | None]:
-        async with self._connect(timeout) as connection:
+        with closing(await self._connect(timeout)) as connection:
             await connection.send(command)
             return await connection.read_answer(), connection.error
 
-    @asynccontextmanager
-    async def _connect(self, timeout: float) -> AsyncIterator[_Connection]:
-        """Open a connection for one command, and close it whatever happens."""
-        sock = await self._open()
-        try:
-            yield _Connection(sock, timeout)
-        finally:
-            sock.close()
-
-    async def _open(self) -> socket.socket:
+    async def _connect(self, timeout: float) -> _Connection:
+        """Open a connection for one command."""
         failure: Exception | None = None
         for family, address in await self._resolve():
             opened = await _open_socket(family, address, self._connect_timeout)
             if isinstance(opened, socket.socket):
-                return opened
+                return _Connection(opened, timeout)
             failure = opened
         raise self._unreachable(failure) from failure
 
@@ -264,6 +243,10 @@ class _Connection:
         self._timeout = timeout
         self._answer = bytearray()
         self._is_ended = False
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
 
     async def send_content(self, content: AsyncIterator[bytes]) -> bool:
         """Send content to be scanned; return whether all of it was sent before anything was answered."""

@@ -23,7 +23,7 @@ from granite_storage.exceptions import (
     ScannerUnavailableError,
     UnsupportedContentError,
 )
-from granite_storage.inspection._media_names import fit_public
+from granite_storage.inspection._media_names import fit_filename, fit_public
 from granite_storage.inspection.base import (
     HEAD_SIZE,
     Checks,
@@ -36,7 +36,7 @@ from granite_storage.inspection.base import (
     UploadPreview,
     Validator,
 )
-from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, fit_location, judge_type
+from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_location, judge_type
 from granite_storage.inspection.scanning import ScannedContent, judge_outcome
 from granite_storage.inspection.stripping import Stripper, can_strip
 from granite_storage.refs import ReadOnlyDict, canonical_timestamp, storable
@@ -207,7 +207,7 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
         finally:
             await scan.stop()
     if judge.stripper is not None:
-        content = await _threads.run(judge.strip_whole, content)
+        content = await _threads.run(judge.stripper.strip, content)
     return content, judge.verdict
 
 
@@ -334,11 +334,6 @@ class _Judge:
             if self._active:
                 self.feed(content[start : start + _PIECE])
         self._collect()
-
-    def strip_whole(self, content: bytes) -> bytes:
-        """Return the bytes to store of the whole content; in a thread."""
-        assert self.stripper is not None  # noqa: S101  # the caller has looked
-        return self.stripper.feed(content) + self.stripper.finish()
 
     async def finish(self) -> None:
         """Make the decisions that depend on the whole content."""

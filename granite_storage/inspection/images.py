@@ -19,10 +19,8 @@ from granite_storage.inspection._image_headers import (
     read_jpeg2000_size,
     read_png_size,
 )
+from granite_storage.inspection._media_names import canonical
 from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview, require_positive
-from granite_storage.inspection.media_types import canonical
-
-__all__ = ["ImageLimits"]
 
 _MOST_HEADER = 1 << 20
 _QUICK_HEADER = 8192

@@ -53,22 +53,6 @@ from granite_storage.inspection._media_names import (
     types_by_extension,
 )
 
-__all__ = [
-    "TAIL_SIZE",
-    "Detected",
-    "Judged",
-    "canonical",
-    "check_accept",
-    "confirm_type",
-    "detect",
-    "fit_filename",
-    "fit_location",
-    "judge_type",
-    "matches",
-    "require_detector",
-    "zip_names",
-]
-
 TAIL_SIZE = 66 * 1024
 """How much of the end of an upload `confirm_type` has to see: the end of a zip archive and its longest comment, in bytes."""
 
@@ -208,15 +192,6 @@ def fit_location(filename: str | None, accept: tuple[str, ...]) -> str | None:
     """Return a file name, for an object whose type is not known yet, that has no extension of a type that is not accepted."""
     named = types_by_extension().get(extension(filename))
     return filename if named is not None and matches(named, accept) else fit_filename(filename, OPAQUE)
-
-
-def require_detector() -> None:
-    """Load the detector, which reads files, and refuse where it is not installed.
-
-    Raises:
-        MissingDependencyError: `filetype` is not installed; the extra `inspect` brings it.
-    """
-    _load_matchers()
 
 
 def detect(head: bytes, tail: bytes = b"") -> Detected:
@@ -538,7 +513,7 @@ def _find_binary(head: bytes, tail: bytes) -> str | None:
 
 def _ask_detector(head: bytes) -> str | None:
     try:
-        for matcher, kind in _load_matchers():
+        for matcher, kind in require_detector():
             if matcher.match(head):
                 return kind
     except (ArithmeticError, LookupError, RecursionError, ValueError, struct.error):
@@ -547,7 +522,12 @@ def _ask_detector(head: bytes) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _load_matchers() -> tuple[tuple[Any, str], ...]:
+def require_detector() -> tuple[tuple[Any, str], ...]:
+    """Load the detector, which reads files, and return the matchers of its types with the types.
+
+    Raises:
+        MissingDependencyError: `filetype` is not installed; the extra `inspect` brings it.
+    """
     try:
         import filetype
     except ImportError as error:
@@ -560,7 +540,7 @@ def _load_matchers() -> tuple[tuple[Any, str], ...]:
 
 @lru_cache(maxsize=1)
 def _load_known() -> frozenset[str]:
-    detected = {kind for _, kind in _load_matchers()}.union(_PROGRAMS.values(), *DECLARABLE.values())
+    detected = {kind for _, kind in require_detector()}.union(_PROGRAMS.values(), *DECLARABLE.values())
     return frozenset({"application/ogg", "audio/ogg", OLE, PDF, RTF, SVG, HTML} | _OLE_TYPES | detected)
 
 

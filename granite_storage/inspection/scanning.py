@@ -13,8 +13,6 @@ from granite_storage.exceptions import ScannerUnavailableError
 from granite_storage.inspection.base import Scanner, ScanResult
 from granite_storage.refs import canonical_timestamp
 
-__all__ = ["ScannedContent", "judge_outcome", "scan_stored"]
-
 _LONGEST_SCAN = 3600.0
 
 

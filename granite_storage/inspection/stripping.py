@@ -18,8 +18,6 @@ from granite_storage.exceptions import ContentRejectedError
 from granite_storage.inspection._image_headers import ORIENTATION, Ifd, Tag, read_ifd
 from granite_storage.inspection.base import StripMode
 
-__all__ = ["Stripper", "can_strip"]
-
 _MAX_HELD = 4 << 20
 """The longest piece of metadata that is parsed, before and after decompression, in bytes; JPEG has none over 64 KiB."""
 
@@ -92,6 +90,10 @@ class Stripper:
         if not self._parser.is_complete:
             raise _damaged("it is cut off")
         return rest
+
+    def strip(self, picture: bytes) -> bytes:
+        """Take the whole picture, and return what is left of it; raises as `feed` and `finish` do."""
+        return self.feed(picture) + self.finish()
 
 
 def _damaged(why: str) -> ContentRejectedError:
@@ -487,7 +489,7 @@ def _keep_tags(ifd: Ifd) -> dict[int, Tag]:
 def _clean_thumbnail(thumbnail: bytes) -> bytes:
     stripper = Stripper("image/jpeg", "all")  # not "location": thumbnails in thumbnails would be read without end
     try:
-        return stripper.feed(thumbnail) + stripper.finish()
+        return stripper.strip(thumbnail)
     except ContentRejectedError:
         return b""
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from email.utils import parsedate
 
 from starlette.datastructures import Headers
 
@@ -22,15 +22,15 @@ _PART_OVERHEAD = 100
 _SPEC = re.compile(r"([0-9]*)-([0-9]*)")
 _LARGEST = 10**20
 _TAG = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"')
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_MONTH = rf"(?P<month>{'|'.join(_MONTHS)})"
+_TAGS = re.compile(rf"(?:[ \t,]*{_TAG.pattern}(?=[ \t,]|\Z))*[ \t,]*")
+_MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"
 _WEEKDAY = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
 _LONG_WEEKDAY = r"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day"
-_CLOCK = r"(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
-_DATES = (
-    re.compile(rf"{_WEEKDAY}, (?P<day>[0-9]{{2}}) {_MONTH} (?P<year>[0-9]{{4}}) {_CLOCK} GMT"),
-    re.compile(rf"{_LONG_WEEKDAY}, (?P<day>[0-9]{{2}})-{_MONTH}-(?P<year>[0-9]{{2}}) {_CLOCK} GMT"),
-    re.compile(rf"{_WEEKDAY} {_MONTH} (?P<day>[ 0-9][0-9]) {_CLOCK} (?P<year>[0-9]{{4}})"),
+_CLOCK = r"[0-9]{2}:[0-9]{2}:[0-9]{2}"
+_DATE = re.compile(
+    rf"{_WEEKDAY}, [0-9]{{2}} {_MONTH} [0-9]{{4}} {_CLOCK} GMT"
+    rf"|{_LONG_WEEKDAY}, [0-9]{{2}}-{_MONTH}-[0-9]{{2}} {_CLOCK} GMT"
+    rf"|{_WEEKDAY} {_MONTH} [ 0-9][0-9] {_CLOCK} [0-9]{{4}}"
 )
 
 
@@ -87,22 +87,14 @@ def is_entity_tag(text: str) -> bool:
 
 def http_date(text: str | None) -> datetime | None:
     """Read one of the three forms of a date in HTTP; None for anything else. Source: RFC 9110, section 5.6.7."""
-    match = next(filter(None, (form.fullmatch(text) for form in _DATES)), None) if text else None
-    if match is None:
+    if text is None or not _DATE.fullmatch(text) or (parsed := parsedate(text)) is None:
         return None
-    year = int(match["year"])
-    if len(match["year"]) == 2:
-        year = _full_year(year)
-    clock = (int(match["hour"]), int(match["minute"]), int(match["second"]))
+    year, month, day, hour, minute, second = parsed[:6]
     try:
-        return datetime(year, _MONTHS.index(match["month"]) + 1, int(match["day"]), *clock, tzinfo=UTC)
+        year = _full_year(year % 100) if "-" in text else year
+        return datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError:
         return None
-
-
-def format_date(moment: datetime) -> str:
-    """Return a date as HTTP writes it."""
-    return format_datetime(moment, usegmt=True)
 
 
 def _full_year(year: int) -> int:
@@ -116,24 +108,10 @@ def _has_tag(header: str, etag: str, *, strong: bool) -> bool:
     """Return whether a list of entity tags, or `*`, has this one; a list that is malformed has none."""
     if header == "*":
         return True
-    tags = _tags(header)
+    tags = [tag[0] for tag in _TAG.finditer(header)] if _TAGS.fullmatch(header) else []
     if strong:
         return etag in tags and not etag.startswith("W/")
     return etag.removeprefix("W/") in {tag.removeprefix("W/") for tag in tags}
-
-
-def _tags(header: str) -> list[str]:
-    tags, position = [], 0
-    while position < len(header):
-        if header[position] in " \t,":
-            position += 1
-            continue
-        match = _TAG.match(header, position)
-        if match is None or (match.end() < len(header) and header[match.end()] not in " \t,"):
-            return []
-        tags.append(match[0])
-        position = match.end()
-    return tags
 
 
 # Which bytes a Range header asks for.
@@ -155,15 +133,14 @@ def requested_ranges(header: str, size: int) -> list[ByteRange] | None:
     unit, _, specs = header.partition("=")
     if unit.lower() != "bytes" or specs.count(",") >= _MAX_SPECS:
         return None
-    texts = [text for text in (spec.strip(" \t") for spec in specs.split(",")) if text]
-    matches = [_SPEC.fullmatch(text) for text in texts]
     ranges = []
-    for match in matches:
+    for text in filter(None, (spec.strip(" \t") for spec in specs.split(","))):
+        match = _SPEC.fullmatch(text)
         span = None if match is None else _parse_span(match[1], match[2], size)
-        if span is None:
+        if span is None or (size == 0 and _is_suffix(text)):
             return None
         ranges.append(span)
-    if not ranges or (size == 0 and any(_is_suffix(text) for text in texts)):
+    if not ranges:
         return None
     joined = _join_near(span for span in ranges if span.start < span.stop)
     return joined if len(joined) <= MAX_RANGES else None

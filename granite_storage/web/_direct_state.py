@@ -7,19 +7,19 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 from granite_storage._headers import served_type
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import (
-    ChecksumMismatchError,
     InfectedContentError,
     ObjectNotFoundError,
     StaleAttachmentError,
     StorageError,
     UnsupportedContentError,
 )
+from granite_storage.inspection._media_names import canonical
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType
@@ -51,30 +51,6 @@ class Found:
     verdict: Mapping[str, Any] | None = None
 
 
-class Claim(Protocol):
-    """The right to finish an upload, for as long as it is entered."""
-
-    async def publish(self, attachment: Attachment) -> bool:
-        """Record the attachment, unless another process has recorded one meanwhile; return whether it was recorded."""
-        ...
-
-    async def refuse(self, verdict: Mapping[str, Any]) -> None:
-        """Record why it is refused."""
-        ...
-
-
-class CompletionStore(Protocol):
-    """Where the results of finished uploads are recorded."""
-
-    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
-        """Return the result of an upload."""
-        ...
-
-    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish an upload; None where another process has claimed it since `find`."""
-        ...
-
-
 class JournalCompletionStore:
     """Keeps the results in the journal, for every process.
 
@@ -91,34 +67,40 @@ class JournalCompletionStore:
         attachment = None if finished.ref is None else Attachment._of(finished.ref, column_type)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
-    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[_JournaledClaim] | None:
         """Return the right to finish it, which one of all processes has."""
         claim = await (await self._journal.staging()).claim(_staging_id(upload_token), found.seen)
         return None if claim is None else _enter(claim)
 
 
 @asynccontextmanager
-async def _enter(claim: direct_uploads.Claim) -> AsyncIterator[Claim]:
+async def _enter(claim: direct_uploads.Claim) -> AsyncIterator[_JournaledClaim]:
     async with claim:
         yield _JournaledClaim(claim)
 
 
+@dataclass(frozen=True, slots=True)
 class _JournaledClaim:
-    def __init__(self, claim: direct_uploads.Claim) -> None:
-        self._claim = claim
+    """The right to finish an upload, for as long as it is entered.
+
+    Attributes:
+        claim: That of the journal.
+    """
+
+    claim: direct_uploads.Claim
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Record the attachment."""
+        """Record the attachment, unless another process has recorded one meanwhile; return whether it was recorded."""
         stored = stored_object(attachment)
         if stored.intent is None:
             raise StaleAttachmentError(
                 "the base was bound again without a journal while a direct upload was finished; finish it again"
             )
-        return await self._claim.publish(stored.intent.id, stored.ref)
+        return await self.claim.publish(stored.intent.id, stored.ref)
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
         """Record why it is refused."""
-        await self._claim.refuse(verdict)
+        await self.claim.refuse(verdict)
 
 
 class MemoryCompletionStore:
@@ -138,30 +120,28 @@ class MemoryCompletionStore:
         there = not known.is_pending and await known.exists()
         return Found(known if there else None, known)
 
-    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[_RememberedClaim]:
         """Return the right to finish it; within this process a lock has granted it already."""
         return nullcontext(_RememberedClaim(self._known, upload_token, found.seen))
 
 
+@dataclass(frozen=True, slots=True)
 class _RememberedClaim:
-    def __init__(
-        self, known: dict[str, tuple[Attachment | Mapping[str, Any], int]], upload_token: UploadToken, seen: Any
-    ) -> None:
-        self._known = known
-        self._upload_token = upload_token
-        self._seen = seen
+    known: dict[str, tuple[Attachment | Mapping[str, Any], int]]
+    upload_token: UploadToken
+    seen: Any
 
     async def publish(self, attachment: Attachment) -> bool:
         """Remember the attachment."""
-        known, _ = self._known.get(self._upload_token.location, (None, 0))
-        if known is not self._seen:  # another event loop of this process was faster
+        known, _ = self.known.get(self.upload_token.location, (None, 0))
+        if known is not self.seen:  # another event loop of this process was faster
             return False
-        self._known[self._upload_token.location] = attachment, self._upload_token.ends
+        self.known[self.upload_token.location] = attachment, self.upload_token.ends
         return True
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
         """Remember why it is refused."""
-        self._known[self._upload_token.location] = verdict, self._upload_token.ends
+        self.known[self.upload_token.location] = verdict, self.upload_token.ends
 
 
 def _staging_id(upload_token: UploadToken) -> UUID:
@@ -179,9 +159,6 @@ HEAD_SIZE = 1024
 _BLANK = rb"(?:\xef\xbb\xbf)?[\x00\t\n\x0c\r ]*"
 # QuickTime files, which are older than the box `ftyp`, begin with any of the others; so do the segments of a stream.
 _ISO_MEDIA = rb"....(?:ftyp|free|mdat|moof|moov|pnot|sidx|skip|styp|wide)"
-_MP3 = rb"\x00*(?:ID3|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff])"
-_OGG = rb"OggS"
-_WAVE = rb"(?:RIFF|RF64|BW64)....WAVE"
 _BEGINNINGS: dict[str, re.Pattern[bytes]] = {
     media_type: re.compile(pattern, re.DOTALL)
     for media_type, pattern in {
@@ -189,26 +166,21 @@ _BEGINNINGS: dict[str, re.Pattern[bytes]] = {
         "application/pdf": _BLANK + rb"%PDF-",
         "application/zip": rb"PK(?:\x03\x04|\x05\x06|\x07\x08)",
         "audio/flac": rb"fLaC|ID3",
-        "audio/mp3": _MP3,
         "audio/mp4": _ISO_MEDIA,
-        "audio/mpeg": _MP3,
-        "audio/ogg": _OGG,
-        "audio/wav": _WAVE,
-        "audio/wave": _WAVE,
+        "audio/mpeg": rb"\x00*(?:ID3|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff])",
+        "audio/ogg": rb"OggS",
+        "audio/wav": rb"(?:RIFF|RF64|BW64)....WAVE",
         "audio/webm": rb"\x1a\x45\xdf\xa3",
-        "audio/x-m4a": _ISO_MEDIA,
-        "audio/x-wav": _WAVE,
         "image/avif": rb"....ftyp(?:avif|avis|mif1|msf1)",
         "image/bmp": rb"BM",
         "image/gif": rb"GIF8[79]a",
         "image/heic": rb"....ftyp",
-        "image/heif": rb"....ftyp",
         "image/jpeg": rb"\xff\xd8\xff",
         "image/png": rb"\x89PNG\r\n\x1a\n",
         "image/tiff": rb"II[\x2a\x2b]\x00|MM\x00[\x2a\x2b]",
         "image/webp": rb"RIFF....WEBP",
         "video/mp4": _ISO_MEDIA,
-        "video/ogg": _OGG,
+        "video/ogg": rb"OggS",
         "video/quicktime": _ISO_MEDIA,
         "video/webm": rb"\x1a\x45\xdf\xa3",
     }.items()
@@ -228,13 +200,8 @@ def contradicts(head: bytes, content_type: str) -> bool:
     return beginning is not None and beginning.match(head) is None
 
 
-def is_known(content_type: str) -> bool:
-    """Return whether it is known how files of a media type begin."""
-    return _beginning_of(content_type) is not None
-
-
 def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
-    return _BEGINNINGS.get(content_type.partition(";")[0].strip().lower())
+    return _BEGINNINGS.get(canonical(content_type))
 
 
 # What a client has uploaded, compared with what it announced.
@@ -311,7 +278,7 @@ async def require_beginning(manager: StorageManager, ref: StoredObjectRef, uploa
         SizeMismatchError: It was replaced meanwhile.
         UploadMismatchError: Its first bytes contradict its media type.
     """
-    if is_known(upload_token.content_type):
+    if _beginning_of(upload_token.content_type) is not None:
         async with manager.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
         if contradicts(head, upload_token.content_type):
@@ -323,6 +290,7 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
 
     Raises:
         SizeMismatchError: It does not have the size that was copied.
+        ChecksumMismatchError: It does not have the announced checksum.
         UploadMismatchError: It is not what was announced.
     """
     # What its policy has judged was compared with the announcement on the way in; what is stored may be without its metadata.
@@ -335,8 +303,6 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
         try:
             async for chunk in content:
                 head += chunk[: HEAD_SIZE - len(head)]
-        except ChecksumMismatchError as error:
-            raise UploadMismatchError("the file does not have the announced checksum") from error
         finally:
             await content.aclose()
     if not was_judged and contradicts(head, upload_token.content_type):

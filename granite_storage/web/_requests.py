@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from enum import Enum, auto
@@ -378,10 +378,8 @@ class MultipartParser:
         self._buffer = b""
         self._position = 0
         self._has_ended = False
-        self._next: Callable[[], _Event | None] = self._in_preamble
-        self._has_preamble = False
         self._padding = self._files = self._fields = 0
-        self._headers: dict[bytes, bytes] = {}
+        self._events = self._read()
 
     def feed(self, piece: bytes | None) -> None:
         """Take the next piece of the body, None at its end; for when there is no event in the pieces before it."""
@@ -394,54 +392,66 @@ class MultipartParser:
 
     def next_event(self) -> _Event | None:
         """Return the head of a part, data of it, or an end; None where more of the body is needed."""
-        return self._next()
+        return next(self._events)
 
-    def _in_preamble(self) -> _Event | None:
+    def _read(self) -> Generator[_Event | None, None, None]:
+        after = yield from self._read_preamble()
+        while not self._is_last(after):
+            self._position = after.end()
+            yield self._head_of((yield from self._read_headers()))
+            after = yield from self._read_data()
+            yield _End.PART
+        self._position = after.end()
+        self._padding = 0
+        yield _End.FORM
+        while True:
+            self._skip(len(self._buffer))
+            yield None
+
+    def _read_preamble(self) -> Generator[None, None, re.Match[bytes]]:
         """Pass over what comes before the first delimiter, at most `max_padding` bytes (RFC 2046, section 5.1.1).
 
         Raises:
             MalformedRequestError: There is no part after it: what was passed over may have been meant for one.
         """
-        buffer, start = self._buffer, self._position
-        found = buffer.find(self._dashes, start)
-        while found >= 0:
-            begins_line = buffer[found - 1] == _LINE_FEED if found else not self._padding
-            if begins_line and (after := self._after(found)) is not None:
-                self._require_padding(found - start)
-                if self._is_open(after):
-                    self._skip_preamble(max(start, found - 1))
-                    return None
-                self._skip_preamble(found)
-                if self._has_preamble and self._is_last(after):
-                    raise MalformedRequestError("the form has no part, but other data before its last boundary")
-                return self._begin_next(after)
-            found = buffer.find(self._dashes, found + 1)
-        # The last bytes may belong to a delimiter, and the one before them tells whether a line begins there.
-        self._skip_preamble(max(start, len(buffer) - len(self._dashes)))
-        return None
-
-    def _skip_preamble(self, end: int) -> None:
-        if end == self._position:
-            return
-        self._has_preamble = self._has_preamble or bool(self._buffer[self._position : end].strip())
-        self._skip(end)
-
-    def _in_headers(self) -> _Event | None:
-        buffer = self._buffer
+        is_blank = True
         while True:
-            start = self._position
+            buffer, start = self._buffer, self._position
+            # The last bytes may belong to a delimiter, and the one before them tells whether a line begins there.
+            after, end = None, max(start, len(buffer) - len(self._dashes))
+            found = buffer.find(self._dashes, start)
+            while found >= 0:
+                begins_line = buffer[found - 1] == _LINE_FEED if found else not self._padding
+                if begins_line and (after := self._after(found)) is not None:
+                    self._require_padding(found - start)
+                    end = max(start, found - 1) if self._is_open(after) else found
+                    break
+                found = buffer.find(self._dashes, found + 1)
+            is_blank = is_blank and not buffer[start:end].strip()
+            self._skip(end)
+            if after is not None and not self._is_open(after):
+                if self._is_last(after) and not is_blank:
+                    raise MalformedRequestError("the form has no part, but other data before its last boundary")
+                return after
+            yield None
+
+    def _read_headers(self) -> Generator[None, None, dict[bytes, bytes]]:
+        headers: dict[bytes, bytes] = {}
+        while True:
+            buffer, start = self._buffer, self._position
             if buffer.startswith(self._dashes, start) and (after := self._after(start)) is not None:
-                # A part without data may end with its headers.
-                return None if self._is_open(after) else self._begin_data()
-            if buffer.startswith(b"\r\n", start):
+                if not self._is_open(after):
+                    return headers  # a part without data may end with its headers
+            elif buffer.startswith(b"\r\n", start):
                 self._position += 2
-                return self._begin_data()
-            end = self._end_of_header(start)
-            if end < 0:
+                return headers
+            elif (end := self._end_of_header(start)) >= 0:
+                self._position = end + 2
+                self._add_header(headers, buffer[start:end])
+                continue
+            else:
                 self._limits.require("max_header_size", len(buffer) - 2 - start, "a header of a part is too long")
-                return None
-            self._position = end + 2
-            self._add_header(buffer[start:end])
+            yield None
 
     def _end_of_header(self, start: int) -> int:
         """Return where the line of a header ends, with the lines that it goes on in; -1 where that is not known yet."""
@@ -461,31 +471,24 @@ class MultipartParser:
             end = buffer.find(b"\r", end + 2)
         return -1
 
-    def _before_data(self) -> _Event | None:
-        """See whether a part has no data: then the end of its last header line is the beginning of the delimiter."""
-        rest = self._buffer[self._position : self._position + len(self._dashes)]
-        if rest == self._dashes and (after := self._after(self._position)) is not None:
-            return None if self._is_open(after) else self._end_part(after)
-        if not self._has_ended and len(rest) < len(self._dashes) and self._dashes.startswith(rest):
-            return None
-        self._next = self._in_data
-        return self._in_data()
-
-    def _in_data(self) -> _Event | None:
-        buffer, start = self._buffer, self._position
-        found = buffer.find(self._delimiter, start)
-        while found >= 0:
-            after = self._after(found + 2)
-            if after is not None and found > start:
-                return self._data_to(found)
-            if after is not None:
-                return None if self._is_open(after) else self._end_part(after)
-            found = buffer.find(self._delimiter, found + len(self._delimiter))
-        return self._data_to(self._end_of_data())
-
-    def _in_epilogue(self) -> _Event | None:
-        self._skip(len(self._buffer))
-        return None
+    def _read_data(self) -> Generator[BytesLike | None, None, re.Match[bytes]]:
+        # A part may have no data: then the end of its last header line is the beginning of the delimiter.
+        while self._dashes.startswith(rest := self._buffer[self._position : self._position + len(self._dashes)]):
+            after = self._after(self._position) if rest == self._dashes else None
+            if after is not None and not self._is_open(after):
+                return after
+            if after is None and (rest == self._dashes or self._has_ended):
+                break
+            yield None
+        while True:
+            buffer, start = self._buffer, self._position
+            after, end = None, buffer.find(self._delimiter, start)
+            while end >= 0 and (after := self._after(end + 2)) is None:
+                end = buffer.find(self._delimiter, end + len(self._delimiter))
+            if end == start and after is not None and not self._is_open(after):
+                return after
+            self._position = end = end if end >= 0 else self._end_of_data()
+            yield None if start == end else buffer if end - start == len(buffer) else memoryview(buffer)[start:end]
 
     def _after(self, dashes: int) -> re.Match[bytes] | None:
         """Return what follows a boundary, where that makes it a delimiter, or may yet.
@@ -509,51 +512,28 @@ class MultipartParser:
         """Return whether it is the last delimiter, with which a body may end."""
         return after["last"] is not None or (self._has_ended and after[0].startswith(b"--"))
 
-    def _begin_next(self, after: re.Match[bytes]) -> _Event | None:
-        self._position = after.end()
-        self._padding = 0
-        if self._is_last(after):
-            self._next = self._in_epilogue
-            return _End.FORM
-        self._headers = {}
-        self._next = self._in_headers
-        return self._in_headers()
-
-    def _end_part(self, after: re.Match[bytes]) -> _Event:
-        """End a part; the delimiter stays for the next event."""
-        self._next = lambda: self._begin_next(after)
-        return _End.PART
-
-    def _begin_data(self) -> PartHead:
-        head = _parse_head(self._headers)
+    def _head_of(self, headers: dict[bytes, bytes]) -> PartHead:
+        head = _parse_head(headers)
         if head.filename is None:
             self._fields += 1
             self._limits.require("max_fields", self._fields, "there are too many fields")
         else:
             self._files += 1
             self._limits.require("max_files", self._files, "there are too many files")
-        self._next = self._before_data
         return head
 
-    def _add_header(self, line: bytes) -> None:
-        if len(self._headers) >= self._limits.max_headers:
-            self._limits.require("max_headers", len(self._headers) + 1, "a part has too many headers")
+    def _add_header(self, headers: dict[bytes, bytes], line: bytes) -> None:
+        if len(headers) >= self._limits.max_headers:
+            self._limits.require("max_headers", len(headers) + 1, "a part has too many headers")
         if b"\r" in line:
             line = _FOLD.sub(b" ", line)
         colon = line.find(b":")
         name = line[: max(colon, 0)].lower()
         if not _HEADER_NAME.fullmatch(name) or b"\n" in line or b"\0" in line:
             raise MalformedRequestError(_NO_HEADER)
-        if name in self._headers:
+        if name in headers:
             raise MalformedRequestError("a part has a header twice")
-        self._headers[name] = line[colon + 1 :].strip(b" \t") if name in _KNOWN else b""
-
-    def _data_to(self, end: int) -> BytesLike | None:
-        buffer, start = self._buffer, self._position
-        self._position = end
-        if start == end:
-            return None
-        return buffer if end - start == len(buffer) else memoryview(buffer)[start:end]
+        headers[name] = line[colon + 1 :].strip(b" \t") if name in _KNOWN else b""
 
     def _end_of_data(self) -> int:
         """Return where the data ends that cannot belong to a delimiter: one begins with the last CR, if at all."""
@@ -584,7 +564,7 @@ def _parse_head(headers: dict[bytes, bytes]) -> PartHead:
         name, filename = parameters[b"name"], _find_filename(parameters)
     content_type = headers.get(b"content-type")
     return PartHead(
-        _decode_name(name),
+        decode_text(name, "the name of a field"),
         None if filename is None else filename.decode("utf-8", "replace"),
         None if content_type is None else content_type_to_keep(content_type.decode("latin-1")),
     )
@@ -598,11 +578,12 @@ def _find_filename(parameters: dict[bytes, bytes]) -> bytes | None:
     return filename
 
 
-def _decode_name(name: bytes) -> str:
+def decode_text(raw: bytes, what: str = "a field") -> str:
+    """Return a text of a form, whose fields are in UTF-8."""
     try:
-        return name.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
-        raise MalformedRequestError("the name of a field is not UTF-8") from error
+        raise MalformedRequestError(f"{what} is not UTF-8") from error
 
 
 # application/x-www-form-urlencoded
@@ -622,7 +603,8 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
     """
     fields: list[tuple[str, str]] = []
     turn = Turn(_TURN_SECONDS)
-    size, count, begun = 0, 1, _PartialField()
+    begun: list[bytes] = []  # of a field whose end has not arrived yet
+    size, count, begun_size = 0, 1, 0
     async for piece in body:
         size += len(piece)
         limits.require("max_fields_size", size, "the fields are too large together")
@@ -632,30 +614,13 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
         count += len(complete)
         limits.require("max_fields", count, "there are too many fields")
         for raw in complete:
-            await _add_field(fields, begun.complete(raw), limits, turn)
-        begun.add(last)
-        limits.require("max_field_size", begun.size, "a field is too large")
-    await _add_field(fields, begun.complete(b""), limits, turn)
+            await _add_field(fields, b"".join((*begun, raw)), limits, turn)
+            begun, begun_size = [], 0
+        begun.append(last)
+        begun_size += len(last)
+        limits.require("max_field_size", begun_size, "a field is too large")
+    await _add_field(fields, b"".join(begun), limits, turn)
     return fields
-
-
-class _PartialField:
-    """A field whose end has not arrived yet."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._pieces: list[bytes] = []
-
-    def add(self, piece: bytes) -> None:
-        self.size += len(piece)
-        self._pieces.append(piece)
-
-    def complete(self, last: bytes) -> bytes:
-        """Return the field, and begin another."""
-        if not self.size:
-            return last
-        pieces, self._pieces, self.size = [*self._pieces, last], [], 0
-        return b"".join(pieces)
 
 
 async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLimits, turn: Turn) -> None:

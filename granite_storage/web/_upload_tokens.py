@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 from uuid import UUID
 
 from starlette.types import Scope
@@ -56,15 +56,9 @@ class UploadToken:
     @classmethod
     def of(cls, claims: Mapping[str, Any]) -> Self | None:
         """Return the token of decoded claims; None where they are not valid."""
-        if claims.keys() != {item.name for item in fields(cls)}:
-            return None
-        texts = ("audience", "table", "column", "backend", "location", "content_type")
-        numbers = ("min_size", "max_size", "expires", "ends")
-        absent = ("filename", "checksum", "owner", "intent")
         sound = (
-            all(isinstance(claims[name], str) for name in texts)
-            and all(type(claims[name]) is int for name in numbers)
-            and all(claims[name] is None or isinstance(claims[name], str) for name in absent)
+            claims.keys() == _CLAIMS.keys()
+            and all(isinstance(claims[name], kind) and not isinstance(claims[name], bool) for name, kind in _CLAIMS.items())
             and claims["expires"] <= claims["ends"]
             and (claims["intent"] is None or _ID.fullmatch(claims["intent"]))
         )
@@ -87,6 +81,9 @@ class UploadToken:
     def staging_id(self) -> UUID | None:
         """The id of the journal's intent."""
         return None if self.intent is None else UUID(self.intent)
+
+
+_CLAIMS = get_type_hints(UploadToken)
 
 
 # URLs that end in a token.

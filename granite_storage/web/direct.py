@@ -44,7 +44,6 @@ from granite_storage.refs import canonical_checksum
 from granite_storage.signing import TokenSigner
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._direct_state import (
-    CompletionStore,
     Found,
     JournalCompletionStore,
     MemoryCompletionStore,
@@ -65,8 +64,6 @@ from granite_storage.web.errors import (
     problem_response,
 )
 from granite_storage.web.responses import is_request, send_departed
-
-__all__ = ["DirectUpload", "DirectUploads"]
 
 _PURPOSE = "granite-storage: a direct upload to"
 _LONGEST_OWNER = 255
@@ -189,9 +186,7 @@ class DirectUploads:
         self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
         self._to_finish = TokenSigner(f"{_PURPOSE} finish, version 1", keys)
         self._to_send = TokenSigner(f"{_PURPOSE} send, version 1", keys, audience=self.base_url or "")
-        self._completions: CompletionStore = (
-            MemoryCompletionStore() if binding.journal is None else JournalCompletionStore(binding.journal)
-        )
+        self._completions = MemoryCompletionStore() if binding.journal is None else JournalCompletionStore(binding.journal)
 
     async def begin(
         self,
@@ -311,28 +306,22 @@ class DirectUploads:
         """Serve one request to a URL of `begin`: store what a client sends, where the backend signs no requests of its own."""
         if not await is_request(scope, send, ("PUT",), "DirectUploads"):
             return
-        response = await self._answer(Request(scope, receive))
-        if response is None:
-            await send_departed(send)
-        else:
-            await response(scope, receive, send)
-
-    async def _answer(self, request: Request) -> Response | None:
-        """Store the body of a request, and return the answer; None where the client has disconnected."""
         try:
-            token = token_of(request.scope)
-            upload_token = None if token is None else UploadToken.read(self._to_send, token, self._longest)
-            if upload_token is None or upload_token.expires <= time.time():
-                raise UploadTokenError(_INVALID_URL)
-            await self._receive(request, upload_token)
+            await self._receive(Request(scope, receive))
+            response = Response(status_code=204, headers={"Cache-Control": "no-store"})
         except ClientDisconnect:
-            return None
+            await send_departed(send)
+            return
         except StorageError as error:
-            return problem_response(error)
-        return Response(status_code=204, headers={"Cache-Control": "no-store"})
+            response = problem_response(error)
+        await response(scope, receive, send)
 
-    async def _receive(self, request: Request, upload_token: UploadToken) -> None:
+    async def _receive(self, request: Request) -> None:
         """Store a body as it arrives, if it is what was announced and arrives while the upload can be finished."""
+        token = token_of(request.scope)
+        upload_token = None if token is None else UploadToken.read(self._to_send, token, self._longest)
+        if upload_token is None or upload_token.expires <= time.time():
+            raise UploadTokenError(_INVALID_URL)
         draft, limits = self._staging_draft(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")

@@ -14,21 +14,6 @@ from granite_storage._problems import MEDIA_TYPE, RETRY_AFTER, Problem, as_sente
 from granite_storage.exceptions import StorageError
 from granite_storage.web._openapi import describe_bodies
 
-__all__ = [
-    "RETRY_AFTER",
-    "MalformedRequestError",
-    "MissingFieldError",
-    "RequestError",
-    "RequestTooLargeError",
-    "UnsupportedRequestError",
-    "UploadMismatchError",
-    "UploadMissingError",
-    "UploadTokenError",
-    "client_message",
-    "install_error_handlers",
-    "problem_response",
-]
-
 # Errors of a request. Their messages are for the client: they name nothing of the server.
 
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from http import HTTPStatus
 from typing import Any, Literal, Protocol
 
@@ -47,30 +48,12 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 from granite_storage.web._conditional import (
     Validators,
     failed_precondition,
-    format_date,
     header_of,
     http_date,
     is_entity_tag,
     range_applies,
     requested_ranges,
 )
-
-__all__ = [
-    "Body",
-    "Offload",
-    "Part",
-    "Request",
-    "StoredObjectResponse",
-    "group_reads",
-    "is_request",
-    "multipart",
-    "send_chunk",
-    "send_departed",
-    "send_headers",
-    "send_part",
-    "send_status",
-    "serve_connected",
-]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -168,9 +151,7 @@ async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: s
 async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str, str]] = ()) -> None:
     """Send an answer with nothing but its status."""
     text = HTTPStatus(status).phrase.encode()
-    headers = MutableHeaders(
-        {"content-type": "text/plain; charset=utf-8", "content-length": str(len(text)), "cache-control": "no-store"}
-    )
+    headers = MutableHeaders({"content-type": "text/plain; charset=utf-8", "content-length": str(len(text)), **_UNCACHED})
     for name, value in more_headers:
         headers.append(name, value)
     headers.setdefault("x-content-type-options", "nosniff")
@@ -184,7 +165,7 @@ async def send_departed(send: Send, *, begun: bool = False) -> None:
         if begun:
             await send_chunk(send, b"", more=False)
         else:
-            await send_headers(send, _CLIENT_CLOSED_REQUEST, MutableHeaders({"content-length": "0", "cache-control": "no-store"}))
+            await send_headers(send, _CLIENT_CLOSED_REQUEST, MutableHeaders({"content-length": "0", **_UNCACHED}))
 
 
 async def send_headers(send: Send, status: int, headers: MutableHeaders, *, more: bool = False) -> None:
@@ -471,18 +452,10 @@ class StoredObjectResponse(Response):
         async with first:
             headers.update(body.headers)
             self._refuse_compression(headers)
-            await self._send(send, status, headers, body, first, reads)
+            await send_headers(send, status, headers, more=True)
+            await self._send_body(send, body, first, reads)
 
-    async def _send(
-        self,
-        send: Send,
-        status: int,
-        headers: MutableHeaders,
-        body: Body,
-        first: StoredObjectReader,
-        reads: Sequence[Sequence[Part]],
-    ) -> None:
-        await send_headers(send, status, headers, more=True)
+    async def _send_body(self, send: Send, body: Body, first: StoredObjectReader, reads: list[list[Part]]) -> None:
         try:
             for parts in reads:
                 async with first if parts is reads[0] else await self._open(parts) as reader:
@@ -510,7 +483,7 @@ class StoredObjectResponse(Response):
     def _describe(self, headers: MutableHeaders, validators: Validators) -> None:
         headers["accept-ranges"] = "none" if self._compressed else "bytes"
         headers["etag"] = validators.etag
-        headers["last-modified"] = format_date(validators.modified)
+        headers["last-modified"] = format_datetime(validators.modified, usegmt=True)
 
     def _refuse_compression(self, headers: MutableHeaders) -> None:
         if _accepts_codings(self._asked):

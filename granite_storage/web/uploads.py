@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import isawaitable, isgeneratorfunction, signature
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, TypeVar, cast, overload
@@ -31,44 +32,17 @@ from granite_storage.web._requests import (
     RequestBody,
     UploadLimits,
     content_type_to_keep,
+    decode_text,
     read_fields,
 )
 from granite_storage.web.errors import MalformedRequestError, MissingFieldError, RequestTooLargeError, UnsupportedRequestError
 
-__all__ = [
-    "FileList",
-    "FilePart",
-    "FileTarget",
-    "FormFields",
-    "FormFiles",
-    "PolicyTarget",
-    "Received",
-    "Target",
-    "UploadDependency",
-    "UploadForm",
-    "UploadSource",
-    "max_size_of",
-    "require_target",
-    "stream_body",
-    "stream_upload",
-    "upload_body",
-    "upload_form",
-]
-
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+NextChunk: TypeAlias = Callable[[], Awaitable[BytesLike | None]]
 _FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
 
 # Where an arriving file is stored, and what happens to it when its request ends.
-
-
-class UploadSource(Protocol):
-    """An arriving file: its name and media type, and its bytes by `async for`."""
-
-    filename: str | None
-    content_type: str | None
-
-    def __aiter__(self) -> AsyncIterator[BytesLike]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +65,7 @@ class PolicyTarget:
     field_name: str
     extra: Mapping[str, Any] | None = None
 
-    async def put(self, file: UploadSource) -> StoredObjectRef:
+    async def put(self, file: FilePart) -> StoredObjectRef:
         """Store a file as it arrives; see `StorageManager.put_stream`."""
         return await self.manager.put_stream(
             storage_key=self.storage_key,
@@ -133,14 +107,15 @@ FileTarget: TypeAlias = Target | FileList
 """Where the files of a field are stored: a target for one file, a `FileList`, or an attribute that `attachments` declares."""
 
 
-def _with_lists(files: Mapping[str, FileTarget], limits: UploadLimits) -> dict[str, FileTarget]:
+def _resolve_targets(files: Mapping[str, FileTarget], limits: UploadLimits) -> dict[str, FileTarget]:
     """Return the targets, with the list that a collection of attachments takes as many files into as it may have."""
-
-    def of(target: FileTarget) -> FileTarget:
-        declared = declared_collection(target)
-        return target if declared is None else FileList(cast(Target, target), declared.max_files or max(limits.max_files, 1))
-
-    return {name: of(target) for name, target in files.items()}
+    resolved: dict[str, FileTarget] = {}
+    for name, target in files.items():
+        if (declared := declared_collection(target)) is not None:
+            target = FileList(cast(Target, target), declared.max_files or max(limits.max_files, 1))
+        require_target(target.target if isinstance(target, FileList) else target, name)
+        resolved[name] = target
+    return resolved
 
 
 def require_target(target: object, field: str | None = None) -> None:
@@ -169,11 +144,6 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _require_targets(files: Mapping[str, FileTarget]) -> None:
-    for name, target in files.items():
-        require_target(target.target if isinstance(target, FileList) else target, name)
-
-
 def max_size_of(target: Target) -> int | None:
     """Return the most bytes that the policy of a target allows, None for no limit, or none that is known."""
     if isinstance(target, PolicyTarget):
@@ -197,7 +167,7 @@ class Received:
     def __bool__(self) -> bool:
         return bool(self.attachments or self.refs)
 
-    async def store(self, file: UploadSource, target: Target) -> Any:
+    async def store(self, file: FilePart, target: Target) -> Any:
         """Store a file in its target, as it arrives."""
         if isinstance(target, PolicyTarget):
             ref = await target.put(file)
@@ -252,7 +222,7 @@ class FilePart:
         filename: str | None,
         content_type: str | None,
         *,
-        next_chunk: Callable[[], Awaitable[BytesLike | None]],
+        next_chunk: NextChunk,
         max_size: int | None,
         fields: Sequence[tuple[str, str]] = (),
         size: int | None = None,
@@ -398,20 +368,24 @@ async def stream_upload(
         ClientDisconnect: The client went away.
         StorageError: As `StorageManager.put_stream`.
     """
-    files = _with_lists(files, limits)
-    _require_targets(files)
+    files = _resolve_targets(files, limits)
     require_names("required", required)
     body = RequestBody(request, limits)
     media_type, options = body.media_type()
-    async with aclosing(body.chunks()) as chunks:
-        if media_type == b"multipart/form-data":
-            reader = MultipartReader(options.get(b"boundary", b""), chunks, limits)
-            return await _receive(_MultipartForm(reader, files, required, limits))
-        if media_type == b"application/x-www-form-urlencoded":
-            form = _Form(files, required)
-            form.fields = await read_fields(chunks, limits)
-            return form.result()
-    raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
+    form = _Form(files, required, limits)
+    try:
+        async with aclosing(body.chunks()) as chunks:
+            if media_type == b"multipart/form-data":
+                await form.receive(MultipartReader(options.get(b"boundary", b""), chunks, limits))
+            elif media_type == b"application/x-www-form-urlencoded":
+                form.fields = await read_fields(chunks, limits)
+            else:
+                raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
+        return form.result()
+    except BaseException:
+        if form.stored:
+            await shielded_cleanup(form.stored.remove_all(), "removing what a failed request has stored")
+        raise
 
 
 @overload
@@ -470,9 +444,12 @@ async def stream_body(
 class _Form:
     """A form while it arrives."""
 
-    def __init__(self, files: Mapping[str, FileTarget], required: Collection[str]) -> None:
+    def __init__(self, files: Mapping[str, FileTarget], required: Collection[str], limits: UploadLimits) -> None:
         self._targets = files
         self._required = required
+        self._limits = limits
+        self._fields_size = 0
+        self._counts: dict[str, int] = {}
         self.fields: list[tuple[str, str]] = []
         self.files: list[tuple[str, Any]] = []
         self.stored = Received()
@@ -488,48 +465,28 @@ class _Form:
         lists = [name for name, target in self._targets.items() if isinstance(target, FileList)]
         return UploadForm(self.fields, FormFiles(self.files, lists), self.stored)
 
-
-class _MultipartForm(_Form):
-    def __init__(
-        self, reader: MultipartReader, files: Mapping[str, FileTarget], required: Collection[str], limits: UploadLimits
-    ) -> None:
-        super().__init__(files, required)
-        self._reader = reader
-        self._limits = limits
-        self._fields_size = 0
-        self._counts: dict[str, int] = {}
-
-    async def receive(self) -> None:
+    async def receive(self, reader: MultipartReader) -> None:
         """Receive the parts in their order, to the end of the body."""
-        while (head := await self._reader.next_part()) is not None:
+        while (head := await reader.next_part()) is not None:
+            next_chunk = partial(reader.next_chunk, head)
             if head.filename is None:
-                self.fields.append((head.name, await self._field(head)))
+                self.fields.append((head.name, await self._field(next_chunk)))
             else:
-                await self._file(head)
+                await self._file(head, next_chunk)
 
-    async def _field(self, head: PartHead) -> str:
+    async def _field(self, next_chunk: NextChunk) -> str:
         chunks: list[BytesLike] = []
         size = 0
-        while (chunk := await self._reader.next_chunk(head)) is not None:
+        while (chunk := await next_chunk()) is not None:
             chunks.append(chunk)
             size += len(chunk)
             self._limits.require("max_field_size", size, "a field is too large")
             self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
-        try:
-            return b"".join(chunks).decode()
-        except UnicodeDecodeError as error:
-            raise MalformedRequestError("a field is not UTF-8") from error
+        return decode_text(b"".join(chunks))
 
-    async def _file(self, head: PartHead) -> None:
-        part = FilePart(
-            head.name,
-            head.filename,
-            head.content_type,
-            next_chunk=lambda: self._reader.next_chunk(head),
-            max_size=self._limits.max_file_size,
-            fields=self.fields,
-        )
+    async def _file(self, head: PartHead, next_chunk: NextChunk) -> None:
+        part = FilePart(*head, next_chunk=next_chunk, max_size=self._limits.max_file_size, fields=self.fields)
         if not await part.is_absent():
             self.files.append((head.name, await self.stored.store(part, self._target(head.name))))
 
@@ -545,16 +502,6 @@ class _MultipartForm(_Form):
                 f"there are too many files in the field {name!r:.80} (at most {most})", limit="max_files", maximum=most
             )
         return target
-
-
-async def _receive(form: _MultipartForm) -> UploadForm:
-    try:
-        await form.receive()
-        return form.result()
-    except BaseException:
-        if form.stored:
-            await shielded_cleanup(form.stored.remove_all(), "removing what a failed request has stored")
-        raise
 
 
 # Dependencies for FastAPI's `Depends`.
@@ -599,8 +546,7 @@ def upload_form(
         RequestValidationError: In a request, FastAPI's own, whose response is its 422, for what is missing. Other errors are
             those of `stream_upload`.
     """
-    files = _with_lists(files, limits)
-    _require_targets(files)
+    files = _resolve_targets(files, limits)
 
     async def form(request: Request) -> AsyncIterator[UploadForm]:
         try:

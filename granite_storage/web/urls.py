@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -15,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from granite_storage._documentation import Page
 from granite_storage._engine import places_of
 from granite_storage._headers import INLINE_TYPES, require_inline_types, url_path
+from granite_storage._problems import RETRY_AFTER
 from granite_storage.backends.base import Place
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -28,12 +30,8 @@ from granite_storage.locations import GENERATED_ID_LENGTH, STAGED_NAME, check_lo
 from granite_storage.manager import StorageManager
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import StoredObjectRef
-from granite_storage.signing import SignedObject
 from granite_storage.web._upload_tokens import path_below, token_of
-from granite_storage.web.errors import RETRY_AFTER
 from granite_storage.web.responses import StoredObjectResponse, is_request, send_status
-
-__all__ = ["PublicFiles", "SignedFiles"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -85,9 +83,6 @@ class SignedFiles:
         if signed is None:
             await send_status(send, 403)
             return
-        await self._serve(signed, scope, receive, send)
-
-    async def _serve(self, signed: SignedObject, scope: Scope, receive: Receive, send: Send) -> None:
         response = StoredObjectResponse(
             signed.ref,
             Request(scope),
@@ -97,11 +92,13 @@ class SignedFiles:
             inline_types=self._inline_types,
             cache_control=self._scope and f"{self._scope}, max-age={max(0, int(signed.expires - time.time()))}",
         )
-        await _answer(response, scope, receive, send)
+        async with _answering_errors(send) as send:
+            await response(scope, receive, send)
 
 
-async def _answer(response: StoredObjectResponse, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send a response; what keeps it from being sent is answered, too."""
+@asynccontextmanager
+async def _answering_errors(send: Send) -> AsyncIterator[Send]:
+    """Answer an error of the storage in the block, where nothing has been sent yet by what is yielded."""
     begun = False
 
     async def noting(message: Message) -> None:
@@ -110,22 +107,18 @@ async def _answer(response: StoredObjectResponse, scope: Scope, receive: Receive
         await send(message)
 
     try:
-        await response(scope, receive, noting)
+        yield noting
     except (BackendUnavailableError, InvalidLocationError, UnknownBackendError) as error:
         if begun:
             raise
-        await _refuse(error, send)
-
-
-async def _refuse(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError, send: Send) -> None:
-    logger.error("the object of a URL could not be served", exc_info=error)
-    match error:
-        case BackendUnavailableError():
-            await send_status(send, 503, [("retry-after", str(RETRY_AFTER))])
-        case UnknownBackendError():
-            await send_status(send, 404)
-        case _:
-            await send_status(send, 403)
+        logger.error("the object of a URL could not be served", exc_info=error)
+        match error:
+            case BackendUnavailableError():
+                await send_status(send, 503, [("retry-after", str(RETRY_AFTER))])
+            case UnknownBackendError():
+                await send_status(send, 404)
+            case _:
+                await send_status(send, 403)
 
 
 class PublicFiles:
@@ -180,25 +173,22 @@ class PublicFiles:
             await self._require_places_apart()
         location = path_below(scope)
         policy = self._policy_at(location) if _is_canonical(scope, location) else None
-        try:
+        async with _answering_errors(send) as send:
             found = None if policy is None else await self._find(policy, location)
-        except BackendUnavailableError as error:
-            await _refuse(error, send)
-            return
-        if policy is None or policy.public is None or found is None:
-            await send_status(send, 404)
-            return
-        ref, etag = found
-        response = StoredObjectResponse(
-            ref,
-            Request(scope),
-            manager=self._manager,
-            disposition=policy.public.disposition,
-            inline_types=self._inline_types,
-            cache_control=policy.public.cache_control,
-            headers={"ETag": etag},
-        )
-        await _answer(response, scope, receive, send)
+            if policy is None or policy.public is None or found is None:
+                await send_status(send, 404)
+                return
+            ref, etag = found
+            response = StoredObjectResponse(
+                ref,
+                Request(scope),
+                manager=self._manager,
+                disposition=policy.public.disposition,
+                inline_types=self._inline_types,
+                cache_control=policy.public.cache_control,
+                headers={"ETag": etag},
+            )
+            await response(scope, receive, send)
 
     def _policy_at(self, location: str) -> StoragePolicy | None:
         """Return the public policy whose objects are at a location; None where it is none of the library's making."""

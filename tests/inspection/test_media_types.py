@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from granite_storage._headers import is_active
 from granite_storage.exceptions import ConfigurationError, UnsupportedContentError
-from granite_storage.inspection._media_names import DECLARABLE, ZIP
+from granite_storage.inspection._media_names import DECLARABLE, ZIP, fit_filename
 from granite_storage.inspection.media_types import (
     TAIL_SIZE,
     Detected,
@@ -23,7 +23,6 @@ from granite_storage.inspection.media_types import (
     check_accept,
     confirm_type,
     detect,
-    fit_filename,
     judge_type,
     matches,
     zip_names,

@@ -16,7 +16,8 @@ from granite_storage import StorageManager, StoredObjectRef
 from granite_storage._headers import is_active
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import UnsupportedContentError
-from granite_storage.inspection.media_types import DOCX, canonical, matches
+from granite_storage.inspection._media_names import DOCX, canonical
+from granite_storage.inspection.media_types import matches
 from granite_storage.web import StoredObjectResponse
 from tests.core.support import SLOT, manager_on
 from tests.inspection.corpus import hostile, samples

@@ -341,8 +341,8 @@ MUTANTS = [
         name="web-form-kept-though-incomplete",
         rule="What was stored of a form that lacks something is removed.",
         path="granite_storage/web/uploads.py",
-        old="        await form.receive()\n        return form.result()\n    except",
-        new="        await form.receive()\n    except",
+        old="        return form.result()\n    except BaseException:\n        if form.stored:",
+        new="    except BaseException:\n        if form.stored:",
         tests=("tests/web/test_form_descriptions.py::TestMissing::test_the_response_is_that_of_fastapi",),
     ),
     Mutant(
@@ -357,14 +357,8 @@ MUTANTS = [
         name="litestar-worker-outlives-manager",
         rule="The manager is closed after the worker, which uses it.",
         path="granite_storage/contrib/litestar.py",
-        old="""            await stack.enter_async_context(self._storage)
-            if self._journal is not None:
-                await stack.enter_async_context(self._journal.worker())
-""",
-        new="""            if self._journal is not None:
-                await stack.enter_async_context(self._journal.worker())
-            await stack.enter_async_context(self._storage)
-""",
+        old="async with self._storage, nullcontext() if self._journal is None else self._journal.worker():",
+        new="async with nullcontext() if self._journal is None else self._journal.worker(), self._storage:",
         tests=("tests/contrib/test_litestar.py::TestLifespan::test_the_manager_is_closed_after_the_worker",),
     ),
     Mutant(

@@ -31,6 +31,8 @@ PAGE = b"<!doctype html><script>alert(1)</script>"
         ("audio/mpeg", b"\xff\xf3\x40\xc0"),
         ("audio/mpeg", b"\x00" * 200 + b"\xff\xfb\x90"),
         ("image/heic", b"\x00\x00\x00\x18ftypheic"),
+        ("image/jpg", b"\xff\xd8\xff\xe0"),
+        ("application/x-zip-compressed; a=b", b"PK\x03\x04"),
     ],
 )
 def test_what_is_what_it_claims(content_type: str, head: bytes) -> None:
@@ -50,6 +52,7 @@ def test_what_is_what_it_claims(content_type: str, head: bytes) -> None:
         "audio/x-m4a",
         "audio/webm",
         "image/heic",
+        "image/jpg",
         "image/tiff",
         "video/mp4",
         "video/quicktime",

@@ -425,7 +425,8 @@ class _Relocation(AttachmentState):
         prepared = manager._engine.prepare_copy(self._original, storage_key=storage_key, **names)
         return replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
 
-    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+    async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+        """Copy what the row holds to the prepared location."""
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
             # Before the reader is closed: a cancellation that comes then has to find what is stored.

@@ -49,24 +49,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection
     from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute
 
-__all__ = [
-    "AttachedFile",
-    "AttachmentList",
-    "NewFile",
-    "append_files",
-    "attachments",
-    "count_files",
-    "declared_collection",
-    "file_class",
-    "file_classes",
-    "keep_listed",
-    "lock_parents",
-    "require_known_limits",
-    "require_limits",
-    "shown_file",
-    "sum_sizes",
-]
-
 
 # The keys by which the files of a row are ordered.
 #

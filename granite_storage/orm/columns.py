@@ -659,66 +659,20 @@ _TABLES_KEY = "granite_storage.tables"
 
 
 class Tables:
-    """The attachment columns of a metadata, and the cascades that lead to them; refreshed when columns or tables are added."""
+    """The attachment columns of a metadata, and the cascades that lead to them, when it was made; see `attachment_tables`.
 
-    def __init__(self, metadata: MetaData) -> None:
-        self._metadata = metadata
-        self._seen = (-1, -1)
+    Args:
+        metadata: The metadata.
+        seen: How many tables it has, and how many attachment columns were ever declared.
+    """
+
+    def __init__(self, metadata: MetaData, seen: tuple[int, int]) -> None:
+        self.seen = seen
         self._attachments: dict[str, tuple[Column[Any], ...]] = {}
         self._cascades: dict[str, list[ForeignKeyConstraint]] = {}
-        # The tables that have attachments, or deleting whose rows cascades to some.
-        self._concerned: set[str] = set()
         self._refs: list[Column[Any]] = []
-        self._ranks: dict[str, int] = {}
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
-
-    def attachments(self, table: Table) -> tuple[Column[Any], ...]:
-        """Return the attachment columns of a table."""
-        self._refresh()
-        return self._attachments.get(table.fullname, ())
-
-    def cascades(self, table: Table) -> Sequence[ForeignKeyConstraint]:
-        """Return the foreign keys by which deleting rows of `table` cascades to attachments."""
-        self._refresh()
-        return [link for link in self._cascades.get(table.fullname, ()) if link.table.fullname in self._concerned]
-
-    def concerns(self, table: Table) -> bool:
-        """Return whether a table has attachments, or deleting its rows cascades to some."""
-        self._refresh()
-        return table.fullname in self._concerned
-
-    def concerned(self, mapper: Mapper[Any]) -> tuple[Table, ...]:
-        """Return the tables of a mapper that `concerns` holds for."""
-        self._refresh()
-        found = self._by_mapper.get(mapper)
-        if found is None:
-            found = self._by_mapper[mapper] = tuple(
-                table for table in mapper.tables if isinstance(table, Table) and self.concerns(table)
-            )
-        return found
-
-    def rank(self, table: Table) -> tuple[int, str]:
-        """Return a key by which tables are sorted after those that they refer to, and then by name."""
-        self._refresh()
-        return self._ranks.get(table.fullname, 0), table.fullname
-
-    def refs(self) -> list[Column[Any]]:
-        """Return every column that holds refs, managed and plain ones."""
-        self._refresh()
-        return self._refs
-
-    def all_attachments(self) -> list[Column[Any]]:
-        """Return every attachment column."""
-        return [column for column in self.refs() if isinstance(column.type, AttachmentType)]
-
-    def _refresh(self) -> None:
-        tables = self._metadata.tables
-        seen = len(tables), AttachmentType.declared
-        if seen == self._seen:
-            return
-        self._attachments, self._cascades = {}, {}
-        self._by_mapper.clear()
-        self._refs = []
+        tables = metadata.tables
         for name, table in tables.items():
             refs = [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
             self._refs += refs
@@ -727,7 +681,9 @@ class Tables:
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
                     self._cascades.setdefault(_target(constraint), []).append(constraint)
-        self._concerned, found = set(), set(self._attachments)
+        # The tables that have attachments, or deleting whose rows cascades to some.
+        self._concerned: set[str] = set()
+        found = set(self._attachments)
         while found:
             self._concerned |= found
             found = {
@@ -740,7 +696,39 @@ class Tables:
             by_name, filter_fn=lambda link: _target(link) not in tables or None
         )
         self._ranks = {table.fullname: rank for rank, (table, _) in enumerate(ordered) if table is not None}
-        self._seen = seen
+
+    def attachments(self, table: Table) -> tuple[Column[Any], ...]:
+        """Return the attachment columns of a table."""
+        return self._attachments.get(table.fullname, ())
+
+    def cascades(self, table: Table) -> Sequence[ForeignKeyConstraint]:
+        """Return the foreign keys by which deleting rows of `table` cascades to attachments."""
+        return [link for link in self._cascades.get(table.fullname, ()) if link.table.fullname in self._concerned]
+
+    def concerns(self, table: Table) -> bool:
+        """Return whether a table has attachments, or deleting its rows cascades to some."""
+        return table.fullname in self._concerned
+
+    def concerned(self, mapper: Mapper[Any]) -> tuple[Table, ...]:
+        """Return the tables of a mapper that `concerns` holds for."""
+        found = self._by_mapper.get(mapper)
+        if found is None:
+            found = self._by_mapper[mapper] = tuple(
+                table for table in mapper.tables if isinstance(table, Table) and self.concerns(table)
+            )
+        return found
+
+    def rank(self, table: Table) -> tuple[int, str]:
+        """Return a key by which tables are sorted after those that they refer to, and then by name."""
+        return self._ranks.get(table.fullname, 0), table.fullname
+
+    def refs(self) -> list[Column[Any]]:
+        """Return every column that holds refs, managed and plain ones."""
+        return self._refs
+
+    def all_attachments(self) -> list[Column[Any]]:
+        """Return every attachment column."""
+        return [column for column in self.refs() if isinstance(column.type, AttachmentType)]
 
 
 def _target(link: ForeignKeyConstraint) -> str:
@@ -749,10 +737,11 @@ def _target(link: ForeignKeyConstraint) -> str:
 
 
 def attachment_tables(metadata: MetaData) -> Tables:
-    """Return the `Tables` of a metadata."""
+    """Return the `Tables` of a metadata, others once tables or attachment columns were added."""
+    seen = len(metadata.tables), AttachmentType.declared
     found: Tables | None = metadata.info.get(_TABLES_KEY)
-    if found is None:
-        found = metadata.info[_TABLES_KEY] = Tables(metadata)
+    if found is None or found.seen != seen:
+        found = metadata.info[_TABLES_KEY] = Tables(metadata, seen)
     return found
 
 

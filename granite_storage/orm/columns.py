@@ -821,11 +821,17 @@ def value_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElemen
     return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
 
+def json_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElement[Any]:
+    """Return what the refs of a column have under a key as JSON, in SQL, which is text but on PostgreSQL; the key is trusted."""
+    if dialect == "postgresql":
+        return cast(column, JSONB).op("->", return_type=JSONB())(literal_column(f"'{key}'"))
+    return func.json_extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+
 def variants_in(column: Column[Any], dialect: str) -> ColumnElement[str]:
     """Return the variants in a column's refs as JSON text, in SQL; NULL where there are none. `variant_locations` reads it."""
-    if dialect == "postgresql":
-        return cast(column.op("->", return_type=JSONB())(literal_column("'variants'")), Text())
-    return func.json_extract(column, literal_column("'$.variants'"), type_=Text())
+    variants = json_in(column, "variants", dialect)
+    return cast(variants, Text()) if dialect == "postgresql" else variants
 
 
 def variant_locations(variants: str | None) -> set[str]:
@@ -863,18 +869,18 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
     """
     match dialect:
         case "postgresql":
-            variants = cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'variants'"))
+            variants = json_in(column, "variants", dialect)
             has_some = func.jsonb_typeof(variants) == "object"
             of_object = case((has_some, variants))
             variant = func.jsonb_each(of_object).table_valued(named_column("key", Text()), named_column("value", JSONB()))
             return variant, variant.c.value, has_some
         case "sqlite":  # a JSON function fails there on a value that is not JSON
-            kind = case((func.json_valid(column) == 1, func.json_type(column, literal_column("'$.variants'"))))
-            of_object = case((kind == "object", func.json_extract(column, literal_column("'$.variants'"), type_=Text())))
+            kind = where_json(column, func.json_type(column, literal_column("'$.variants'")))
+            of_object = case((kind == "object", json_in(column, "variants", dialect)))
             variant = func.json_each(of_object).table_valued(named_column("value", Text()), named_column("type", Text()))
             return variant, case((variant.c.type == "object", variant.c.value)), kind == "object"
         case _:
-            of_json = case((func.json_valid(column) == 1, column))
+            of_json = where_json(column, column)
             each = func.json_table(of_json, literal_column("'$.variants.*' COLUMNS (value JSON PATH '$')"))
             variant = each.table_valued(named_column("value", Text()))
             return variant, variant.c.value, func.json_exists(of_json, literal_column("'$.variants.*'"), type_=Boolean())

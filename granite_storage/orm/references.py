@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -18,6 +18,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    FromClause,
     LargeBinary,
     Select,
     Table,
@@ -28,7 +29,6 @@ from sqlalchemy import (
     cast,
     func,
     inspect,
-    literal_column,
     null,
     or_,
     select,
@@ -50,6 +50,7 @@ from granite_storage.orm.columns import (
     AttachmentType,
     StoredObjectRefType,
     join_variants,
+    json_in,
     location_column_name,
     location_of,
     value_in,
@@ -129,14 +130,8 @@ _GENERATED = text(
 ).bindparams(bindparam("tables", expanding=True), bindparam("names", expanding=True))
 
 
-async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
-    """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
-    is_mariadb = connection.dialect.name in ("mysql", "mariadb")
-    return await connection.run_sync(find_location_columns, columns) if is_mariadb else set()
-
-
 def find_location_columns(connection: Connection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
-    """Return which columns of refs have a generated column with their locations, as `with_location_column` does."""
+    """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
     if connection.dialect.name not in ("mysql", "mariadb") or not columns:
         return set()
     names = [location_column_name(column.name) for column in columns]
@@ -248,7 +243,6 @@ class Scan:
         """
         self._place(key)
 
-    @asked_to_the_end
     async def require_schemas(self) -> None:
         """Refuse schemas that have none of the tables.
 
@@ -268,7 +262,7 @@ class Scan:
             ConfigurationError: The key is none of this base's, or a schema has none of the tables.
         """
         last, primary_key = (None, None) if after is None else self._place(after)
-        await self._look_for_tables()
+        await self._look()
         for found in self._found:
             if last is None or found.order > last.order:
                 rows = self._rows_of(found, None)
@@ -327,9 +321,6 @@ class Scan:
                 return list((await connection.execute(statement, execution_options=found.options)).scalars())
 
     @asked_to_the_end
-    async def _look_for_tables(self) -> None:
-        await self._look()
-
     async def _look(self) -> None:
         """Find the tables; those of one database together."""
         identities: Identities | None = None
@@ -548,9 +539,12 @@ async def find_references(
     dialect = connection.dialect
     ids = sorted({found for found in map(generated_id, locations) if found is not None}) if extra else []
     # This reads the catalogue of the database only: that a column exists does not depend on any row.
-    generated = await with_location_column(connection, columns)
-    parts = [_referring(column, dialect, locations, ids, extra=extra, is_generated=column in generated) for column in columns]
-    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]
+    generated = await connection.run_sync(find_location_columns, columns)
+    parts = [
+        _referring(refs, dialect, locations, ids, extra=extra)
+        for column in columns
+        for refs in _refs_in(column, dialect.name, is_generated=column in generated)
+    ]
     noted = [table.c for journal in journals for table in (journal.intent, journal.reclaim)]
     parts += [_among(entry.backend, entry.location, dialect, locations, ids) for entry in noted]
     if not parts:
@@ -588,18 +582,24 @@ def named_in(extra: Any) -> Iterator[str]:
                 yield from named_in(value)
 
 
-def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select backend, NULL, and `extra` as JSON text, of the refs whose `extra` may name an object."""
-    text, names_one = _extra_of(column, dialect)
-    return _selected_ref(dialect, location_of(column, dialect)[0], extra=text).where(names_one)
+_Refs: TypeAlias = tuple[FromClause, ColumnElement[Any], ColumnElement[str], ColumnElement[str]]
+"""Refs in SQL: where they are, their JSON, their backends and their locations."""
 
 
-def selected_extra_of_variants(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select what `selected_extra` does, of the variants in the refs."""
+def _refs_in(column: Column[Any], dialect: str, *, is_generated: bool = False) -> list[_Refs]:
+    """Return the refs of a column, and those of the variants that they nest."""
     source, variant = join_variants(column, dialect)
-    text, names_one = _extra_of(variant, dialect)
-    found = _selected_ref(dialect, value_in(variant, "backend", dialect), extra=text)
-    return found.select_from(source).where(names_one)
+    return [
+        (column.table, column, *location_of(column, dialect, is_generated=is_generated)),
+        (source, variant, value_in(variant, "backend", dialect), value_in(variant, "location", dialect)),
+    ]
+
+
+def select_extra(column: Column[Any], dialect: str) -> Iterator[Select[*tuple[Any, ...]]]:
+    """Select backend, NULL, and `extra` as JSON text, of the refs of a column and of their variants that may name an object."""
+    for source, ref, backend, _ in _refs_in(column, dialect):
+        text, names_one = _extra_of(ref, dialect)
+        yield _selected_ref(dialect, backend, extra=text).select_from(source).where(names_one)
 
 
 def _selected_ref(
@@ -641,39 +641,16 @@ def text_encoding(connection: Connection) -> str:
 
 
 def _referring(
-    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool, is_generated: bool
+    refs: _Refs, dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
 ) -> Select[*tuple[Any, ...]]:
-    """Select backend, location and `extra` of the refs of a column; those to which nothing leads by any of these are left out."""
-    backend, location = location_of(column, dialect.name, is_generated=is_generated)
-    if not extra:
-        return _among(backend, location, dialect, locations, ids)
-    if dialect.name == "sqlite":
-        location = where_json(column, location)
-    return _leading(column, backend, location, dialect, locations, ids)
-
-
-def _nesting(
-    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
-) -> Select[*tuple[Any, ...]]:
-    """Select what `_referring` does, of the variants in the refs."""
-    source, variant = join_variants(column, dialect.name)
-    backend, location = (value_in(variant, key, dialect.name) for key in ("backend", "location"))
+    """Select backend, location and `extra` of refs, in one scan; those to which nothing leads by any of these are left out."""
+    source, ref, backend, location = refs
     if not extra:
         return _among(backend, location, dialect, locations, ids).select_from(source)
-    return _leading(variant, backend, location, dialect, locations, ids).select_from(source)
-
-
-def _leading(
-    ref: ColumnElement[Any],
-    backend: ColumnElement[str],
-    location: ColumnElement[str],
-    dialect: Dialect,
-    locations: Sequence[str],
-    ids: Sequence[str],
-) -> Select[*tuple[Any, ...]]:
-    """Select backend, location and `extra` in one scan: of refs that `_among` selects, and of those whose `extra` names one."""
+    if dialect.name == "sqlite":
+        location = where_json(ref, location)
     text, names_one = _extra_of(ref, dialect.name)
-    selected = _selected_ref(dialect.name, backend, location, cast(case((names_one, text)), Text()))
+    selected = _selected_ref(dialect.name, backend, location, cast(case((names_one, text)), Text())).select_from(source)
     return selected.where(or_(_is_among(location, dialect, locations, ids), names_one))
 
 
@@ -711,11 +688,11 @@ def _id_in(location: ColumnElement[str], dialect: Dialect) -> ColumnElement[Any]
 def _extra_of(column: ColumnElement[Any], dialect: str) -> tuple[ColumnElement[Any], ColumnElement[bool]]:
     """Return `extra` as JSON text, and whether it contains the form of a generated name, whose digits are never escaped."""
     if dialect == "postgresql":
-        text: ColumnElement[Any] = cast(cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'extra'")), Text())
+        text: ColumnElement[Any] = cast(json_in(column, "extra", dialect), Text())
         # Without one it is NULL here, which costs no comparison.
         return text, value_in(cast(column, JSONB), "extra", dialect).op("~", is_comparison=True)(f"{GENERATED_STEM}-")
-    text = func.json_extract(column, literal_column("'$.extra'"), type_=Text())
+    text = json_in(column, "extra", dialect)
     if dialect == "sqlite":
-        text = case((func.json_valid(column) == 1, text))
+        text = where_json(column, text)
         return text, text.op("GLOB", is_comparison=True)(f"*{_STEM_AS_GLOB}-*")
     return text, text.op("REGEXP", is_comparison=True)(f"{GENERATED_STEM}-")

@@ -195,9 +195,10 @@ class RowValue:
 
 @dataclass(frozen=True, slots=True)
 class RowValues:
-    """A row, the values of its columns of refs, and the key after which a later scan continues."""
+    """A row, its primary key, the values of its columns of refs, and the key after which a later scan continues."""
 
     key: str
+    primary_key: tuple[Any, ...]
     values: tuple[RowValue, ...]
 
 
@@ -264,14 +265,16 @@ class Scan:
         last, primary_key = (None, None) if after is None else self._place(after)
         await self._look()
         for found in self._found:
-            if last is None or found.order > last.order:
-                rows = self._rows_of(found, None)
-            elif found.order == last.order:
-                rows = self._rows_of(found, primary_key)
-            else:
+            if last is not None and found.order < last.order:
                 continue
-            async for row in rows:
-                yield row
+            key = primary_key if last is not None and found.order == last.order else None
+            while True:
+                page = await self._read(found, _any(found.columns), key)
+                for row in page:
+                    yield row
+                if len(page) < _AT_A_TIME:
+                    break
+                key = page[-1].primary_key
 
     @asked_to_the_end
     async def count(self) -> int:
@@ -284,17 +287,11 @@ class Scan:
                 total += (await connection.execute(statement, execution_options=found.options)).scalar_one()
         return total
 
-    @asked_to_the_end
     async def read_again(self, held: RowValue) -> RowValue | None:
         """Return the current value of a column; None if it is NULL or the row is gone."""
-        async with self._connection(held.table) as connection:
-            statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
-            row = (await connection.execute(statement, execution_options=held.options)).first()
-            if row is None:
-                return None
-            encoding = await connection.run_sync(text_encoding)
-            of = FoundTable(held.table, (held.column,), held.home)
-            return _value(of, held.primary_key, held.column, row[0], _reader(connection.dialect), encoding)
+        found = FoundTable(held.table, (held.column,), held.home)
+        rows = await self._read(found, among(held.table, [held.primary_key]))
+        return next((value for row in rows for value in row.values), None)
 
     async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
         """Return the locations that more than one value refers to, whatever the backend key."""
@@ -347,21 +344,15 @@ class Scan:
                     unseen += hidden
         self._found, self.unseen = sorted(found, key=lambda item: item.order), unseen
 
-    async def _rows_of(self, found: FoundTable, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:
-        while True:
-            page, after = await self._page(found, after)
-            for row in page:
-                yield row
-            if after is None:
-                return
-
     @asked_to_the_end
-    async def _page(self, found: FoundTable, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
-        """Return a page, and the primary key after which the next one begins; None for the last page."""
+    async def _read(
+        self, found: FoundTable, is_wanted: ColumnElement[bool], after: tuple[Any, ...] | None = None
+    ) -> list[RowValues]:
+        """Return a page of the rows after a primary key."""
         columns, keys = found.columns, list(found.table.primary_key)
         async with self._connection(found.table) as connection:
             read, encoding = _reader(connection.dialect), await connection.run_sync(text_encoding)
-            statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
+            statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(is_wanted)
             statement = following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)
             rows = list(await connection.execute(statement, execution_options=found.options))
         page: list[RowValues] = []
@@ -369,8 +360,9 @@ class Scan:
             primary_key = tuple(row[: len(keys)])
             values = zip(columns, row[len(keys) :], strict=True)
             held = (_value(found, primary_key, column, raw, read, encoding) for column, raw in values)
-            page.append(RowValues(_text_of(found, primary_key), tuple(value for value in held if value is not None)))
-        return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
+            present = tuple(value for value in held if value is not None)
+            page.append(RowValues(_text_of(found, primary_key), primary_key, present))
+        return page
 
     @asynccontextmanager
     async def _connection(self, table: Table) -> AsyncIterator[AsyncConnection]:

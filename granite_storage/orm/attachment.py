@@ -850,7 +850,7 @@ class Attachment(_StoredFile):
             ContentTooLargeError: It is larger than the column's policy allows, even if it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
-        column_type = _home_of(column)
+        column_type = _column_type_of(column)
         if self.is_pending:
             await column_type.binding().upload(self, column_type)
             self._state.release()
@@ -1094,7 +1094,7 @@ def _is_left_empty(upload: object) -> bool:
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
 
 
-def _home_of(column: InstrumentedAttribute[Any]) -> ColumnType:
+def _column_type_of(column: InstrumentedAttribute[Any]) -> ColumnType:
     column_type: ColumnType | None = getattr(column, "type", None)
     if column_type is None or not hasattr(column_type, "storage_key"):
         raise TypeError(f"store() takes an attachment attribute of a model, such as Document.file, not {column!r}")

@@ -59,7 +59,7 @@ from granite_storage.exceptions import (
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._interfaces import Binding, DeclaredVariant, binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
-from granite_storage.policies import require_validator
+from granite_storage.policies import StoragePolicy, require_validator
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -338,32 +338,30 @@ class AttachmentType(_RefJSON[Attachment]):
                 f"the attachment column {self.label} names the policy {self.storage_key!r}, which its manager does not have"
                 f" (there are: {known})"
             )
-        if binding.journal is not None:
-            return binding.manager
+        if binding.journal is None and (need := self._describe_need(policy)) is not None:
+            raise ConfigurationError(need, see=Page.JOURNAL)
+        return binding.manager
+
+    def _describe_need(self, policy: StoragePolicy) -> str | None:
+        """Return why the column needs a journal; None where it does not."""
         if policy.retention:
-            raise ConfigurationError(
-                f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)",
-                see=Page.JOURNAL,
-            )
+            return f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
         if policy.scanner is not None and policy.may_hold:
-            raise ConfigurationError(
+            return (
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
-                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'",
-                see=Page.JOURNAL,
+                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'"
             )
         if late := [name for name, item in self._variants.items() if item.recipe.when == "later"]:
-            raise ConfigurationError(
+            return (
                 f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
-                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'",
-                see=Page.JOURNAL,
+                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'"
             )
         if self._effects:
-            raise ConfigurationError(
+            return (
                 f"the attachment column {self.label} has effects ({', '.join(self._effects)}), which need a journal, whose worker"
-                " calls them after the commit: bind_storage(..., journal=...)",
-                see=Page.JOURNAL,
+                " calls them after the commit: bind_storage(..., journal=...)"
             )
-        return binding.manager
+        return None
 
     def require_fit(self, ref: StoredObjectRef) -> None:
         """Raise if an object does not fit the column; one of the column's own policy was checked when it was stored.

@@ -128,13 +128,6 @@ def is_kept(held: StoredObjectRef, declared: DeclaredVariant, which: Which) -> b
     return (which == "missing" and declared.name in (held.variants or {})) or (which == "stale" and declared.is_in(held))
 
 
-def is_held_at(column: Column[Any], location: str, dialect: str, *, is_generated: bool) -> ColumnElement[bool]:
-    """Return the criterion for the rows of a column that hold the object at a location."""
-    _, found = location_of(column, dialect, is_generated=is_generated)
-    # A JSON function fails there on a value that is not JSON.
-    return (where_json(column, found) if dialect == "sqlite" else found) == location
-
-
 def read_holdings(
     connection: Connection, column: Column[Any], is_here: ColumnElement[bool], place: tuple[str, str], options: Mapping[str, Any]
 ) -> list[Holding]:
@@ -394,8 +387,10 @@ def _find(
     connection: Connection, find: Callable[..., list[Holding]], column: Column[Any], source: StoredObjectRef
 ) -> list[Holding]:
     is_generated = column in find_location_columns(connection, [column])
-    is_here = is_held_at(column, source.location, connection.dialect.name, is_generated=is_generated)
-    return find(connection, column, is_here, (source.backend, source.location), {})
+    _, location = location_of(column, connection.dialect.name, is_generated=is_generated)
+    if connection.dialect.name == "sqlite":  # a JSON function fails there on a value that is not JSON
+        location = where_json(column, location)
+    return find(connection, column, location == source.location, (source.backend, source.location), {})
 
 
 @dataclass(slots=True, eq=False)

@@ -654,11 +654,6 @@ class Attachment(_StoredFile):
 
     __slots__ = ("__weakref__", "_state")
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
-        self = super().__new__(cls)
-        self._state = AttachmentState()
-        return self
-
     def __init__(
         self,
         content: ByteSource,
@@ -679,6 +674,7 @@ class Attachment(_StoredFile):
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
+        self._state = AttachmentState()
         self._state.fill(content, filename, content_type, None if extra is None else storable(extra, "extra"))
 
     @classmethod
@@ -736,9 +732,9 @@ class Attachment(_StoredFile):
         """
         if not isinstance(ref, StoredObjectRef):
             raise InvalidReferenceError(f"restore takes a StoredObjectRef, not {type(ref).__name__}")
-        self = cls.__new__(cls)
-        self._state.ref, self._state.owner = ref, Owner.DELETE
-        return self
+        state = AttachmentState()
+        state.ref, state.owner = ref, Owner.DELETE
+        return cls._in(state)
 
     @classmethod
     def _of(cls, ref: StoredObjectRef, column_type: ColumnType) -> Self:
@@ -751,9 +747,9 @@ class Attachment(_StoredFile):
     @classmethod
     def _broken(cls, error: InvalidReferenceError, column_type: ColumnType) -> Self:
         """Make the attachment of a row whose value is not a ref."""
-        self = cls.__new__(cls)
-        self._state.error, self._state.address = error, column_type
-        return self
+        state = AttachmentState()
+        state.error, state.address = error, column_type
+        return cls._in(state)
 
     @classmethod
     def _in(cls, state: AttachmentState) -> Self:

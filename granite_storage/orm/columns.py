@@ -134,7 +134,6 @@ class _RefJSON(TypeDecorator[T]):
     """JSON, JSONB on PostgreSQL; None is SQL NULL."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = JSON
-    cache_ok: bool | None = True
     comparator_factory = _RefComparator  # pyright: ignore[reportAssignmentType]  # there it is a property
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
@@ -231,9 +230,6 @@ class StoredObjectRefType(_RefJSON[StoredObjectRef]):
                 return value.to_dict()
             case _:
                 raise RefusedReferenceError(f"a column of refs takes a StoredObjectRef or None, not {type(value).__name__}")
-
-    def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
-        return bool(x == y)
 
     def _loaded(self, ref: StoredObjectRef) -> StoredObjectRef:
         return ref

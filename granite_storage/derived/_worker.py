@@ -42,7 +42,7 @@ def main() -> None:
         channel.settimeout(settings["idle"])
         try:
             request, descriptors = _receive(channel)
-        except (EOFError, OSError, ValueError):
+        except (EOFError, OSError):
             return
         channel.settimeout(None)
         answered = _serve(channel, request, descriptors)
@@ -54,13 +54,21 @@ def main() -> None:
 
 def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     head, descriptors, _, _ = socket.recv_fds(channel, HEADER.size, 2)
-    with channel.makefile("rb") as file:
-        if head:
-            head += file.read(HEADER.size - len(head))
-        if len(head) < HEADER.size:
-            raise EOFError
-        request: dict[str, Any] = json.loads(file.read(HEADER.unpack(head)[0]))
+    head += _receive_exactly(channel, HEADER.size - len(head)) if head else b""
+    if not head:
+        raise EOFError
+    request: dict[str, Any] = json.loads(_receive_exactly(channel, HEADER.unpack(head)[0]))
     return request, descriptors
+
+
+def _receive_exactly(channel: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        piece = channel.recv(size - len(received))
+        if not piece:
+            raise EOFError
+        received += piece
+    return bytes(received)
 
 
 def _serve(channel: socket.socket, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
-    bindparam,
     case,
     cast,
     func,
@@ -32,7 +31,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    text,
     type_coerce,
     union_all,
 )
@@ -45,18 +43,17 @@ from granite_storage._engine import identities_of
 from granite_storage._tasks import shielded
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
-from granite_storage.orm._util import UNTRANSLATED, group
+from granite_storage.orm._util import group, schema_on
 from granite_storage.orm.columns import (
     AttachmentType,
     StoredObjectRefType,
     join_variants,
     json_in,
-    location_column_name,
     location_of,
     value_in,
     where_json,
 )
-from granite_storage.orm.locking import among
+from granite_storage.orm.locking import among, read_catalogue
 from granite_storage.orm.schemas import FoundTable, Home, Identities, find_in_schemas, judge_namesakes, name_of, options_of
 from granite_storage.refs import StoredObjectRef, iter_refs
 
@@ -124,23 +121,13 @@ async def iter_model_storage_refs(session: AsyncSession, model: type[Any], colum
 # The generated columns that MariaDB needs for an index over locations.
 
 
-_GENERATED = text(
-    "SELECT table_schema, table_name, column_name, table_schema = DATABASE() FROM information_schema.columns"
-    " WHERE table_name IN :tables AND column_name IN :names"
-).bindparams(bindparam("tables", expanding=True), bindparam("names", expanding=True))
-
-
 def find_location_columns(connection: Connection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
     """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
     if connection.dialect.name not in ("mysql", "mariadb") or not columns:
         return set()
-    names = [location_column_name(column.name) for column in columns]
-    tables = sorted({column.table.name for column in columns})
-    rows = connection.execute(_GENERATED, {"tables": tables, "names": names}, execution_options=UNTRANSLATED)
-    found: set[tuple[str | None, str, str]] = set()
-    for schema, table, name, is_default in rows:
-        found.update([(schema, table, name), (None if is_default else schema, table, name)])
-    return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
+    catalogue = read_catalogue(connection, list(columns))
+    places = {column: catalogue.place(schema_on(connection, column.table), column) for column in columns}
+    return {column for column, place in places.items() if place is not None and place.is_generated}
 
 
 # Every ref of a base, as the database has it: in the order of primary keys, a page at a time.

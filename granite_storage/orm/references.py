@@ -370,7 +370,7 @@ class Scan:
 
 
 async def _identities_of_all(manager: StorageManager) -> Identities:
-    """Return what the backends of a manager tell of their stores; what is out of reach now tells nothing."""
+    """Return the identities that the backends of a manager have; one that is unavailable now counts as without any."""
     known: list[str] = []
     is_complete = True
     for backend in manager._engine.backends.values():
@@ -609,7 +609,7 @@ def as_text(value: str | bytes | None, encoding: str) -> str:
 def text_encoding(connection: Connection) -> str:
     """Return the encoding of texts that a database returns as bytes; blocking.
 
-    Only SQLite is told so. Its databases are in UTF-8, or in UTF-16 of either byte order, and attached ones are as the main one.
+    Only SQLite returns any: its databases are in UTF-8, or in UTF-16 of either byte order, and attached ones are as the main one.
     """
     if connection.dialect.name != "sqlite":
         return UTF_8

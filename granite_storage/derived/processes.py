@@ -470,6 +470,10 @@ class _Worker:
             received += piece
         return bytes(received)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the socket."""
+        return self._socket.fileno()
+
     def has_ended(self) -> bool:
         """Return whether the process has ended, or sends data without a request."""
         return self._is_readable(0)

@@ -290,7 +290,7 @@ class TestMany:
             while highest < 1100:
                 highest = stack.enter_context(open(os.devnull)).fileno()
             assert await asyncio.gather(*(call(pool, functions.shout) for _ in range(3))) == [b"ABC"] * 3
-            assert max(worker._socket.fileno() for worker in pool.workers) > 1023
+            assert max(worker.fileno() for worker in pool.workers) > 1023
 
     async def test_the_loop_of_synchronous_callers(self) -> None:
         made = await asyncio.to_thread(lambda: portal.run(derive(recipe(functions.shout), b"abc")))

@@ -393,7 +393,8 @@ class _Relocation(AttachmentState):
         self.location = prepared.location
         return prepared
 
-    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+    async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+        """Copy what the row holds to the prepared location."""
         async with manager.open(self._original, verify=True) as reader, aclosing(rate_limited(reader, self._budget)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
             # Before the reader is closed: a cancellation that comes then has to find what is stored.

@@ -14,7 +14,6 @@ from granite_storage.alembic._transactions import Op, require_online
 from granite_storage.orm._interfaces import are_triggers_declared, tables_of
 from granite_storage.orm._util import group
 from granite_storage.orm.columns import attachment_tables, portable_storage_ref_type
-from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.journal.triggers import (
     create_triggers,
@@ -25,6 +24,7 @@ from granite_storage.orm.journal.triggers import (
     have_triggers,
     sources_of,
 )
+from granite_storage.orm.schemas import resolve
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import traceback
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from granite_storage.inspection.base import require_positive
 from granite_storage.refs import StoredObjectRef
 
 _UNKNOWN = "application/octet-stream"
-_MOST_MESSAGE = 4000
 
 When: TypeAlias = Literal["flush", "later", "request"]
 """When a derived file is made: in the flush that stores the original, by the journal's worker, or when it is asked for."""
@@ -194,11 +192,6 @@ def is_accepted(ref: StoredObjectRef, accept: tuple[str, ...] | None) -> bool:
         return matches(found, accept)
     stated = ref.content_type or _UNKNOWN
     return canonical(stated) == _UNKNOWN or matches(stated, accept)
-
-
-def describe_exception(error: BaseException) -> str:
-    """Return the class and the message of an error, as a worker process does for those of a plain function."""
-    return traceback.format_exception_only(error)[-1].strip()[:_MOST_MESSAGE]
 
 
 def make_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:

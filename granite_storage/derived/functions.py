@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -19,7 +20,6 @@ from granite_storage.derived.base import (
     Missing,
     When,
     check_accepted_types,
-    describe_exception,
     make_digest,
     require_choice,
 )
@@ -29,6 +29,8 @@ from granite_storage.exceptions import ConfigurationError, DerivationFailedError
 Function: TypeAlias = (
     Callable[[BinaryIO], bytes | str | Derivation] | Callable[[DerivationSource], Awaitable[bytes | str | Derivation]]
 )
+
+_MOST_MESSAGE = 4000
 
 
 class Derived:
@@ -131,8 +133,8 @@ class Derived:
         try:
             made, size = await _measure(value)
         except (TypeError, ValueError, OSError) as error:
-            message = f"the derivation failed: {self.identity} raised {describe_exception(error)}"
-            raise DerivationFailedError(message) from error
+            said = traceback.format_exception_only(error)[-1].strip()[:_MOST_MESSAGE]  # as a worker process says it
+            raise DerivationFailedError(f"the derivation failed: {self.identity} raised {said}") from error
         if size > limits.max_size:
             raise DerivationFailedError(f"the derivation failed: its result has {size} bytes, more than {limits.max_size}")
         return made

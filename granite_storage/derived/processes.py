@@ -33,7 +33,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from granite_storage._tasks import shielded_cleanup, wait_uncancelled
 from granite_storage._threads import ThreadPool
@@ -88,13 +88,13 @@ class Limits:
             require_positive(name, getattr(self, name))
 
 
-class _Places:
-    """The places that calls on one event loop wait for."""
+_Places: TypeAlias = dict[bool, tuple[asyncio.Semaphore, ...]]
+"""The places that calls on one event loop wait for, by whether they are in the background."""
 
-    def __init__(self, max_processes: int) -> None:
-        place = asyncio.Semaphore(2 * max_processes)
-        self.all = (place,)
-        self.background = (asyncio.Semaphore(max(1, max_processes - 1)), place)
+
+def _make_places(max_processes: int) -> _Places:
+    place = asyncio.Semaphore(2 * max_processes)
+    return {False: (place,), True: (asyncio.Semaphore(max(1, max_processes - 1)), place)}
 
 
 class WorkerProcesses:
@@ -176,11 +176,11 @@ class WorkerProcesses:
 
         What is in the background leaves a process to others, where there are several.
         """
-        places = self._places.setdefault(asyncio.get_running_loop(), _Places(self.max_processes))
+        places = self._places.setdefault(asyncio.get_running_loop(), _make_places(self.max_processes))
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(timeout):
-                    for one in places.background if in_background.get() else places.all:
+                    for one in places[in_background.get()]:
                         await stack.enter_async_context(one)
             except TimeoutError as error:
                 raise DerivationUnavailableError(_NO_PROCESS.format(timeout)) from error

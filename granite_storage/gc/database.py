@@ -52,16 +52,15 @@ from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, as_found, join_variants, value_in, where_json
 from granite_storage.orm.discovery import (
     FoundColumn,
-    find_tables,
     find_text_columns,
     find_with_refs,
     has_value,
     is_legible,
     may_nest,
-    resolve,
 )
 from granite_storage.orm.journal.database import find_gap, find_sidecar
 from granite_storage.orm.journal.tables import journal_tables
+from granite_storage.orm.locking import find_named
 from granite_storage.orm.references import (
     UTF_8,
     as_text,
@@ -69,11 +68,11 @@ from granite_storage.orm.references import (
     most_at_once,
     named_in,
     references_among,
-    selected_extra,
-    selected_extra_of_variants,
+    select_extra,
     selected_text,
     text_encoding,
 )
+from granite_storage.orm.schemas import resolve
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -613,7 +612,7 @@ class DatabaseReferences(ReferenceSource):
         for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
             async with self._connection() as connection:
                 dialect = connection.dialect.name
-                parts = [part(item.column, dialect) for item in chunk for part in (selected_extra, selected_extra_of_variants)]
+                parts = [part for item in chunk for part in select_extra(item.column, dialect)]
                 async with _streamed(connection, union_all(*parts)) as result:
                     async for of_backend, _, extra in result:
                         for location in named_in(json.loads(extra)):
@@ -676,7 +675,7 @@ def _journals_in(
     template = _journal_in(None)
     needed = {template.intent.name, template.reclaim.name}
     found: dict[str, set[str]] = {}
-    for schema, name in find_tables(connection, sorted(needed)):
+    for schema, name, *_ in find_named(connection, sorted(needed), []):
         found.setdefault(schema, set()).add(name)
     return [_journal_in(schema) for schema, has in sorted(found.items()) if schema in schemas and needed <= has]
 

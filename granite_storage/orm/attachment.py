@@ -199,17 +199,8 @@ class Owner(Enum):
     """A pending delete: it was made by `restore`, and a row takes the object by cancelling the delete."""
 
 
-# What a pickle keeps, by the names that it has there; the rest belongs to a transaction.
-_PICKLED = {
-    "_content_type": "content_type",
-    "_error": "error",
-    "_extra": "extra",
-    "_filename": "filename",
-    "_home": "address",
-    "_ref": "ref",
-    "_reusable": "is_repeatable",
-    "_source": "source",
-}
+# What a pickle keeps; the rest belongs to a transaction.
+_PICKLED = ("address", "content_type", "error", "extra", "filename", "is_repeatable", "ref", "source")
 
 
 class AttachmentState:
@@ -347,13 +338,8 @@ class AttachmentState:
         """Remember what a journal has recorded about the object that will be stored."""
         self.intent = intent
 
-    async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> StoredObjectRef:
-        """Upload to the prepared location, and become stored."""
-        await self._upload(manager, column_type, prepared)
-        return self.require_ref()
-
-    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
-        """Store the source; a migration, which has none, replaces this."""
+    async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+        """Upload the source to the prepared location, and become stored; a migration, which has no source, replaces this."""
         engine, source = manager._engine, self._take_source()
         if not isinstance(source, AttachmentState):
             try:
@@ -457,33 +443,20 @@ class AttachmentState:
                 " read, or has been deleted: load the row again"
             ) from missing
 
-    def dump(self) -> dict[str, Any]:
-        """Return what a pickle keeps.
-
-        Raises:
-            TypeError: It is pending, and made of a stream.
-        """
-        pickled = {key: value for key, name in _PICKLED.items() if (value := getattr(self, name)) not in (None, False)}
+    def __getstate__(self) -> dict[str, Any]:
+        pickled = {name: value for name in _PICKLED if (value := getattr(self, name)) not in (None, False)}
         if self.status is Status.STORED:
-            pickled.pop("_source", None)
-            pickled.pop("_reusable", None)
+            pickled.pop("source", None)
+            pickled.pop("is_repeatable", None)
         elif self.status is Status.PENDING:
             if not isinstance(self.source, bytes | bytearray | memoryview):
                 raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
-            pickled["_source"] = bytes(self.source)
+            pickled["source"] = bytes(self.source)
         if self.owner is Owner.DELETE:
-            pickled["_restored"] = True
+            pickled["owner"] = self.owner
         if self.address is not None and not isinstance(self.address, Address):
-            pickled["_home"] = Address.of(self.address)
+            pickled["address"] = Address.of(self.address)
         return pickled
-
-    def load(self, pickled: Mapping[str, Any]) -> None:
-        """Become what a pickle kept."""
-        for key, name in _PICKLED.items():
-            if key in pickled:
-                setattr(self, name, pickled[key])
-        if pickled.get("_restored"):
-            self.owner = Owner.DELETE
 
     def _origin(self) -> ByteSource | WholeFile | ReadOnce | AttachmentState:
         """Return the source to store: a stream once; bytes, files that can seek and the original of a copy several times."""
@@ -681,11 +654,6 @@ class Attachment(_StoredFile):
 
     __slots__ = ("__weakref__", "_state")
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
-        self = super().__new__(cls)
-        self._state = AttachmentState()
-        return self
-
     def __init__(
         self,
         content: ByteSource,
@@ -701,10 +669,12 @@ class Attachment(_StoredFile):
             )
         if not isinstance(content, bytes | bytearray | memoryview):
             iter_chunks(content)  # raises where it is no stream; nothing is read
-            _require_chosen(content)
+            if _is_left_empty(content):
+                raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
+        self._state = AttachmentState()
         self._state.fill(content, filename, content_type, None if extra is None else storable(extra, "extra"))
 
     @classmethod
@@ -724,7 +694,6 @@ class Attachment(_StoredFile):
         """
         file: Any = upload if is_file(upload) else getattr(upload, "file", upload)
         filename, content_type = upload_names(upload)
-        _require_chosen(upload)
         return cls(file, filename=filename, content_type=content_type, extra=extra)
 
     @classmethod
@@ -763,9 +732,9 @@ class Attachment(_StoredFile):
         """
         if not isinstance(ref, StoredObjectRef):
             raise InvalidReferenceError(f"restore takes a StoredObjectRef, not {type(ref).__name__}")
-        self = cls.__new__(cls)
-        self._state.ref, self._state.owner = ref, Owner.DELETE
-        return self
+        state = AttachmentState()
+        state.ref, state.owner = ref, Owner.DELETE
+        return cls._in(state)
 
     @classmethod
     def _of(cls, ref: StoredObjectRef, column_type: ColumnType) -> Self:
@@ -778,9 +747,9 @@ class Attachment(_StoredFile):
     @classmethod
     def _broken(cls, error: InvalidReferenceError, column_type: ColumnType) -> Self:
         """Make the attachment of a row whose value is not a ref."""
-        self = cls.__new__(cls)
-        self._state.error, self._state.address = error, column_type
-        return self
+        state = AttachmentState()
+        state.error, state.address = error, column_type
+        return cls._in(state)
 
     @classmethod
     def _in(cls, state: AttachmentState) -> Self:
@@ -877,7 +846,7 @@ class Attachment(_StoredFile):
             ContentTooLargeError: It is larger than the column's policy allows, even if it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
-        column_type = _home_of(column)
+        column_type = _column_type_of(column)
         if self.is_pending:
             await column_type.binding().upload(self, column_type)
             self._state.release()
@@ -946,12 +915,6 @@ class Attachment(_StoredFile):
             return hash((ref.original_filename, ref.content_type))
         return hash((clean_filename(given.filename), given.content_type))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self._state.dump()
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self._state.load(pickled)
-
 
 class AttachmentVariant(_StoredFile):
     """A file that is derived from an attachment, or the original in its place if the recipe says so.
@@ -1006,9 +969,6 @@ class AttachmentVariant(_StoredFile):
     def __hash__(self) -> int:
         return hash(self.ref)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _variant_of, (Attachment._in(self._state), self.name, self.ref)
-
     def __repr__(self) -> str:
         return f"<AttachmentVariant {self.name!r} size={self.ref.size}{' original' if self.is_original else ''}>"
 
@@ -1046,19 +1006,8 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _variants_of, (Attachment._in(self._state),)
-
     def __repr__(self) -> str:
         return f"<AttachmentVariants {', '.join(self)}>"
-
-
-def _variant_of(attachment: Attachment, name: str, ref: StoredObjectRef) -> AttachmentVariant:
-    return AttachmentVariant(attachment._state, name, ref)
-
-
-def _variants_of(attachment: Attachment) -> AttachmentVariants:
-    return AttachmentVariants(attachment._state)
 
 
 def _unknown_variant(column_type: ColumnType, name: str) -> UnknownVariantError:
@@ -1134,11 +1083,6 @@ class SyncAttachment(_SyncStoredFile["Attachment"]):
         return self._run(self._file.store(column), "store")
 
 
-def _require_chosen(upload: object) -> None:
-    if _is_left_empty(upload):
-        raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
-
-
 def _is_left_empty(upload: object) -> bool:
     """Return whether an upload is known to be an empty file input: it has neither a name nor bytes."""
     if not (is_file(upload) and is_form_upload(upload)):
@@ -1146,7 +1090,7 @@ def _is_left_empty(upload: object) -> bool:
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
 
 
-def _home_of(column: InstrumentedAttribute[Any]) -> ColumnType:
+def _column_type_of(column: InstrumentedAttribute[Any]) -> ColumnType:
     column_type: ColumnType | None = getattr(column, "type", None)
     if column_type is None or not hasattr(column_type, "storage_key"):
         raise TypeError(f"store() takes an attachment attribute of a model, such as Document.file, not {column!r}")

@@ -49,24 +49,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection
     from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute
 
-__all__ = [
-    "AttachedFile",
-    "AttachmentList",
-    "NewFile",
-    "append_files",
-    "attachments",
-    "count_files",
-    "declared_collection",
-    "file_class",
-    "file_classes",
-    "keep_listed",
-    "lock_parents",
-    "require_known_limits",
-    "require_limits",
-    "shown_file",
-    "sum_sizes",
-]
-
 
 # The keys by which the files of a row are ordered.
 #
@@ -511,18 +493,14 @@ class _Comparator(RelationshipProperty.Comparator[Any]):
 
     def __init__(self, prop: RelationshipProperty[Any], parentmapper: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(prop, parentmapper, *args, **kwargs)
-        self._declared: _Declared = prop.info[_INFO_KEY]
-        if self._declared.file_class is None:
-            self._declared.generate(prop.key, parentmapper)
-
-    @property
-    def declared_collection(self) -> _Declared:
-        return self._declared
+        self.declared_collection: _Declared = prop.info[_INFO_KEY]
+        if self.declared_collection.file_class is None:
+            self.declared_collection.generate(prop.key, parentmapper)
 
     @property
     def type(self) -> AttachmentType:
         """The type of the column of files, so that the attribute can be named where an attachment column can."""
-        return cast(AttachmentType, cast(Any, self._declared.file_class).file.type)
+        return cast(AttachmentType, cast(Any, self.declared_collection.file_class).file.type)
 
 
 _OWN_MODEL = "for files that are loaded in another way, declare the model of the files and the relationship yourself"

@@ -60,7 +60,7 @@ from granite_storage.exceptions import (
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._interfaces import Binding, DeclaredVariant, binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
-from granite_storage.policies import require_validator
+from granite_storage.policies import StoragePolicy, require_validator
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -135,7 +135,6 @@ class _RefJSON(TypeDecorator[T]):
     """JSON, JSONB on PostgreSQL; None is SQL NULL."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = JSON
-    cache_ok: bool | None = True
     comparator_factory = _RefComparator  # pyright: ignore[reportAssignmentType]  # there it is a property
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
@@ -232,9 +231,6 @@ class StoredObjectRefType(_RefJSON[StoredObjectRef]):
                 return value.to_dict()
             case _:
                 raise RefusedReferenceError(f"a column of refs takes a StoredObjectRef or None, not {type(value).__name__}")
-
-    def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
-        return bool(x == y)
 
     def _loaded(self, ref: StoredObjectRef) -> StoredObjectRef:
         return ref
@@ -339,32 +335,30 @@ class AttachmentType(_RefJSON[Attachment]):
                 f"the attachment column {self.label} names the policy {self.storage_key!r}, which its manager does not have"
                 f" (there are: {known})"
             )
-        if binding.journal is not None:
-            return binding.manager
+        if binding.journal is None and (need := self._describe_need(policy)) is not None:
+            raise ConfigurationError(need, see=Page.JOURNAL)
+        return binding.manager
+
+    def _describe_need(self, policy: StoragePolicy) -> str | None:
+        """Return why the column needs a journal; None where it does not."""
         if policy.retention:
-            raise ConfigurationError(
-                f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)",
-                see=Page.JOURNAL,
-            )
+            return f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
         if policy.scanner is not None and policy.may_hold:
-            raise ConfigurationError(
+            return (
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
-                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'",
-                see=Page.JOURNAL,
+                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'"
             )
         if late := [name for name, item in self._variants.items() if item.recipe.when == "later"]:
-            raise ConfigurationError(
+            return (
                 f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
-                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'",
-                see=Page.JOURNAL,
+                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'"
             )
         if self._effects:
-            raise ConfigurationError(
+            return (
                 f"the attachment column {self.label} has effects ({', '.join(self._effects)}), which need a journal, whose worker"
-                " calls them after the commit: bind_storage(..., journal=...)",
-                see=Page.JOURNAL,
+                " calls them after the commit: bind_storage(..., journal=...)"
             )
-        return binding.manager
+        return None
 
     def require_fit(self, ref: StoredObjectRef) -> None:
         """Raise if an object does not fit the column; one of the column's own policy was checked when it was stored.
@@ -660,66 +654,20 @@ _TABLES_KEY = "granite_storage.tables"
 
 
 class Tables:
-    """The attachment columns of a metadata, and the cascades that lead to them; refreshed when columns or tables are added."""
+    """The attachment columns of a metadata, and the cascades that lead to them, when it was made; see `attachment_tables`.
 
-    def __init__(self, metadata: MetaData) -> None:
-        self._metadata = metadata
-        self._seen = (-1, -1)
+    Args:
+        metadata: The metadata.
+        seen: How many tables it has, and how many attachment columns were ever declared.
+    """
+
+    def __init__(self, metadata: MetaData, seen: tuple[int, int]) -> None:
+        self.seen = seen
         self._attachments: dict[str, tuple[Column[Any], ...]] = {}
         self._cascades: dict[str, list[ForeignKeyConstraint]] = {}
-        # The tables that have attachments, or deleting whose rows cascades to some.
-        self._concerned: set[str] = set()
         self._refs: list[Column[Any]] = []
-        self._ranks: dict[str, int] = {}
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
-
-    def attachments(self, table: Table) -> tuple[Column[Any], ...]:
-        """Return the attachment columns of a table."""
-        self._refresh()
-        return self._attachments.get(table.fullname, ())
-
-    def cascades(self, table: Table) -> Sequence[ForeignKeyConstraint]:
-        """Return the foreign keys by which deleting rows of `table` cascades to attachments."""
-        self._refresh()
-        return [link for link in self._cascades.get(table.fullname, ()) if link.table.fullname in self._concerned]
-
-    def concerns(self, table: Table) -> bool:
-        """Return whether a table has attachments, or deleting its rows cascades to some."""
-        self._refresh()
-        return table.fullname in self._concerned
-
-    def concerned(self, mapper: Mapper[Any]) -> tuple[Table, ...]:
-        """Return the tables of a mapper that `concerns` holds for."""
-        self._refresh()
-        found = self._by_mapper.get(mapper)
-        if found is None:
-            found = self._by_mapper[mapper] = tuple(
-                table for table in mapper.tables if isinstance(table, Table) and self.concerns(table)
-            )
-        return found
-
-    def rank(self, table: Table) -> tuple[int, str]:
-        """Return a key by which tables are sorted after those that they refer to, and then by name."""
-        self._refresh()
-        return self._ranks.get(table.fullname, 0), table.fullname
-
-    def refs(self) -> list[Column[Any]]:
-        """Return every column that holds refs, managed and plain ones."""
-        self._refresh()
-        return self._refs
-
-    def all_attachments(self) -> list[Column[Any]]:
-        """Return every attachment column."""
-        return [column for column in self.refs() if isinstance(column.type, AttachmentType)]
-
-    def _refresh(self) -> None:
-        tables = self._metadata.tables
-        seen = len(tables), AttachmentType.declared
-        if seen == self._seen:
-            return
-        self._attachments, self._cascades = {}, {}
-        self._by_mapper.clear()
-        self._refs = []
+        tables = metadata.tables
         for name, table in tables.items():
             refs = [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
             self._refs += refs
@@ -728,7 +676,9 @@ class Tables:
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
                     self._cascades.setdefault(_target(constraint), []).append(constraint)
-        self._concerned, found = set(), set(self._attachments)
+        # The tables that have attachments, or deleting whose rows cascades to some.
+        self._concerned: set[str] = set()
+        found = set(self._attachments)
         while found:
             self._concerned |= found
             found = {
@@ -741,7 +691,39 @@ class Tables:
             by_name, filter_fn=lambda link: _target(link) not in tables or None
         )
         self._ranks = {table.fullname: rank for rank, (table, _) in enumerate(ordered) if table is not None}
-        self._seen = seen
+
+    def attachments(self, table: Table) -> tuple[Column[Any], ...]:
+        """Return the attachment columns of a table."""
+        return self._attachments.get(table.fullname, ())
+
+    def cascades(self, table: Table) -> Sequence[ForeignKeyConstraint]:
+        """Return the foreign keys by which deleting rows of `table` cascades to attachments."""
+        return [link for link in self._cascades.get(table.fullname, ()) if link.table.fullname in self._concerned]
+
+    def concerns(self, table: Table) -> bool:
+        """Return whether a table has attachments, or deleting its rows cascades to some."""
+        return table.fullname in self._concerned
+
+    def concerned(self, mapper: Mapper[Any]) -> tuple[Table, ...]:
+        """Return the tables of a mapper that `concerns` holds for."""
+        found = self._by_mapper.get(mapper)
+        if found is None:
+            found = self._by_mapper[mapper] = tuple(
+                table for table in mapper.tables if isinstance(table, Table) and self.concerns(table)
+            )
+        return found
+
+    def rank(self, table: Table) -> tuple[int, str]:
+        """Return a key by which tables are sorted after those that they refer to, and then by name."""
+        return self._ranks.get(table.fullname, 0), table.fullname
+
+    def refs(self) -> list[Column[Any]]:
+        """Return every column that holds refs, managed and plain ones."""
+        return self._refs
+
+    def all_attachments(self) -> list[Column[Any]]:
+        """Return every attachment column."""
+        return [column for column in self.refs() if isinstance(column.type, AttachmentType)]
 
 
 def _target(link: ForeignKeyConstraint) -> str:
@@ -750,10 +732,11 @@ def _target(link: ForeignKeyConstraint) -> str:
 
 
 def attachment_tables(metadata: MetaData) -> Tables:
-    """Return the `Tables` of a metadata."""
+    """Return the `Tables` of a metadata, others once tables or attachment columns were added."""
+    seen = len(metadata.tables), AttachmentType.declared
     found: Tables | None = metadata.info.get(_TABLES_KEY)
-    if found is None:
-        found = metadata.info[_TABLES_KEY] = Tables(metadata)
+    if found is None or found.seen != seen:
+        found = metadata.info[_TABLES_KEY] = Tables(metadata, seen)
     return found
 
 
@@ -853,11 +836,17 @@ def value_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElemen
     return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
 
+def json_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElement[Any]:
+    """Return what the refs of a column have under a key as JSON, in SQL, which is text but on PostgreSQL; the key is trusted."""
+    if dialect == "postgresql":
+        return cast(column, JSONB).op("->", return_type=JSONB())(literal_column(f"'{key}'"))
+    return func.json_extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+
 def variants_in(column: Column[Any], dialect: str) -> ColumnElement[str]:
     """Return the variants in a column's refs as JSON text, in SQL; NULL where there are none. `variant_locations` reads it."""
-    if dialect == "postgresql":
-        return cast(column.op("->", return_type=JSONB())(literal_column("'variants'")), Text())
-    return func.json_extract(column, literal_column("'$.variants'"), type_=Text())
+    variants = json_in(column, "variants", dialect)
+    return cast(variants, Text()) if dialect == "postgresql" else variants
 
 
 def variant_locations(variants: str | None) -> set[str]:
@@ -895,18 +884,18 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
     """
     match dialect:
         case "postgresql":
-            variants = cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'variants'"))
+            variants = json_in(column, "variants", dialect)
             has_some = func.jsonb_typeof(variants) == "object"
             of_object = case((has_some, variants))
             variant = func.jsonb_each(of_object).table_valued(named_column("key", Text()), named_column("value", JSONB()))
             return variant, variant.c.value, has_some
         case "sqlite":  # a JSON function fails there on a value that is not JSON
-            kind = case((func.json_valid(column) == 1, func.json_type(column, literal_column("'$.variants'"))))
-            of_object = case((kind == "object", func.json_extract(column, literal_column("'$.variants'"), type_=Text())))
+            kind = where_json(column, func.json_type(column, literal_column("'$.variants'")))
+            of_object = case((kind == "object", json_in(column, "variants", dialect)))
             variant = func.json_each(of_object).table_valued(named_column("value", Text()), named_column("type", Text()))
             return variant, case((variant.c.type == "object", variant.c.value)), kind == "object"
         case _:
-            of_json = case((func.json_valid(column) == 1, column))
+            of_json = where_json(column, column)
             each = func.json_table(of_json, literal_column("'$.variants.*' COLUMNS (value JSON PATH '$')"))
             variant = each.table_valued(named_column("value", Text()))
             return variant, variant.c.value, func.json_exists(of_json, literal_column("'$.variants.*'"), type_=Boolean())

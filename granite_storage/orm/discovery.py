@@ -6,7 +6,7 @@ connection and on the search path of the database. All functions block: call the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    Table,
     and_,
-    bindparam,
     case,
     cast,
     exists,
@@ -33,8 +31,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.locations import GENERATED_ID_LENGTH
-from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches, quoted_name, schema_on
-from granite_storage.orm.columns import unnest_variants, value_in
+from granite_storage.orm._util import UNTRANSLATED, attached_databases, batches
+from granite_storage.orm.columns import json_in, unnest_variants, value_in
 
 _POSTGRESQL_COLUMNS = text("""
     WITH RECURSIVE documents(oid) AS (
@@ -75,16 +73,6 @@ _POSTGRESQL_COLUMNS = text("""
         AND n.nspname <> 'information_schema' AND left(n.nspname, 3) <> 'pg_'
     ORDER BY 1, 2, 3
 """)
-_POSTGRESQL_TABLES = text("""
-    SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE c.relname IN :names AND c.relkind IN ('r', 'p', 'f') AND left(n.nspname, 3) <> 'pg_'
-        AND has_schema_privilege(n.oid, 'USAGE')
-    ORDER BY 1, 2
-""").bindparams(bindparam("names", expanding=True))
-_POSTGRESQL_RESOLVED = text("""
-    SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE c.oid = to_regclass(:name)
-""")
 _MARIADB_COLUMNS = text("""
     SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0,
         c.data_type LIKE '%blob' OR c.data_type LIKE '%binary',
@@ -103,15 +91,6 @@ _MARIADB_COLUMNS = text("""
         AND t.table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
         AND c.table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
     ORDER BY 1, 2, 3
-""")
-_MARIADB_TABLES = text("""
-    SELECT table_schema, table_name FROM information_schema.tables
-    WHERE table_name IN :names AND table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
-    ORDER BY 1, 2
-""").bindparams(bindparam("names", expanding=True))
-_MARIADB_RESOLVED = text("""
-    SELECT table_schema, table_name FROM information_schema.tables
-    WHERE table_name = :name AND table_schema = COALESCE(:schema, DATABASE())
 """)
 
 
@@ -174,40 +153,6 @@ def find_text_columns(connection: Connection) -> list[FoundColumn]:
     return [FoundColumn(schema, table, name, *map(bool, facts)) for schema, table, name, *facts in rows]
 
 
-def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return schema and name of the tables of given names, in every schema that is visible to this role."""
-    match connection.dialect.name:
-        case "postgresql":
-            rows: Iterable[Any] = connection.execute(_POSTGRESQL_TABLES, {"names": list(names)}, execution_options=UNTRANSLATED)
-        case "sqlite":
-            rows = [
-                (schema, name)
-                for schema in attached_databases(connection)
-                for name in names
-                if _has_sqlite_table(connection, schema, name)
-            ]
-        case _:
-            rows = connection.execute(_MARIADB_TABLES, {"names": list(names)}, execution_options=UNTRANSLATED)
-    return [(schema, name) for schema, name in rows]
-
-
-def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
-    """Return schema and name of the table that a model's table resolves to on a connection, after translation; or None."""
-    schema = schema_on(connection, table)
-    match connection.dialect.name:
-        case "postgresql":
-            name = quoted_name(connection, schema, table.name)
-            row: Any = connection.execute(_POSTGRESQL_RESOLVED, {"name": name}, execution_options=UNTRANSLATED).first()
-        case "sqlite":
-            schemas = [found for found in attached_databases(connection) if schema in (None, found)]
-            row = next(((found, table.name) for found in schemas if _has_sqlite_table(connection, found, table.name)), None)
-        case _:
-            row = connection.execute(
-                _MARIADB_RESOLVED, {"name": table.name, "schema": schema}, execution_options=UNTRANSLATED
-            ).first()
-    return None if row is None else (str(row[0]), str(row[1]))
-
-
 def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[Any, ...]]:
     quoted = connection.dialect.identifier_preparer.quote(schema)
     statement = f"""
@@ -218,12 +163,6 @@ def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[Any, ...]
     """  # noqa: S608  # quoted
     rows = connection.execute(text(statement), {"schema": schema})
     return [(schema, table, name, True, False, is_json, False, False) for table, name, is_json in rows]
-
-
-def _has_sqlite_table(connection: Connection, schema: str, name: str) -> bool:
-    quoted = connection.dialect.identifier_preparer.quote(schema)
-    statement = f"SELECT 1 FROM {quoted}.sqlite_master WHERE type IN ('table', 'view') AND name = :name"  # noqa: S608  # quoted
-    return connection.execute(text(statement), {"name": name}).first() is not None
 
 
 # Recognizing refs in SQL, in columns that no model describes.
@@ -272,9 +211,10 @@ def has_value(column: Column[Any], dialect: str) -> ColumnElement[bool]:
 
 def is_legible(column: ColumnElement[Any], dialect: str) -> ColumnElement[bool]:
     """Return the criterion that a value has the form of a reference, whatever its variants are; never NULL."""
-    kinds, kind_of = _KINDS[dialect]
-    texts = [kind_of(column, key) == kinds.text for key in ("storage_key", "backend", "location")]
-    sound = and_(*texts, kind_of(column, "size") == kinds.number, value_in(column, "location", dialect) != "")
+    kinds = _KINDS[dialect]
+    texts = [_kind_of(column, key, dialect) == kinds["text"] for key in ("storage_key", "backend", "location")]
+    is_sized = _kind_of(column, "size", dialect) == kinds["number"]
+    sound = and_(*texts, is_sized, value_in(column, "location", dialect) != "")
     if dialect == "sqlite":  # a JSON function fails there on a value that is not JSON
         return case((func.json_valid(column) == 1, func.coalesce(sound, false())), else_=false())
     return func.coalesce(sound, false())
@@ -288,21 +228,27 @@ def may_nest(value: ColumnElement[Any], dialect: str, *, is_variant: bool = Fals
         dialect: The name of the database.
         is_variant: Whether it is a variant itself, which has none.
     """
-    kinds, kind_of = _KINDS[dialect]
-    allowed = [kinds.null] if is_variant else [kinds.null, kinds.mapping]
-    return func.coalesce(kind_of(value, "variants"), kinds.null).in_(allowed)
+    kinds = _KINDS[dialect]
+    allowed = [kinds["null"]] if is_variant else [kinds["null"], kinds["mapping"]]
+    return func.coalesce(_kind_of(value, "variants", dialect), kinds["null"]).in_(allowed)
 
 
-def _kind_on_postgresql(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
-    return func.jsonb_typeof(cast(column, JSONB).op("->", return_type=JSONB())(literal_column(f"'{key}'")))
+def _kind_of(value: ColumnElement[Any], key: str, dialect: str) -> ColumnElement[Any]:
+    """Return what a database calls the type of what a JSON object has under a key, in SQL; NULL where it has nothing."""
+    if dialect == "sqlite":
+        return func.json_type(value, literal_column(f"'$.{key}'"))
+    found = json_in(value, key, dialect)
+    return func.jsonb_typeof(found) if dialect == "postgresql" else func.json_type(found)
 
 
-def _kind_on_sqlite(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
-    return func.json_type(column, literal_column(f"'$.{key}'"))
-
-
-def _kind_on_mariadb(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
-    return func.json_type(func.json_extract(column, literal_column(f"'$.{key}'")))
+_ON_MARIADB = {"text": "STRING", "number": "INTEGER", "mapping": "OBJECT", "null": "NULL"}
+_KINDS = {
+    "postgresql": {"text": "string", "number": "number", "mapping": "object", "null": "null"},
+    "sqlite": {"text": "text", "number": "integer", "mapping": "object", "null": "null"},
+    "mysql": _ON_MARIADB,
+    "mariadb": _ON_MARIADB,
+}
+"""What databases call the types of JSON."""
 
 
 def _refs_in(
@@ -324,22 +270,3 @@ def _refs_in(
     variants, variant, has_some = unnest_variants(value, dialect)
     nests_one = and_(has_some, exists(select(literal_column("1")).select_from(variants).where(leads_here(variant))))
     return select(literal_column("1")).where(has_value(value, dialect), or_(leads_here(value), nests_one))
-
-
-@dataclass(frozen=True, slots=True)
-class _Kinds:
-    """What a database calls the types of JSON."""
-
-    text: str
-    number: str
-    mapping: str
-    null: str
-
-
-_ON_MARIADB = _Kinds("STRING", "INTEGER", "OBJECT", "NULL")
-_KINDS: dict[str, tuple[_Kinds, Callable[[ColumnElement[Any], str], ColumnElement[Any]]]] = {
-    "postgresql": (_Kinds("string", "number", "object", "null"), _kind_on_postgresql),
-    "sqlite": (_Kinds("text", "integer", "object", "null"), _kind_on_sqlite),
-    "mysql": (_ON_MARIADB, _kind_on_mariadb),
-    "mariadb": (_ON_MARIADB, _kind_on_mariadb),
-}

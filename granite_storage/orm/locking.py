@@ -736,7 +736,7 @@ _MARIADB_NAMED = text("""
 _MARIADB_TEMPORARY = "SHOW SESSION STATUS LIKE 'Com_create_temporary_table'"
 
 
-def _find_named(connection: Connection, tables: list[str], columns: list[str]) -> list[tuple[Any, ...]]:
+def find_named(connection: Connection, tables: list[str], columns: list[str]) -> list[tuple[Any, ...]]:
     """Return the columns of given names in tables of given names, in every schema that is visible to this role.
 
     It is one question, of the catalogue alone, on all databases but SQLite, and one more on MariaDB, whose catalogue does not
@@ -864,7 +864,7 @@ class Catalogue:
     Args:
         connection: A connection, whose dialect tells which names are the same.
         columns: The columns.
-        found: What it has; see `_find_named`.
+        found: What it has; see `find_named`.
     """
 
     def __init__(self, connection: Connection, columns: Iterable[Column[Any]], found: Iterable[tuple[Any, ...]]) -> None:
@@ -958,7 +958,7 @@ def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Ca
     names = {_spelled(connection, item.name) for item in columns}
     if connection.dialect.name in ("mysql", "mariadb"):
         names |= {location_column_name(item.name) for item in columns}
-    return Catalogue(connection, columns, _find_named(connection, tables, sorted(names)) if tables else [])
+    return Catalogue(connection, columns, find_named(connection, tables, sorted(names)) if tables else [])
 
 
 def _spelled(connection: Connection, name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -17,21 +17,19 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    FromClause,
     LargeBinary,
     Select,
     Table,
     Text,
     and_,
-    bindparam,
     case,
     cast,
     func,
     inspect,
-    literal_column,
     null,
     or_,
     select,
-    text,
     type_coerce,
     union_all,
 )
@@ -43,17 +41,17 @@ from granite_storage._engine import identities_of
 from granite_storage._tasks import shielded
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
-from granite_storage.orm._util import UNTRANSLATED, group
+from granite_storage.orm._util import group, schema_on
 from granite_storage.orm.columns import (
     AttachmentType,
     StoredObjectRefType,
     join_variants,
-    location_column_name,
+    json_in,
     location_of,
     value_in,
     where_json,
 )
-from granite_storage.orm.locking import among
+from granite_storage.orm.locking import among, read_catalogue
 from granite_storage.orm.schemas import FoundTable, Home, Identities, find_in_schemas, judge_namesakes, name_of, options_of
 from granite_storage.refs import StoredObjectRef, iter_refs
 
@@ -121,29 +119,13 @@ async def iter_model_storage_refs(session: AsyncSession, model: type[Any], colum
 # The generated columns that MariaDB needs for an index over locations.
 
 
-_GENERATED = text(
-    "SELECT table_schema, table_name, column_name, table_schema = DATABASE() FROM information_schema.columns"
-    " WHERE table_name IN :tables AND column_name IN :names"
-).bindparams(bindparam("tables", expanding=True), bindparam("names", expanding=True))
-
-
-async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
-    """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
-    is_mariadb = connection.dialect.name in ("mysql", "mariadb")
-    return await connection.run_sync(find_location_columns, columns) if is_mariadb else set()
-
-
 def find_location_columns(connection: Connection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
-    """Return which columns of refs have a generated column with their locations, as `with_location_column` does."""
+    """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
     if connection.dialect.name not in ("mysql", "mariadb") or not columns:
         return set()
-    names = [location_column_name(column.name) for column in columns]
-    tables = sorted({column.table.name for column in columns})
-    rows = connection.execute(_GENERATED, {"tables": tables, "names": names}, execution_options=UNTRANSLATED)
-    found: set[tuple[str | None, str, str]] = set()
-    for schema, table, name, is_default in rows:
-        found.update([(schema, table, name), (None if is_default else schema, table, name)])
-    return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
+    catalogue = read_catalogue(connection, list(columns))
+    places = {column: catalogue.place(schema_on(connection, column.table), column) for column in columns}
+    return {column for column, place in places.items() if place is not None and place.is_generated}
 
 
 # Every ref of a base, as the database has it: in the order of primary keys, a page at a time.
@@ -198,9 +180,10 @@ class RowValue:
 
 @dataclass(frozen=True, slots=True)
 class RowValues:
-    """A row, the values of its columns of refs, and the key after which a later scan continues."""
+    """A row, its primary key, the values of its columns of refs, and the key after which a later scan continues."""
 
     key: str
+    primary_key: tuple[Any, ...]
     values: tuple[RowValue, ...]
 
 
@@ -246,7 +229,6 @@ class Scan:
         """
         self._place(key)
 
-    @asked_to_the_end
     async def require_schemas(self) -> None:
         """Refuse schemas that have none of the tables.
 
@@ -266,16 +248,18 @@ class Scan:
             ConfigurationError: The key is none of this base's, or a schema has none of the tables.
         """
         last, primary_key = (None, None) if after is None else self._place(after)
-        await self._look_for_tables()
+        await self._look()
         for found in self._found:
-            if last is None or found.order > last.order:
-                rows = self._rows_of(found, None)
-            elif found.order == last.order:
-                rows = self._rows_of(found, primary_key)
-            else:
+            if last is not None and found.order < last.order:
                 continue
-            async for row in rows:
-                yield row
+            key = primary_key if last is not None and found.order == last.order else None
+            while True:
+                page = await self._read(found, _any(found.columns), key)
+                for row in page:
+                    yield row
+                if len(page) < _AT_A_TIME:
+                    break
+                key = page[-1].primary_key
 
     @asked_to_the_end
     async def count(self) -> int:
@@ -288,22 +272,13 @@ class Scan:
                 total += (await connection.execute(statement, execution_options=found.options)).scalar_one()
         return total
 
-    @asked_to_the_end
     async def read_again(self, held: RowValue) -> RowValue | None:
         """Return the current value of a column; None if it is NULL or the row is gone."""
-        async with self._connection(held.table) as connection:
-            statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
-            row = (await connection.execute(statement, execution_options=held.options)).first()
-            if row is None:
-                return None
-            encoding = await connection.run_sync(text_encoding)
-            of = FoundTable(held.table, (held.column,), held.home)
-            return _value(of, held.primary_key, held.column, row[0], _reader(connection.dialect), encoding)
+        found = FoundTable(held.table, (held.column,), held.home)
+        rows = await self._read(found, among(held.table, [held.primary_key]))
+        return next((value for row in rows for value in row.values), None)
 
     @asked_to_the_end
-    async def _look_for_tables(self) -> None:
-        await self._look()
-
     async def _look(self) -> None:
         """Find the tables; those of one database together."""
         identities: Identities | None = None
@@ -330,21 +305,15 @@ class Scan:
                     unseen += hidden
         self._found, self.unseen = sorted(found, key=lambda item: item.order), unseen
 
-    async def _rows_of(self, found: FoundTable, after: tuple[Any, ...] | None) -> AsyncIterator[RowValues]:
-        while True:
-            page, after = await self._page(found, after)
-            for row in page:
-                yield row
-            if after is None:
-                return
-
     @asked_to_the_end
-    async def _page(self, found: FoundTable, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
-        """Return a page, and the primary key after which the next one begins; None for the last page."""
+    async def _read(
+        self, found: FoundTable, is_wanted: ColumnElement[bool], after: tuple[Any, ...] | None = None
+    ) -> list[RowValues]:
+        """Return a page of the rows after a primary key."""
         columns, keys = found.columns, list(found.table.primary_key)
         async with self._connection(found.table) as connection:
             read, encoding = _reader(connection.dialect), await connection.run_sync(text_encoding)
-            statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
+            statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(is_wanted)
             statement = following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)
             rows = list(await connection.execute(statement, execution_options=found.options))
         page: list[RowValues] = []
@@ -352,8 +321,9 @@ class Scan:
             primary_key = tuple(row[: len(keys)])
             values = zip(columns, row[len(keys) :], strict=True)
             held = (_value(found, primary_key, column, raw, read, encoding) for column, raw in values)
-            page.append(RowValues(_text_of(found, primary_key), tuple(value for value in held if value is not None)))
-        return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
+            present = tuple(value for value in held if value is not None)
+            page.append(RowValues(_text_of(found, primary_key), primary_key, present))
+        return page
 
     @asynccontextmanager
     async def _connection(self, table: Table) -> AsyncIterator[AsyncConnection]:
@@ -374,7 +344,7 @@ class Scan:
 
 
 async def _identities_of_all(manager: StorageManager) -> Identities:
-    """Return what the backends of a manager tell of their stores; what is out of reach now tells nothing."""
+    """Return the identities that the backends of a manager have; one that is unavailable now counts as without any."""
     known: list[str] = []
     is_complete = True
     for backend in manager._engine.backends.values():
@@ -522,9 +492,12 @@ async def find_references(
     dialect = connection.dialect
     ids = sorted({found for found in map(generated_id, locations) if found is not None}) if extra else []
     # This reads the catalogue of the database only: that a column exists does not depend on any row.
-    generated = await with_location_column(connection, columns)
-    parts = [_referring(column, dialect, locations, ids, extra=extra, is_generated=column in generated) for column in columns]
-    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]
+    generated = await connection.run_sync(find_location_columns, columns)
+    parts = [
+        _referring(refs, dialect, locations, ids, extra=extra)
+        for column in columns
+        for refs in _refs_in(column, dialect.name, is_generated=column in generated)
+    ]
     noted = [table.c for journal in journals for table in (journal.intent, journal.reclaim)]
     parts += [_among(entry.backend, entry.location, dialect, locations, ids) for entry in noted]
     if not parts:
@@ -562,18 +535,24 @@ def named_in(extra: Any) -> Iterator[str]:
                 yield from named_in(value)
 
 
-def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select backend, NULL, and `extra` as JSON text, of the refs whose `extra` may name an object."""
-    text, names_one = _extra_of(column, dialect)
-    return _selected_ref(dialect, location_of(column, dialect)[0], extra=text).where(names_one)
+_Refs: TypeAlias = tuple[FromClause, ColumnElement[Any], ColumnElement[str], ColumnElement[str]]
+"""Refs in SQL: where they are, their JSON, their backends and their locations."""
 
 
-def selected_extra_of_variants(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select what `selected_extra` does, of the variants in the refs."""
+def _refs_in(column: Column[Any], dialect: str, *, is_generated: bool = False) -> list[_Refs]:
+    """Return the refs of a column, and those of the variants that they nest."""
     source, variant = join_variants(column, dialect)
-    text, names_one = _extra_of(variant, dialect)
-    found = _selected_ref(dialect, value_in(variant, "backend", dialect), extra=text)
-    return found.select_from(source).where(names_one)
+    return [
+        (column.table, column, *location_of(column, dialect, is_generated=is_generated)),
+        (source, variant, value_in(variant, "backend", dialect), value_in(variant, "location", dialect)),
+    ]
+
+
+def select_extra(column: Column[Any], dialect: str) -> Iterator[Select[*tuple[Any, ...]]]:
+    """Select backend, NULL, and `extra` as JSON text, of the refs of a column and of their variants that may name an object."""
+    for source, ref, backend, _ in _refs_in(column, dialect):
+        text, names_one = _extra_of(ref, dialect)
+        yield _selected_ref(dialect, backend, extra=text).select_from(source).where(names_one)
 
 
 def _selected_ref(
@@ -604,7 +583,7 @@ def as_text(value: str | bytes | None, encoding: str) -> str:
 def text_encoding(connection: Connection) -> str:
     """Return the encoding of texts that a database returns as bytes; blocking.
 
-    Only SQLite is told so. Its databases are in UTF-8, or in UTF-16 of either byte order, and attached ones are as the main one.
+    Only SQLite returns any: its databases are in UTF-8, or in UTF-16 of either byte order, and attached ones are as the main one.
     """
     if connection.dialect.name != "sqlite":
         return UTF_8
@@ -615,39 +594,16 @@ def text_encoding(connection: Connection) -> str:
 
 
 def _referring(
-    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool, is_generated: bool
+    refs: _Refs, dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
 ) -> Select[*tuple[Any, ...]]:
-    """Select backend, location and `extra` of the refs of a column; those to which nothing leads by any of these are left out."""
-    backend, location = location_of(column, dialect.name, is_generated=is_generated)
-    if not extra:
-        return _among(backend, location, dialect, locations, ids)
-    if dialect.name == "sqlite":
-        location = where_json(column, location)
-    return _leading(column, backend, location, dialect, locations, ids)
-
-
-def _nesting(
-    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
-) -> Select[*tuple[Any, ...]]:
-    """Select what `_referring` does, of the variants in the refs."""
-    source, variant = join_variants(column, dialect.name)
-    backend, location = (value_in(variant, key, dialect.name) for key in ("backend", "location"))
+    """Select backend, location and `extra` of refs, in one scan; those to which nothing leads by any of these are left out."""
+    source, ref, backend, location = refs
     if not extra:
         return _among(backend, location, dialect, locations, ids).select_from(source)
-    return _leading(variant, backend, location, dialect, locations, ids).select_from(source)
-
-
-def _leading(
-    ref: ColumnElement[Any],
-    backend: ColumnElement[str],
-    location: ColumnElement[str],
-    dialect: Dialect,
-    locations: Sequence[str],
-    ids: Sequence[str],
-) -> Select[*tuple[Any, ...]]:
-    """Select backend, location and `extra` in one scan: of refs that `_among` selects, and of those whose `extra` names one."""
+    if dialect.name == "sqlite":
+        location = where_json(ref, location)
     text, names_one = _extra_of(ref, dialect.name)
-    selected = _selected_ref(dialect.name, backend, location, cast(case((names_one, text)), Text()))
+    selected = _selected_ref(dialect.name, backend, location, cast(case((names_one, text)), Text())).select_from(source)
     return selected.where(or_(_is_among(location, dialect, locations, ids), names_one))
 
 
@@ -685,11 +641,11 @@ def _id_in(location: ColumnElement[str], dialect: Dialect) -> ColumnElement[Any]
 def _extra_of(column: ColumnElement[Any], dialect: str) -> tuple[ColumnElement[Any], ColumnElement[bool]]:
     """Return `extra` as JSON text, and whether it contains the form of a generated name, whose digits are never escaped."""
     if dialect == "postgresql":
-        text: ColumnElement[Any] = cast(cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'extra'")), Text())
+        text: ColumnElement[Any] = cast(json_in(column, "extra", dialect), Text())
         # Without one it is NULL here, which costs no comparison.
         return text, value_in(cast(column, JSONB), "extra", dialect).op("~", is_comparison=True)(f"{GENERATED_STEM}-")
-    text = func.json_extract(column, literal_column("'$.extra'"), type_=Text())
+    text = json_in(column, "extra", dialect)
     if dialect == "sqlite":
-        text = case((func.json_valid(column) == 1, text))
+        text = where_json(column, text)
         return text, text.op("GLOB", is_comparison=True)(f"*{_STEM_AS_GLOB}-*")
     return text, text.op("REGEXP", is_comparison=True)(f"{GENERATED_STEM}-")

@@ -83,6 +83,16 @@ def name_of(table: Table, home: Home | None) -> str:
     return table.fullname if home is None else f"{home.schema}.{table.name}"
 
 
+def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
+    """Return schema and name of the table that a model's table resolves to on a connection, after translation; or None.
+
+    It blocks: call it with `AsyncConnection.run_sync`.
+    """
+    catalogue, schema = read_catalogue(connection, list(table.columns)), schema_on(connection, table)
+    places = (catalogue.place(schema, column) for column in table.columns)
+    return next(((str(place.schema), place.table) for place in places if place is not None), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Namesake:
     """A table with the name of a model's table in a schema other than the one that the sessions lead to.

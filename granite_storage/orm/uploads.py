@@ -334,9 +334,9 @@ def _begun(lease: UploadLease | None, intent: Intent | None) -> AbstractContextM
 async def _put(item: _Item, lease: UploadLease | None) -> None:
     upload, state = item.upload, item.upload.attachment._state
     with _begun(lease, state.intent):
-        ref = await state.put(upload.binding.manager, upload.column_type, item.prepared)
+        await state.put(upload.binding.manager, upload.column_type, item.prepared)
         if upload.verify is not None:
-            state.correct(await upload.verify(ref))
+            state.correct(await upload.verify(state.require_ref()))
     await require_lease(lease, state.intent, state.require_ref())
 
 

@@ -128,13 +128,6 @@ def is_kept(held: StoredObjectRef, declared: DeclaredVariant, which: Which) -> b
     return (which == "missing" and declared.name in (held.variants or {})) or (which == "stale" and declared.is_in(held))
 
 
-def is_held_at(column: Column[Any], location: str, dialect: str, *, is_generated: bool) -> ColumnElement[bool]:
-    """Return the criterion for the rows of a column that hold the object at a location."""
-    _, found = location_of(column, dialect, is_generated=is_generated)
-    # A JSON function fails there on a value that is not JSON.
-    return (where_json(column, found) if dialect == "sqlite" else found) == location
-
-
 def read_holdings(
     connection: Connection, column: Column[Any], is_here: ColumnElement[bool], place: tuple[str, str], options: Mapping[str, Any]
 ) -> list[Holding]:
@@ -394,57 +387,50 @@ def _find(
     connection: Connection, find: Callable[..., list[Holding]], column: Column[Any], source: StoredObjectRef
 ) -> list[Holding]:
     is_generated = column in find_location_columns(connection, [column])
-    is_here = is_held_at(column, source.location, connection.dialect.name, is_generated=is_generated)
-    return find(connection, column, is_here, (source.backend, source.location), {})
+    _, location = location_of(column, connection.dialect.name, is_generated=is_generated)
+    if connection.dialect.name == "sqlite":  # a JSON function fails there on a value that is not JSON
+        location = where_json(column, location)
+    return find(connection, column, location == source.location, (source.backend, source.location), {})
 
 
+@dataclass(slots=True, eq=False)
 class _Setting:
     """Sets a variant in the rows of its original, or takes it out, in a transaction of its own.
 
     What rows no longer have is displaced as by a flush: the end of the transaction decides whether it is deleted, after every
     other row that may refer to it was searched.
 
-    Args:
+    Attributes:
         sessions: The sessions.
         column_type: The column of the rows.
         manager: The manager.
         source: The original.
         name: The name of the variant.
         options: The execution options of the connection, which lead to the table of the rows.
-
-    Attributes:
+        has_written: Whether rows were written.
         fate: Whether rows have it.
         held: What a row holds now.
     """
 
-    def __init__(
-        self,
-        sessions: async_sessionmaker[AsyncSession],
-        column_type: ColumnType,
-        manager: StorageManager,
-        source: StoredObjectRef,
-        name: str,
-        options: Mapping[str, Any],
-    ) -> None:
-        self._sessions = sessions
-        self._column_type = column_type
-        self._manager = manager
-        self._source = source
-        self._name = name
-        self._options = options
-        self._has_written = False
-        self.fate = _Fate.UNSET
-        self.held: StoredObjectRef | None = None
+    sessions: async_sessionmaker[AsyncSession]
+    column_type: ColumnType
+    manager: StorageManager
+    source: StoredObjectRef
+    name: str
+    options: Mapping[str, Any]
+    has_written: bool = False
+    fate: _Fate = _Fate.UNSET
+    held: StoredObjectRef | None = None
 
     async def read(self) -> list[Holding]:
         """Return the rows that hold the original."""
-        async with self._sessions() as session:
+        async with self.sessions() as session:
             connection = await self._connect(session)
-            return await connection.run_sync(_find, read_holdings, self._column_type.column, self._source)
+            return await connection.run_sync(_find, read_holdings, self.column_type.column, self.source)
 
     async def run(self, made: Mapping[str, MadeVariant]) -> None:
         """Set what was made where the rows hold what was seen; without it take out what is not declared."""
-        async with self._sessions() as session:
+        async with self.sessions() as session:
             connection = await self._connect(session)
             # SQLite bounds the wait itself, and a statement that is cut off there leaves the file locked.
             limit = None if connection.dialect.name == "sqlite" else LONGEST_WAIT
@@ -453,18 +439,18 @@ class _Setting:
                 async with asyncio.timeout(limit):
                     is_set = await session.run_sync(self._write, made)
             except TimeoutError:
-                raise locked_for_long(self._source.location, LONGEST_WAIT) from None
+                raise locked_for_long(self.source.location, LONGEST_WAIT) from None
             except DBAPIError as error:
                 if connection.dialect.name != "sqlite" or not is_busy(error.orig):
                     raise
-                raise locked_for_long(self._source.location, time.monotonic() - began) from error
+                raise locked_for_long(self.source.location, time.monotonic() - began) from error
             if is_set:
                 self.fate = _Fate.IN_DOUBT
                 await session.commit()
                 self.fate = _Fate.SET
 
     async def _connect(self, session: AsyncSession) -> AsyncConnection:
-        return await session.connection(bind_arguments=self._leading, execution_options=dict(self._options) or None)
+        return await session.connection(bind_arguments=self._leading, execution_options=dict(self.options) or None)
 
     async def remove_unless_taken(self, stored: Sequence[StoredObjectRef]) -> None:
         """Delete variants after a transaction that did not commit; they stay where a row has them nevertheless.
@@ -472,30 +458,27 @@ class _Setting:
         A table that knows no transactions keeps what was written into it.
         """
         objects = self._objects(stored)
-        if self._has_written:
-            async with self._sessions() as session:
-                kept = await session.run_sync(self._find_shared, objects)
-            objects = leave_out(objects, kept)
+        if self.has_written:
+            async with self.sessions() as session:
+                connection = await session.connection(bind_arguments=self._leading)
+                objects = leave_out(objects, await connection.run_sync(find_shared, objects))
         await remove(objects, [])
 
-    def _find_shared(self, session: Session, objects: Sequence[StoredObject]) -> set[str]:
-        return find_shared(session.connection(bind_arguments=self._leading), objects)
-
     def _objects(self, refs: Iterable[StoredObjectRef]) -> list[StoredObject]:
-        return [StoredObject(self._manager, ref, source=self._source.location) for ref in refs]
+        return [StoredObject(self.manager, ref, source=self.source.location) for ref in refs]
 
     @property
     def _leading(self) -> dict[str, Any]:
         """The arguments with which a session gives the connection to the table."""
-        return {"clause": self._column_type.table}
+        return {"clause": self.column_type.table}
 
     def _write(self, session: Session, made: Mapping[str, MadeVariant]) -> bool:
-        column, connection = self._column_type.column, session.connection(bind_arguments=self._leading)
+        column, connection = self.column_type.column, session.connection(bind_arguments=self._leading)
         require_transactions(connection)
         take_write_lock(connection, column.table)
-        holdings = _find(connection, lock_holdings, column, self._source)
-        chosen = choose_rows(holdings, made) if made else undeclared_in(holdings, [self._name])
-        self._has_written = bool(chosen)
+        holdings = _find(connection, lock_holdings, column, self.source)
+        chosen = choose_rows(holdings, made) if made else undeclared_in(holdings, [self.name])
+        self.has_written = bool(chosen)
         if displaced := self._objects(write_variants(connection, chosen, made)):
             watch(session, connection)
             unit_of(session).frame(current_transaction(session)).log += [(item, False) for item in displaced]

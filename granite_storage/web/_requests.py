@@ -482,10 +482,10 @@ class MultipartParser:
             yield None
         while True:
             buffer, start = self._buffer, self._position
-            after, end = None, buffer.find(self._delimiter, start)
-            while end >= 0 and (after := self._after(end + 2)) is None:
+            end = buffer.find(self._delimiter, start)
+            while end >= 0 and self._after(end + 2) is None:
                 end = buffer.find(self._delimiter, end + len(self._delimiter))
-            if end == start and after is not None and not self._is_open(after):
+            if end == start and (after := self._after(end + 2)) is not None and not self._is_open(after):
                 return after
             self._position = end = end if end >= 0 else self._end_of_data()
             yield None if start == end else buffer if end - start == len(buffer) else memoryview(buffer)[start:end]

@@ -16,12 +16,12 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import TRIGGERS_KEY, JournalTables, are_triggers_declared, tables_of
 from granite_storage.orm._util import group, schema_on
 from granite_storage.orm.columns import attachment_tables
-from granite_storage.orm.discovery import resolve
 from granite_storage.orm.journal._mariadb_triggers import MariaDBTriggers
 from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
 from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TableTriggers
 from granite_storage.orm.journal.database import require_current_workers
+from granite_storage.orm.schemas import resolve
 
 __all__ = [
     "create_triggers",

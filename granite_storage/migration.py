@@ -195,8 +195,8 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         """Move what a column contains; where a writer has changed it, what it contains then, unless that needs no move."""
         if not held.is_managed:
             return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
-        if held.home is not None and held.home.doubt:
-            return _to_migrated(MigrationStatus.FAILED, held, held.home.doubt)
+        if held.other_schema is not None and held.other_schema.doubt:
+            return _to_migrated(MigrationStatus.FAILED, held, held.other_schema.doubt)
         error: Exception | None = None
         for _ in range(_TRIES):
             if held.ref is None:

@@ -217,8 +217,8 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         for _ in range(_TRIES):
             if held.ref is None:
                 return _processed(RederivationStatus.FAILED, held, wanted, held.error)
-            if held.home is not None and held.home.doubt:
-                return _processed(RederivationStatus.FAILED, held, wanted, held.home.doubt)
+            if held.other_schema is not None and held.other_schema.doubt:
+                return _processed(RederivationStatus.FAILED, held, wanted, held.other_schema.doubt)
             try:
                 return await self._do(held, held.ref, wanted)
             except (ScanPendingError, InfectedObjectError) as problem:

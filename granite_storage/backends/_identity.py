@@ -88,7 +88,7 @@ async def _found_or_created(read: Callable[[], Awaitable[bytes]], write: Callabl
     return await _found(read)
 
 
-# The names of the place where a backend keeps its objects, by which two backends on one store are noticed.
+# The names of the place where a backend keeps its objects, by which two backends on one store are detected.
 
 
 def folder_places(folder: Path) -> frozenset[Place]:

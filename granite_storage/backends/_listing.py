@@ -186,7 +186,7 @@ class Listing:
         """Yield the objects whose location begins with a prefix, in the byte order of UTF-8.
 
         Raises:
-            ObjectStoreConfigurationError: The store lists in another order, which began too late to be noticed in time.
+            ObjectStoreConfigurationError: The store lists in another order, which began too late to be detected in time.
         """
         folder = prefix.rpartition("/")[0]
         after = (start_after or "").encode()

@@ -61,7 +61,7 @@ TEMPORARY_SUFFIX = ".tmp"
 """How the name of an unfinished file ends."""
 
 MAX_ATTEMPTS = 100
-"""How often something is tried again that another process may have undone meanwhile."""
+"""How often something is retried that another process may have undone meanwhile."""
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
 """How file systems say that they do not know a call."""

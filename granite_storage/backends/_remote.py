@@ -33,7 +33,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
 ANSWER_TIMEOUT = 10.0
-"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
+"""How long a cancelled caller waits for the answer to a request whose effect must be undone, in seconds."""
 
 MAX_PARTS = 10_000
 """The most parts that S3 and Google take of an object."""

@@ -511,7 +511,7 @@ def version_of(answer: Mapping[str, Any]) -> dict[str, str]:
 class S3Clients:
     """Opens a client for each event loop that calls, and closes it with the loop or before.
 
-    A client lives in an asynchronous generator, which the loop closes when `asyncio.run` ends; so one that nobody closed
+    A client lives in an asynchronous generator, which the loop closes when `asyncio.run` ends; so one that was not closed
     leaves no connection behind.
     """
 

@@ -230,7 +230,7 @@ class MultipartUpload:
     Args:
         client: The event loop's client.
         location: The object's location.
-        parameters: What else the creation is told, such as the content type.
+        parameters: The other parameters of the creation, such as the content type.
     """
 
     def __init__(self, client: S3Client, location: str, parameters: Mapping[str, Any]) -> None:
@@ -644,7 +644,7 @@ class ObjectWriter(RemoteWriter):
         except PreconditionFailedError as refusal:
             raise BackendUnavailableError(
                 f"the server refused to create {self._location!r} because it exists, but no object is there: another write was "
-                "undone meanwhile, or the server has a folder of this name; try again",
+                "removed meanwhile, or the server has a folder of this name; try again",
                 location=self._location,
             ) from refusal.__cause__
 

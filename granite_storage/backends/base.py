@@ -284,7 +284,7 @@ class SupportsIdentity(Protocol):
     """A backend whose store has an identity: a unique text that is written into it at its first use.
 
     The manager keeps it in each ref as `StoredObjectRef.identity`. So a key that leads to another store than it did when a row
-    was written is noticed: by the first read that finds no object, by the garbage collector and by `granite-storage doctor`.
+    was written is detected: by the first read that finds no object, by the garbage collector and by `granite-storage doctor`.
     """
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:

@@ -203,7 +203,7 @@ class _Object:
     starts: Sequence[int]
 
     def slices(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` to before `stop` in pieces so small that copying one is not noticed."""
+        """Yield the bytes from `start` to before `stop` in pieces so small that copying one does not stall the event loop."""
         index = bisect_right(self.starts, start) - 1
         while start < stop:
             begin, end = self.starts[index], self.starts[index + 1]

@@ -171,7 +171,7 @@ class ObjectStoreBackend(RemoteBackend):
         """Yield objects in byte order; see `StorageBackend.iter_objects`.
 
         Raises:
-            ObjectStoreConfigurationError: The store lists in another order, which began too late to be noticed in time.
+            ObjectStoreConfigurationError: The store lists in another order, which began too late to be detected in time.
         """
         async for info in self._listing.objects(prefix, start_after):
             if info.location != MARKER:

@@ -266,7 +266,7 @@ class PrefixedBackend(WrappedBackend):
 
     It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `cleanup_incomplete`
     reaches further: it clears up after the unfinished writes of the whole inner backend. Its identity is that of the inner
-    backend with the prefix, so that rows of another prefix are noticed.
+    backend with the prefix, so that rows of another prefix are detected.
 
     Args:
         inner: The backend behind. Closing this one closes it.

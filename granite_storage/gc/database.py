@@ -274,9 +274,9 @@ def require_one_database(sessions: async_sessionmaker[AsyncSession], tables: Ite
         CollectionRefusedError: They are.
     """
     session = sessions()
-    homes = {table: session.get_bind(clause=table) for table in tables}
-    if len({home.engine.url for home in homes.values()}) > 1:
-        names = ", ".join(sorted(table.fullname for table in homes))
+    binds = {table: session.get_bind(clause=table) for table in tables}
+    if len({bind.engine.url for bind in binds.values()}) > 1:
+        names = ", ".join(sorted(table.fullname for table in binds))
         raise CollectionRefusedError(
             f"the tables {names} are in several databases, which cannot be read in one snapshot: pass iter_references, which"
             " reads them all"

@@ -69,7 +69,7 @@ class ReferenceSource:
         """
 
     async def make_durable(self) -> None:
-        """Return once nothing that `find_references` has seen can be undone, not even by a crash of the database.
+        """Return once all that `find_references` has seen survives a crash of the database.
 
         By default it is so at once: the application has committed the references.
         """

@@ -165,7 +165,7 @@ class AttachedFile:
         file: The attachment; assign another one to replace the file, which displaces this object only.
         position: The key by which the files of a parent are ordered; not an index. Change the order by the list.
         caption: A text of your own, or None.
-        extra: A JSON object of your own, or None. Assign another one to change it: changes within are not noticed.
+        extra: A JSON object of your own, or None. Assign another one to change it: changes within it are not tracked.
         parent: The instance that the file belongs to. Columns named `parent_<column>` are its foreign key.
 
     Args:

@@ -168,7 +168,7 @@ def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[Any, ...]
 # Recognizing refs in SQL, in columns that no model describes.
 
 
-_ASKED_AT_A_TIME = 50
+_COLUMN_BATCH_SIZE = 50
 _LOOKED_AT = 100
 
 
@@ -190,7 +190,7 @@ def find_with_refs(
         is_sample: Whether to look at the first hundred values of each only.
     """
     dialect, found = connection.dialect.name, list[Column[Any]]()
-    for batch in batches(columns, _ASKED_AT_A_TIME):
+    for batch in batches(columns, _COLUMN_BATCH_SIZE):
         asked: list[Select[Any]] = [
             select(literal_column(str(number))).where(exists(_refs_in(column, dialect, identities, is_certain, is_sample)))
             for number, column in enumerate(batch)

@@ -73,7 +73,7 @@ from granite_storage.orm.columns import (
 )
 from granite_storage.refs import StoredObjectRef
 
-_AT_A_TIME = 200
+_BATCH_SIZE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def lock_rows(
     take_write_lock(connection, table)
     rows: list[Row[Any]] = []
     missing: list[tuple[Any, ...]] = []
-    for keys in batches(_in_order(primary_keys), _AT_A_TIME):
+    for keys in batches(_in_order(primary_keys), _BATCH_SIZE):
         for _ in range(_looks(connection)):
             found = _rows(connection, table, columns, among(table, keys), deleting=deleting)
             rows += found
@@ -240,7 +240,7 @@ def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys:
             take_write_lock(connection, child)
             columns = tables.attachments(child)
             reached: list[tuple[Any, ...]] = []
-            for batch in batches(keys, _AT_A_TIME):
+            for batch in batches(keys, _BATCH_SIZE):
                 for row in connection.execute(_children(connection, parent, batch, constraint, columns)):
                     key = tuple(row[: len(child.primary_key)])
                     if (child.fullname, key) not in seen:
@@ -272,7 +272,7 @@ def _read(
     *,
     shared: bool = False,
 ) -> Iterator[Row[Any]]:
-    for keys in batches(_in_order(primary_keys), _AT_A_TIME):
+    for keys in batches(_in_order(primary_keys), _BATCH_SIZE):
         yield from _rows(connection, table, columns, among(table, keys), deleting=False, shared=shared)
 
 

@@ -52,7 +52,7 @@ from granite_storage.orm.columns import (
     where_json,
 )
 from granite_storage.orm.locking import among, read_catalogue
-from granite_storage.orm.schemas import FoundTable, Home, Identities, find_in_schemas, judge_namesakes, name_of, options_of
+from granite_storage.orm.schemas import FoundTable, Identities, OtherSchema, find_in_schemas, judge_namesakes, name_of, options_of
 from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 _PATIENCE = 5.0
 """How long a cancelled caller waits for the statements that are in progress, in seconds."""
 
@@ -106,7 +106,7 @@ async def iter_model_storage_refs(session: AsyncSession, model: type[Any], colum
         raise ConfigurationError(f"{model.__name__}.{column} is not a column of refs")
     mapped = getattr(model, column)
     statement = select(type_coerce(mapped, StoredObjectRefType())).where(mapped.is_not(None))
-    result = await session.stream_scalars(statement.execution_options(yield_per=_AT_A_TIME))
+    result = await session.stream_scalars(statement.execution_options(yield_per=_BATCH_SIZE))
     try:
         async for ref in result:
             if ref is not None:
@@ -146,7 +146,7 @@ class RowValue:
         raw: The value as the database has it; text, unless something else was written there.
         ref: The ref, or None if the value is not one.
         error: Why the value is not a ref, or None.
-        home: The schema of the row; None for the one that the sessions lead to.
+        other_schema: The schema of the row; None for the one that the sessions lead to.
     """
 
     table: Table
@@ -155,7 +155,7 @@ class RowValue:
     raw: Any
     ref: StoredObjectRef | None = None
     error: InvalidReferenceError | None = None
-    home: Home | None = None
+    other_schema: OtherSchema | None = None
 
     @property
     def is_managed(self) -> bool:
@@ -170,12 +170,12 @@ class RowValue:
     @property
     def table_name(self) -> str:
         """The name of the table in messages, with its schema where the row is in another one than the sessions lead to."""
-        return name_of(self.table, self.home)
+        return name_of(self.table, self.other_schema)
 
     @property
     def options(self) -> Mapping[str, Any]:
         """The execution options that lead a statement on the table to that of the row."""
-        return options_of(self.table, self.home)
+        return options_of(self.table, self.other_schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,7 @@ class Scan:
                 page = await self._read(found, _any(found.columns), key)
                 for row in page:
                     yield row
-                if len(page) < _AT_A_TIME:
+                if len(page) < _BATCH_SIZE:
                     break
                 key = page[-1].primary_key
 
@@ -274,7 +274,7 @@ class Scan:
 
     async def read_again(self, held: RowValue) -> RowValue | None:
         """Return the current value of a column; None if it is NULL or the row is gone."""
-        found = FoundTable(held.table, (held.column,), held.home)
+        found = FoundTable(held.table, (held.column,), held.other_schema)
         rows = await self._read(found, among(held.table, [held.primary_key]))
         return next((value for row in rows for value in row.values), None)
 
@@ -314,7 +314,7 @@ class Scan:
         async with self._connection(found.table) as connection:
             read, encoding = _reader(connection.dialect), await connection.run_sync(text_encoding)
             statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(is_wanted)
-            statement = following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)
+            statement = following(statement, keys, after).order_by(*keys).limit(_BATCH_SIZE)
             rows = list(await connection.execute(statement, execution_options=found.options))
         page: list[RowValues] = []
         for row in rows:
@@ -336,11 +336,11 @@ class Scan:
             name, *values = json.loads(key)
             schema, name = (None, name) if isinstance(name, str) else name
             table = next(table for table in self._columns if table.fullname == name)
-            home = None if schema is None else Home(str(schema))
-            primary_key = tuple(_revived(column, value) for column, value in zip(table.primary_key, values, strict=True))
+            other_schema = None if schema is None else OtherSchema(str(schema))
+            primary_key = tuple(_parse_key_value(column, value) for column, value in zip(table.primary_key, values, strict=True))
         except (ValueError, TypeError, StopIteration, ArithmeticError) as error:
             raise ConfigurationError(f"{key[:120]!r} is not the key of a row of this base") from error
-        return FoundTable(table, (), home), primary_key
+        return FoundTable(table, (), other_schema), primary_key
 
 
 async def _identities_of_all(manager: StorageManager) -> Identities:
@@ -405,7 +405,7 @@ def _reader(dialect: Dialect) -> Callable[[Any], Any]:
 def _value(
     found: FoundTable, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any], encoding: str
 ) -> RowValue | None:
-    table, home = found.table, found.home
+    table, other_schema = found.table, found.other_schema
     if raw is None:
         return None
     try:
@@ -413,15 +413,15 @@ def _value(
         ref = read(raw)
     except UnicodeDecodeError as error:
         problem = InvalidReferenceError(f"the column does not contain text in {encoding.upper()}: {error.reason}")
-        return RowValue(table, primary_key, column, raw, error=problem, home=home)
+        return RowValue(table, primary_key, column, raw, error=problem, other_schema=other_schema)
     except InvalidReferenceError as error:
-        return RowValue(table, primary_key, column, raw, error=error, home=home)
-    return None if ref is None else RowValue(table, primary_key, column, raw, ref, home=home)
+        return RowValue(table, primary_key, column, raw, error=error, other_schema=other_schema)
+    return None if ref is None else RowValue(table, primary_key, column, raw, ref, other_schema=other_schema)
 
 
 def _text_of(found: FoundTable, primary_key: tuple[Any, ...]) -> str:
     name = found.table.fullname
-    table = name if found.home is None else [found.home.schema, name]
+    table = name if found.other_schema is None else [found.other_schema.name, name]
     return json.dumps([table, *primary_key], ensure_ascii=False, default=_plain)
 
 
@@ -431,7 +431,7 @@ def _plain(value: Any) -> str:
     return value.isoformat() if isinstance(value, date | time) else str(value)  # a datetime is a date
 
 
-def _revived(column: Column[Any], value: Any) -> Any:
+def _parse_key_value(column: Column[Any], value: Any) -> Any:
     """Return a part of a primary key from its text."""
     try:
         kind = column.type.python_type

@@ -23,15 +23,15 @@ _TO_CHOOSE = "if it belongs to this application, name its schema (schemas=...)"
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class OtherSchema:
     """A schema other than the one that the sessions lead to, with a table of a model in it.
 
     Attributes:
-        schema: The schema, as the database calls it.
+        name: Its name, as the database calls it.
         doubt: Why its rows must not be changed; empty where they may be.
     """
 
-    schema: str
+    name: str
     doubt: str = ""
 
 
@@ -42,22 +42,22 @@ class FoundTable:
     Attributes:
         table: The table of the model.
         columns: Its columns of refs that this table has.
-        home: The schema; None for the table that the sessions lead to.
+        other_schema: Its schema; None for the table that the sessions lead to.
     """
 
     table: Table
     columns: tuple[Column[Any], ...]
-    home: Home | None = None
+    other_schema: OtherSchema | None = None
 
     @property
     def order(self) -> tuple[bool, str, str]:
         """The key to sort by: what the sessions lead to comes first, so that a key of it leaves all other schemas to do."""
-        return self.home is not None, "" if self.home is None else self.home.schema, self.table.fullname
+        return self.other_schema is not None, "" if self.other_schema is None else self.other_schema.name, self.table.fullname
 
     @property
     def options(self) -> Mapping[str, Any]:
         """The execution options that lead a statement on the model's table to this one."""
-        return options_of(self.table, self.home)
+        return options_of(self.table, self.other_schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,14 @@ class Identities:
     is_complete: bool
 
 
-def options_of(table: Table, home: Home | None) -> Mapping[str, Any]:
+def options_of(table: Table, other_schema: OtherSchema | None) -> Mapping[str, Any]:
     """Return the execution options that lead a statement on a model's table to a schema; not cached, as other maps differ."""
-    return {} if home is None else {TRANSLATE_MAP: {table.schema: home.schema}, "compiled_cache": None}
+    return {} if other_schema is None else {TRANSLATE_MAP: {table.schema: other_schema.name}, "compiled_cache": None}
 
 
-def name_of(table: Table, home: Home | None) -> str:
+def name_of(table: Table, other_schema: OtherSchema | None) -> str:
     """Return the name of a table in messages, with its schema."""
-    return table.fullname if home is None else f"{home.schema}.{table.name}"
+    return table.fullname if other_schema is None else f"{other_schema.name}.{table.name}"
 
 
 def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
@@ -181,19 +181,19 @@ def judge_namesakes(
         if any(place.obstacle == "privileges" for place in namesake.places.values()):
             continue
         try:
-            home, problems = _judge(connection, namesake, identities, is_chosen=are_chosen)
+            other_schema, problems = _judge(connection, namesake, identities, is_chosen=are_chosen)
         except DBAPIError as error:
-            home, problems = None, [f"{namesake.name} could not be read: {error.orig or error}"]
+            other_schema, problems = None, [f"{namesake.name} could not be read: {error.orig or error}"]
         unseen += problems
-        if home is not None:
+        if other_schema is not None:
             legible = tuple(item for item, place in namesake.places.items() if not place.is_text)
-            found.append(FoundTable(namesake.table, legible, home))
+            found.append(FoundTable(namesake.table, legible, other_schema))
     return found, unseen
 
 
 def _judge(
     connection: Connection, namesake: Namesake, identities: Identities, *, is_chosen: bool
-) -> tuple[Home | None, list[str]]:
+) -> tuple[OtherSchema | None, list[str]]:
     """Return what a table in another schema is to the application, None where it is not read, and what cannot be seen of it."""
     name, places = namesake.name, namesake.places.values()
     problems = [
@@ -218,11 +218,11 @@ def _judge(
         return None, [*problems, f"{name} is not the table of the model: it has another name or another primary key"]
     if not is_ours:
         said = f"no reference in {name} says that it is of a store of this application: {_TO_CHOOSE}"
-        return Home(namesake.schema, said), problems
+        return OtherSchema(namesake.schema, said), problems
     if lacking:
         said = f"{name} has no column {lacking}, though the model has: run the migrations for this schema"
-        return Home(namesake.schema, said), problems
-    return Home(namesake.schema), problems
+        return OtherSchema(namesake.schema, said), problems
+    return OtherSchema(namesake.schema), problems
 
 
 def _lacking(catalogue: Catalogue, schema: str, table: Table) -> frozenset[str]:

@@ -666,7 +666,7 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
     if found is None:
         return
     found.rolled_back = True
-    # A session's own rollback is told by the session.
+    # A session's own rollback is reported by the session.
     if found.joined or found.to_delete:
         found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, in_progress=True)
 
@@ -681,7 +681,7 @@ def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
 def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
     """Undo the work of sessions that had ended inside a savepoint of the outer transaction.
 
-    If work was done partly before the savepoint, it is unknown which part is undone, so none of it is deleted.
+    If work was done partly before the savepoint, it is unknown which part is rolled back, so none of it is deleted.
     """
     _forget_claims(connection)
     found = _watches.get(connection)

@@ -143,7 +143,7 @@ class FaultInjectingBackend(WrappedBackend):
             nth: Which of the calls from now on, the next being 1.
             times: How many calls in a row.
             error: What to raise then; None for a `BackendUnavailableError`.
-            silently: Whether nothing is raised: the rest is lost and nobody told.
+            silently: Whether the rest is lost without an error.
         """
         self._declare(
             _Fault(operation, nth, times, cut=after, error=error, silent=silently), "put_stream", "open", "iter_objects"

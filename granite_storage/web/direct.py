@@ -300,7 +300,9 @@ class DirectUploads:
                 attachment = await self._try_finish(upload_token, column_type)
                 if attachment is not None:
                     return attachment
-        raise StaleAttachmentError(f"the direct upload was finished elsewhere and undone {_ATTEMPTS} times; finish it again")
+        raise StaleAttachmentError(
+            f"the direct upload was completed elsewhere and rolled back {_ATTEMPTS} times; finish it again"
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to a URL of `begin`: store what a client sends, where the backend signs no requests of its own."""

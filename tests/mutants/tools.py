@@ -145,8 +145,8 @@ MUTANTS = [
         name="migration-of-rows-of-others",
         rule="Rows in another schema that may be another application's stay as they are.",
         path="granite_storage/migration.py",
-        old="if held.home is not None and held.home.doubt:",
-        new="if held.home is None and held.column is None:",
+        old="if held.other_schema is not None and held.other_schema.doubt:",
+        new="if held.other_schema is None and held.column is None:",
         tests=(
             "tests/verification/test_schemas_of_tenants.py::TestMigration"
             "::test_rows_that_may_be_of_another_application[sqlite-begin-plain]",

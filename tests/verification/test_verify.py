@@ -287,7 +287,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
 
 class TestRuns:
     async def test_stopping_and_going_on(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(references, "_AT_A_TIME", 7)
+        monkeypatch.setattr(references, "_BATCH_SIZE", 7)
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
         await env.add(*(Parcel(number=str(number), file=file("a")) for number in range(30)))
         for ref in await env.refs():
@@ -360,7 +360,7 @@ class TestScan:
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 8)))
         await env.add(*(Parcel(number=f"n{number % 3}-é{number}", file=file("a")) for number in range(9)))
         for size in (1, 2, 3, 16, 17):
-            monkeypatch.setattr(references, "_AT_A_TIME", size)
+            monkeypatch.setattr(references, "_BATCH_SIZE", size)
             scan = Scan(env.binding)
             rows = [row async for row in scan.rows()]
             assert len({row.key for row in rows}) == len(rows) == 16

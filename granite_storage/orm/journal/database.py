@@ -206,7 +206,7 @@ class JournalPool:
         return self.durable()
 
     def durable(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a transaction that, once it is committed, no crash of the database takes back."""
+        """Give a connection in a transaction whose commit survives a crash of the database."""
         return self._synchronous()
 
     @asynccontextmanager
@@ -318,7 +318,7 @@ class Engines:
         self._make = make
         self._first = make()
         # The loop that the first one's connections belong to.
-        self._home: weakref.ref[asyncio.AbstractEventLoop] | None = None
+        self._first_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
         # A child must not close what its parent has opened: on SQLite that may take the parent's locks from it.
         self._inherited: list[Pool] = []
         self._elsewhere: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
@@ -332,9 +332,9 @@ class Engines:
             return self._first
         loop = asyncio.get_running_loop()
         if not portal.is_here:
-            if self._home is None:
-                self._home = weakref.ref(loop)
-            if self._home() is loop or isinstance(self._first.sync_engine.pool, NullPool):
+            if self._first_loop is None:
+                self._first_loop = weakref.ref(loop)
+            if self._first_loop() is loop or isinstance(self._first.sync_engine.pool, NullPool):
                 return self._first
         if loop not in self._elsewhere:
             self._elsewhere[loop] = self._make() if portal.is_here else as_async_engine(make_apart(self._first.sync_engine))
@@ -345,7 +345,7 @@ class Engines:
     async def aclose(self) -> None:
         """Close all connections."""
         self._leave_to_parent()
-        if (closing := self._close_at_home()) is None:
+        if (closing := self._close_on_its_loop()) is None:
             await self._first.dispose()
         else:
             await asyncio.wait([asyncio.wrap_future(closing)], timeout=CLEANUP_TIMEOUT)  # that loop may be held up
@@ -356,19 +356,19 @@ class Engines:
     def dispose(self) -> None:
         """Close all connections from within an event of SQLAlchemy; those of another loop some time later."""
         self._leave_to_parent()
-        if self._close_at_home() is None:
+        if self._close_on_its_loop() is None:
             self._first.sync_engine.dispose()
         if portal.is_used_by(self):
             portal.run_later(self._dispose_on_portal())
 
-    def _close_at_home(self) -> concurrent.futures.Future[None] | None:
+    def _close_on_its_loop(self) -> concurrent.futures.Future[None] | None:
         """Begin to close the first one's connections on their own loop; return None where the caller may close them itself."""
-        reference, self._home = self._home, None
-        home = None if reference is None else reference()
-        if reference is None or home is _running_loop():
+        reference, self._first_loop = self._first_loop, None
+        loop = None if reference is None else reference()
+        if reference is None or loop is _running_loop():
             return None
-        if home is not None and home.is_running():
-            return asyncio.run_coroutine_threadsafe(self._first.dispose(), home)
+        if loop is not None and loop.is_running():
+            return asyncio.run_coroutine_threadsafe(self._first.dispose(), loop)
         if self._first.dialect.name != "sqlite":  # whose connections are threads, which any loop can end
             self._first.sync_engine.dispose(close=False)
         return None
@@ -378,7 +378,7 @@ class Engines:
             self._process = os.getpid()
             self._inherited.append(self._first.sync_engine.pool)
             self._first.sync_engine.dispose(close=False)
-            self._home = None
+            self._first_loop = None
             self._elsewhere.clear()
 
     async def _dispose_on_portal(self) -> None:

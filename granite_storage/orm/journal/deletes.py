@@ -27,7 +27,7 @@ from granite_storage.orm._interfaces import are_triggers_declared
 from granite_storage.orm._util import batches, try_briefly, upsert_rows
 from granite_storage.orm.journal.tables import DELETE, clock
 
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 _ID_BYTES = 16
 _DELAY = "delay"
 """The parameter of the seconds until a delete is due."""
@@ -84,7 +84,7 @@ def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDel
     pending = _latest(pending)
     if connection.dialect.name == "sqlite" and are_triggers_declared(intent.metadata):
         take_over_ids(connection, intent, [(item.backend, item.location) for item in pending], options)
-    for batch in batches(pending, _AT_A_TIME):
+    for batch in batches(pending, _BATCH_SIZE):
         connection.execute(_upsert(connection.dialect.name, intent), _rows(batch), execution_options=options)
 
 

@@ -71,7 +71,7 @@ Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
 _ADOPTION_PATIENCE, _ADOPTION_PAUSE = 5.0, 0.1
 """For how many seconds workers are waited for before an object is refused that is to be adopted, and how often one looks."""
 _MOST_AT_ONCE = 64
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 _LEASE, _IDS = "lease", "ids"
 """Parameters of statements."""
 
@@ -188,7 +188,7 @@ class Intents:
         ]
         statement = _insertion(self._uploads.dialect, self._upload_intent)
         async with self._uploads.durable() as connection:
-            for batch in batches(rows, _AT_A_TIME):
+            for batch in batches(rows, _BATCH_SIZE):
                 await connection.execute(statement, batch)
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
@@ -239,7 +239,7 @@ class Intents:
         """Delete what `claim` has recorded on MariaDB and SQLite, after the rows are written: it must not outlive them."""
         if locations and self._has_triggers and self._has_sidecar:
             decision = self._tables.decision
-            for batch in batches(locations, _AT_A_TIME):
+            for batch in batches(locations, _BATCH_SIZE):
                 ended = delete(decision).where(type_coerce(decision.c.id, String()).in_(batch))
                 connection.execute(ended, execution_options=self._pool.options)
         elif locations and self._has_triggers and self._pool.is_mariadb:
@@ -306,7 +306,7 @@ class Intents:
         intent, options = self._tables.intent, self._pool.options
         missing, consumed = set(ids), _consumption(self._pool.dialect, intent)
         # One by one on MariaDB, where a list may be looked for in the whole table.
-        for batch in batches(ids, 1 if self._pool.is_mariadb else _AT_A_TIME):
+        for batch in batches(ids, 1 if self._pool.is_mariadb else _BATCH_SIZE):
             found = connection.execute(consumed, {_IDS: batch}, execution_options=options)
             missing.difference_update(found.scalars())
         if missing and not self._pool.sees_uploads(connection, missing) and not self._claim(connection, missing):
@@ -396,7 +396,7 @@ class Intents:
     async def _keep(self, connection: AsyncConnection, tables: JournalTables, locations: Sequence[str], lease: timedelta) -> None:
         """Renew the uploads of objects, then see that none of them is fenced: from then on none will be, during the lease."""
         intent, reclaim = tables.intent, tables.reclaim
-        for batch in batches(locations, _AT_A_TIME):
+        for batch in batches(locations, _BATCH_SIZE):
             end = clock(lease.total_seconds())
             # Those that last longer are locked as well: the rollback of their session could have them deleted before the commit.
             greatest = func.max if self._pool.dialect == "sqlite" else func.greatest

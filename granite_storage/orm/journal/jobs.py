@@ -59,7 +59,7 @@ EFFECT: Final = "effect:"
 Address: TypeAlias = tuple[str, str]
 """The full name of a table, and the name of a column."""
 
-AT_A_TIME: Final = 500
+BATCH_SIZE: Final = 500
 CONCURRENCY: Final = 2
 TRIES: Final = 3
 FIRST_RETRY: Final = 5.0
@@ -174,7 +174,7 @@ def enqueue_jobs(
         }
         for item in jobs
     }
-    for batch in batches([{"id": item, **rows[item]} for item in sorted(rows)], AT_A_TIME):
+    for batch in batches([{"id": item, **rows[item]} for item in sorted(rows)], BATCH_SIZE):
         connection.execute(_upsert(connection.dialect.name, job, renew or _renew_all), batch, execution_options=options)
 
 
@@ -458,7 +458,7 @@ async def report_jobs(pool: JournalPool, job: Table, report: RecoveryReport) -> 
         report.held = found.pop(SCAN, 0)
         report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
         report.underived = sum(found.values()) - report.pending_effects
-        # What a recipe refuses is known, and no fault that anything could mend.
+        # What a recipe refuses is known; it is no fault that could be repaired.
         is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
         refused = select(func.count()).where(job.c.dead, is_refused)
         report.underivable = (await connection.execute(refused)).scalar_one()

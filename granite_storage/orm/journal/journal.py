@@ -79,7 +79,7 @@ _KINDS: Mapping[str, type[JobQueue]] = {
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
 _IDLE_INTERVAL = timedelta(minutes=5)
-_LOOKS_AT_A_TIME = 8
+_CHECK_CONCURRENCY = 8
 _ADOPTED_AT_ONCE = 50
 """For how many objects a transaction of `adopt` waits for the storage; on SQLite no other one can write meanwhile."""
 
@@ -279,7 +279,7 @@ class StorageJournal:
             await self.intents.adopt(pending, self._lease, still_there)
 
     async def _require_objects(self, refs: Sequence[StoredObjectRef]) -> None:
-        found = await run_bounded(refs, self.manager.exists, _LOOKS_AT_A_TIME)
+        found = await run_bounded(refs, self.manager.exists, _CHECK_CONCURRENCY)
         missing = [ref for ref, is_there in zip(refs, found, strict=True) if not is_there]
         if not missing:
             return
@@ -391,8 +391,8 @@ class StorageJournal:
     async def retry_dead_letters(self) -> int:
         """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
         await self._ensure_checked()
-        revived = [await recovery.retry_dead_letters() for recovery in self._recoveries()]
-        return sum(revived) + await retry_dead(self._pool, self.tables.job)
+        retried = [await recovery.retry_dead_letters() for recovery in self._recoveries()]
+        return sum(retried) + await retry_dead(self._pool, self.tables.job)
 
     async def count_jobs(self) -> RecoveryReport:
         """Count the jobs that are still to be done, and those that have failed for good, without doing any."""
@@ -530,9 +530,9 @@ class StorageJournal:
         The server takes a while to roll back the transaction of a connection that was dropped. What stays locked for some seconds
         stays for a lease, and so does what the end of the event loop leaves.
         """
-        self._pool.run_aside(self._settle_patiently(ids))
+        self._pool.run_aside(self._settle_with_retries(ids))
 
-    async def _settle_patiently(self, ids: Sequence[UUID]) -> None:
+    async def _settle_with_retries(self, ids: Sequence[UUID]) -> None:
         for pause in _PAUSES:
             await asyncio.sleep(pause)
             with suppress(*_FAULTS):

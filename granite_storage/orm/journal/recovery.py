@@ -76,7 +76,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 _BATCH = 100
 _LARGE_BATCH = 1000  # as many as one request to S3 deletes
-_DELETES_AT_A_TIME = 8
+_DELETE_CONCURRENCY = 8
 _LONGEST_DELETE = 30.0
 """Seconds."""
 
@@ -323,7 +323,7 @@ class Recovery:
         await self._let_go(held)
         report.kept = len(held)
         gone = [item for item in mine if item.location not in referenced]
-        outcomes = await run_bounded(self._in_requests(gone), self._remove, _DELETES_AT_A_TIME)
+        outcomes = await run_bounded(self._in_requests(gone), self._remove, _DELETE_CONCURRENCY)
         errors = {item.id: error for outcome in outcomes for item, error in outcome}
         removed = [item for item in gone if errors[item.id] is None]
         await self._conclude(removed)

@@ -134,7 +134,7 @@ class ScanJobs(JobQueue):
     async def _judge(self, job: LeasedJob) -> Mapping[str, Any] | None:
         """Return the verdict of the scanner; None where no row holds the object unjudged."""
         async with self._pool.reading() as connection:
-            ref = await self._find_held(connection, job)
+            ref = await self._find_reference(connection, job)
         if ref is None:
             return None
         try:
@@ -165,10 +165,10 @@ class ScanJobs(JobQueue):
                         await connection.run_sync(write_value, holding, {**holding.value, "scan": dict(verdict)})
             await connection.execute(delete(self._job).where(self._job.c.id == job.id))
             # Only now, when no flush can record the job: a row that another transaction moved was not found above.
-            if await self._find_held(connection, job) is not None:
+            if await self._find_reference(connection, job) is not None:
                 raise StillHeldError
 
-    async def _find_held(self, connection: AsyncConnection, job: LeasedJob) -> StoredObjectRef | None:
+    async def _find_reference(self, connection: AsyncConnection, job: LeasedJob) -> StoredObjectRef | None:
         """Return the ref of an object, from a row that holds it unjudged."""
         holdings = await self._holdings(connection, job, read_holdings)
         return next((holding.ref for holding in holdings if _is_unjudged(holding)), None)

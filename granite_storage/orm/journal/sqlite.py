@@ -73,7 +73,7 @@ _LONGEST_PAUSE = 0.02
 _BATCH = 20
 """The most objects for which rows are looked through while the lock of writers is held."""
 
-_AT_A_TIME = 500
+_BATCH_SIZE = 500
 _OF_CONNECTION: Final = "granite_storage.file"
 _NETWORK_KINDS = frozenset(
     {
@@ -508,7 +508,7 @@ class SidecarPool(_LockingPool):
         """Return the name of the sidecar, and which of these uploads are pending in it."""
         intent, pending = self.tables.intent, set[UUID]()
         async with self.looking() as (name, connection):
-            for batch in batches(ids, _AT_A_TIME):
+            for batch in batches(ids, _BATCH_SIZE):
                 found = select(intent.c.id).where(intent.c.id.in_(batch), intent.c.kind == UPLOAD)
                 pending.update((await connection.execute(found)).scalars())
         return name, pending

@@ -39,7 +39,7 @@ from granite_storage.orm._util import again_after_deadlock, group
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.deletes import PendingDelete, nominate
 from granite_storage.orm.journal.jobs import (
-    AT_A_TIME,
+    BATCH_SIZE,
     CONCURRENCY,
     FIRST_RETRY,
     LONGEST_RETRY,
@@ -83,7 +83,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 _MOST_DERIVATIONS = 5
 """How often a recipe may fail: a file that takes too long or too much memory does so each time, and keeps a process busy."""
-_JOBS_AT_A_TIME = 8
+_JOB_BATCH_SIZE = 8
 _ABANDONED = 86400.0
 """Seconds after which a job that is due is known to be of no running process, while some version is being deployed."""
 
@@ -102,7 +102,7 @@ class VariantJobs(JobQueue):
         if not recipes:
             return report
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
-        while jobs := await self._claim(backend, _JOBS_AT_A_TIME, own):
+        while jobs := await self._claim(backend, _JOB_BATCH_SIZE, own):
             by_object = group(jobs, attrgetter("place")).values()
             async with background(*map(self._renew, jobs)):
                 report.derived += sum(await run_bounded(by_object, self._derive, CONCURRENCY))
@@ -137,7 +137,7 @@ class VariantJobs(JobQueue):
         is_idle = (job.c.key == SCAN) & job.c.dead | job.c.key.startswith(VARIANT) & (job.c.dead | ~own)
         is_here = (job.c.backend == backend) & tuple_(job.c.table_name, job.c.column_name).in_(sorted(columns))
         is_abandoned = (job.c.due <= clock(-_ABANDONED)).label("is_abandoned")
-        page = select(job, is_abandoned).where(is_here, is_idle).order_by(job.c.id).limit(AT_A_TIME)
+        page = select(job, is_abandoned).where(is_here, is_idle).order_by(job.c.id).limit(BATCH_SIZE)
         after: UUID | None = None
         while True:
             async with self._pool.reading() as connection:
@@ -153,7 +153,7 @@ class VariantJobs(JobQueue):
                     await self._end(item)
                 elif is_others and row.is_abandoned:
                     await self._end(item, job.c.due <= clock(-_ABANDONED))
-            if len(rows) < AT_A_TIME:
+            if len(rows) < BATCH_SIZE:
                 return
             after = rows[-1].id
 
@@ -230,7 +230,7 @@ class VariantJobs(JobQueue):
                 wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
             else:
                 idle.append(job)
-        if await self._publish_patiently(idle) is None:
+        if await self._publish_with_retries(idle) is None:
             await self._postpone(idle, FIRST_RETRY)
         counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
         return sum(counts)
@@ -296,7 +296,7 @@ class VariantJobs(JobQueue):
         try:
             async with background(lease.hold()):
                 await run_bounded(jobs, make, CONCURRENCY)
-                published = await self._publish_patiently([job for job in jobs if job.variant in made], made, ids)
+                published = await self._publish_with_retries([job for job in jobs if job.variant in made], made, ids)
         except BaseException as error:
             if not is_cancellation(error):
                 await self._settle_uploads(list(ids.values()))
@@ -321,7 +321,7 @@ class VariantJobs(JobQueue):
             # The transaction that has kept the rows locked on SQLite keeps the journal's tables locked, too.
             logger.warning("%d variants that no row has taken are left to the journal's worker: %s", len(ids), error)
 
-    async def _publish_patiently(
+    async def _publish_with_retries(
         self, jobs: Sequence[LeasedJob], made: Mapping[str, MadeVariant] | None = None, ids: Mapping[str, UUID] | None = None
     ) -> set[str] | None:
         """Do as `_publish`, again where a row has moved meanwhile; None where jobs are still to be done, and nothing has changed.
@@ -408,7 +408,7 @@ class VariantJobs(JobQueue):
             case ConfigurationError():
                 await self._leave_to_others(job, error)
             case ContentError() | ObjectNotFoundError():
-                if await self._publish_patiently([job]) is None:
+                if await self._publish_with_retries([job]) is None:
                     is_refused = isinstance(error, DerivationRefusedError)
                     if is_refused:
                         problem = describe_refusal(error)
@@ -421,13 +421,13 @@ class VariantJobs(JobQueue):
                 await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
 
     async def _forget_dead(self, backend: str, own: ColumnElement[bool]) -> None:
-        """Delete dead jobs to make variants that no row lacks any more; look again in an hour at the others."""
+        """Delete dead jobs for variants that no row lacks any more; re-check the others in an hour."""
         job = self._job
-        dead = select(job).where(job.c.backend == backend, job.c.dead, job.c.due <= clock(), own).limit(AT_A_TIME)
+        dead = select(job).where(job.c.backend == backend, job.c.dead, job.c.due <= clock(), own).limit(BATCH_SIZE)
         async with self._pool.reading() as connection:
             found = [LeasedJob.from_row(row, row.takeovers) for row in await connection.execute(dead)]
         for item in found:
-            if await self._publish_patiently([item]) is None:
+            if await self._publish_with_retries([item]) is None:
                 await self._update_own(item, due=clock(LONGEST_RETRY))
 
 

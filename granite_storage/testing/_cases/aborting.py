@@ -55,7 +55,7 @@ class AbortCases(Cases):
             raise LookupError(upload_id)
 
         upload_begun.set(refuse)
-        with must_raise(LookupError, "the error of the one who is told the id must come out"):
+        with must_raise(LookupError, "the error of the function that receives the id must be raised"):
             await backend.put_stream(LOCATION, chunked(self.content("parts")))
         await self.require_absent(backend, LOCATION, "after an upload that might not go on")
         await self.require_nothing_unfinished(backend, "after an upload that might not go on")
@@ -64,7 +64,7 @@ class AbortCases(Cases):
     async def test_aborted_upload(self, backend: StorageBackend, known: Literal["by its id", "by its location"]) -> None:
         """No part is left of an upload that was aborted, and its writer fails with an error of the family.
 
-        A write without an id may still end well, as one that nobody has aborted: nothing of it could be found.
+        A write without an id may still succeed, as if it had not been aborted: nothing of it could be found.
         """
         aborter, why = self.require_ability(backend, SupportsAbort), f"after an upload was aborted {known}"
         self._needs_ids(known)

@@ -59,7 +59,7 @@ class CopyCases(Cases):
         await self.require_whole(backend, target, f"the {target}".encode(), "after a refused copy")
 
     async def test_race_of_copies(self, backend: StorageBackend) -> None:
-        """Of several copies to one location exactly one, or where that is declared off at least one, is told that it was made."""
+        """Of several copies to one location exactly one succeeds, or at least one where that is declared off."""
         copier = self.require_ability(backend, SupportsCopy)
         await backend.put_bytes("source", self.content("small"))
         results = await asyncio.gather(*(copier.copy("source", "target") for _ in range(4)), return_exceptions=True)

@@ -84,7 +84,7 @@ class FaultCases(Cases):
 
     @pytest.mark.parametrize(("verb", "kind"), [("put_bytes", "small"), ("put_stream", "small"), ("put_stream", "parts")])
     async def test_lost_answer_of_a_write(self, backend: StorageBackend, verb: str, kind: str) -> None:
-        """A write whose answer is lost is settled: it is stored once, and the writer is told so."""
+        """A write whose answer is lost succeeds, and is stored once."""
         self.needs("can_lose_answers")
         content = self.content(kind)
         async with self.losing_answers(backend, "put_stream" if kind == "parts" else "put_bytes") as lossy:

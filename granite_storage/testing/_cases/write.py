@@ -115,7 +115,7 @@ class WriteCases(Cases):
 
     @pytest.mark.parametrize("kind", ["small", "parts"])
     async def test_unfinished_write_is_invisible(self, backend: StorageBackend, kind: str) -> None:
-        """Until the stream has ended nobody sees the object; then everybody sees all of it."""
+        """No reader sees the object before the stream has ended; then every reader sees all of it."""
         content, reached, go_on = self.content(kind), asyncio.Event(), asyncio.Event()
         writer = asyncio.ensure_future(backend.put_stream("being/written", held(content, reached, go_on)))
         try:
@@ -212,7 +212,7 @@ class WriteCases(Cases):
         await self.require_absent(backend, "sibling", "after a task of the same group failed")
 
     async def test_many_writers(self, backend: StorageBackend) -> None:
-        """Twenty writers at a time, then twenty readers: nobody gets another's bytes."""
+        """Twenty writers at a time, then twenty readers: each gets its own bytes."""
         contents = {f"writers/{number:02}": pattern(20_000 + number, number) for number in range(20)}
         await asyncio.gather(*(put(backend, VERBS[number % 2], *item) for number, item in enumerate(contents.items())))
         stored = await asyncio.gather(*(read_all(backend, location) for location in contents))

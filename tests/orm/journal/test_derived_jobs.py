@@ -530,7 +530,7 @@ class TestFailures:
 
     async def test_dead_jobs_that_rows_still_lack_stay(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of several pages those without rows go, in one pass."""
-        monkeypatch.setattr(variant_jobs, "AT_A_TIME", 2)
+        monkeypatch.setattr(variant_jobs, "BATCH_SIZE", 2)
         bad = Upper()
         bad.refused = {b"x"}
         with declared({"bad": bad}):

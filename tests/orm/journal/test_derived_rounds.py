@@ -24,7 +24,7 @@ EIGHT = {f"v{number}": Upper(str(number)) for number in range(8)}
 @pytest.mark.timeout(7200)
 async def test_64_jobs_on_one_row(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight derivers, each with eight jobs for one of eight variants each: eight of eight."""
-    monkeypatch.setattr("granite_storage.orm.journal.variant_jobs._JOBS_AT_A_TIME", 1)
+    monkeypatch.setattr("granite_storage.orm.journal.variant_jobs._JOB_BATCH_SIZE", 1)
     with declared(EIGHT):
         for number in range(repetitions("GRANITE_DERIVER_ROUNDS", default=2, exhaustive=1000)):
             content = f"x{number}"

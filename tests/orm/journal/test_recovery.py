@@ -140,7 +140,7 @@ class TestReports:
         await expire(env)
         assert (await journal_of(env).recover()).deleted == 1
 
-    async def test_a_dead_letter_is_left_alone_until_it_is_revived(
+    async def test_a_dead_letter_is_left_alone_until_it_is_retried(
         self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         journal = journal_of(env)

@@ -516,7 +516,7 @@ def _places(
         place = catalogue.place(schema, column)
         if place is not None:
             places.setdefault(place, list(column.table.primary_key))
-        elif column in required and catalogue.has_table(schema, column.table.name):
+        elif column in required and catalogue.table(schema, column.table.name):
             raise LookupError(f"the table {column.table.fullname} has no column {column.name}")
     for place, column in catalogue.namesakes().items():
         places.setdefault(place, list(column.table.primary_key))
@@ -872,22 +872,26 @@ class Catalogue:
         self._is_postgresql = connection.dialect.name == "postgresql"
         self._columns = list(columns)
         self._tables: dict[tuple[str, str], dict[str, Place]] = {}
+        self._names: dict[tuple[str, str], tuple[str, str]] = {}
         self._default: dict[str, str] = {}
         for schema, table, name, is_default, obstacle, form in found:
             key = self._known(schema), self._known(table)
+            self._names[key] = schema, table
             named = self._tables.setdefault(key, {})
             if name is not None:
                 named[self._known(name)] = Place(schema, table, name, obstacle=obstacle, form=form)
             if is_default:
                 self._default[key[1]] = key[0]
 
-    def has_table(self, schema: str | None, name: str) -> bool:
-        """Return whether there is a table with the name and schema of a model, or with a translated schema."""
-        return self._find(schema, name) is not None
+    def table(self, schema: str | None, name: str) -> tuple[str, str] | None:
+        """Return schema and name of a model's table, in its schema or in a translated one; None if there is none."""
+        key = self._key(schema, name)
+        return None if key is None else self._names.get(key)
 
     def place(self, schema: str | None, wanted: Column[Any]) -> Place | None:
         """Return the place of a model's column, in its schema or in a translated one; None if there is none."""
-        named = self._find(schema, wanted.table.name)
+        key = self._key(schema, wanted.table.name)
+        named = None if key is None else self._tables.get(key)
         return None if named is None else self._place(named, wanted)
 
     def namesakes(self) -> dict[Place, Column[Any]]:
@@ -901,10 +905,10 @@ class Catalogue:
                     places.setdefault(place, wanted)
         return places
 
-    def _find(self, schema: str | None, name: str) -> dict[str, Place] | None:
+    def _key(self, schema: str | None, name: str) -> tuple[str, str] | None:
         table_name = self._folded(name)
         schema_name = self._default.get(table_name) if schema is None else self._folded(schema)
-        return None if schema_name is None else self._tables.get((schema_name, table_name))
+        return None if schema_name is None else (schema_name, table_name)
 
     def _place(self, named: Mapping[str, Place], wanted: Column[Any]) -> Place | None:
         found = named.get(self._folded(wanted.name))
@@ -952,13 +956,20 @@ def mentions_at(place: Place, dialect: str, locations: Iterable[str]) -> Iterato
         yield literal(location, Text()), exists(select(literal_column("1")).select_from(stored.table).where(is_mentioned))
 
 
-def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Catalogue:
-    """Read from the catalogue all columns with the names of some, and the tables that lack them; blocking."""
-    tables = sorted({_spelled(connection, item.table.name) for item in columns})
+def read_catalogue(connection: Connection, columns: Sequence[Column[Any]], tables: Sequence[Table] = ()) -> Catalogue:
+    """Read from the catalogue all columns with the names of some, and the tables that lack them; blocking.
+
+    Args:
+        connection: The connection.
+        columns: The columns.
+        tables: Tables to look for as well, whatever their columns.
+    """
+    wanted = {item.table.name for item in columns} | {table.name for table in tables}
+    spelled = sorted({_spelled(connection, name) for name in wanted})
     names = {_spelled(connection, item.name) for item in columns}
     if connection.dialect.name in ("mysql", "mariadb"):
         names |= {location_column_name(item.name) for item in columns}
-    return Catalogue(connection, columns, find_named(connection, tables, sorted(names)) if tables else [])
+    return Catalogue(connection, columns, find_named(connection, spelled, sorted(names)) if spelled else [])
 
 
 def _spelled(connection: Connection, name: str) -> str:

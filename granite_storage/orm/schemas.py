@@ -88,9 +88,7 @@ def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
 
     It blocks: call it with `AsyncConnection.run_sync`.
     """
-    catalogue, schema = read_catalogue(connection, list(table.columns)), schema_on(connection, table)
-    places = (catalogue.place(schema, column) for column in table.columns)
-    return next(((str(place.schema), place.table) for place in places if place is not None), None)
+    return read_catalogue(connection, [], [table]).table(schema_on(connection, table), table.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,7 @@ def find_in_schemas(
         schema = schema_on(connection, table)
         places = [place for item in table.columns if (place := catalogue.place(schema, item)) is not None]
         own.update((place.schema, place.table) for place in places)
-        if not catalogue.has_table(schema, table.name):
+        if catalogue.table(schema, table.name) is None:
             missing.append(table)
         elif not schemas or any(place.schema in schemas for place in places):
             found.append(FoundTable(table, tuple(of_refs)))

@@ -211,7 +211,7 @@ class References:
         if learned:
             tables = {(column.table.schema, column.table.name) for column in self._columns}
             maps = (own, *learned)
-            used = [one for one in maps if any(catalogue.has_table(effective(schema, one), name) for schema, name in tables)]
+            used = [one for one in maps if any(catalogue.table(effective(schema, one), name) for schema, name in tables)]
         wanted = dict.fromkeys((effective(item.table.schema, one), item) for one in used or [own] for item in self._columns)
         return catalogue, list(wanted)
 
@@ -221,7 +221,7 @@ def _describe_missing(catalogue: Catalogue, wanted: Iterable[tuple[str | None, C
     names: set[str] = set()
     for schema, item in wanted:
         table = f"{schema}.{item.table.name}" if schema else item.table.name
-        if not catalogue.has_table(schema, item.table.name):
+        if catalogue.table(schema, item.table.name) is None:
             names.add(f"the table {table}")
         elif catalogue.place(schema, item) is None:
             names.add(f"the column {item.name} of the table {table}")

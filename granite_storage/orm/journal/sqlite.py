@@ -317,8 +317,12 @@ class SQLitePool(_LockingPool):
         engine = as_async_engine(without_pool(self._outer))
         async with self._in_time(), AsyncExitStack() as stack:
             stack.push_async_callback(engine.dispose)
-            connections = [await stack.enter_async_context(engine.connect()) for _ in range(2)]
-            if all([await connection.run_sync(_try_to_lock) for connection in connections]):
+            locked = []
+            for _ in range(2):
+                connection = await engine.connect()
+                stack.push_async_callback(connection.close)
+                locked.append(await connection.run_sync(_try_to_lock))
+            if all(locked):
                 raise _refuse(
                     "its lock does not keep a second connection from writing, so that commits damage each other: leave nolock=1,"
                     " and the name of a VFS without locks, such as vfs=unix-none, out of the URL"

@@ -598,8 +598,9 @@ async def put_values(connection: AsyncConnection, tables: JournalTables, values:
         values: The values by their names.
         changed: When they have changed, as a moment or an expression.
     """
-    common = {"changed": changed}
-    statement = upsert_rows(connection.dialect.name, tables.meta, common, lambda new: {"value": new.value, **common})
+    statement = upsert_rows(
+        connection.dialect.name, tables.meta, {"changed": changed}, lambda new: {"value": new.value, "changed": new.changed}
+    )
     await connection.execute(statement, [{"name": name, "value": values[name]} for name in sorted(values)])
 
 

@@ -33,7 +33,7 @@ def pooled_descriptors() -> set[str]:
     """Return the numbers of the open sockets of pooled connections and processes."""
     found: set[str] = set()
     if (derived := sys.modules.get("granite_storage.derived.processes")) is not None:
-        found |= {str(worker.fileno()) for pool in derived._all_processes for worker in list(pool.workers)}
+        found |= {str(number) for pool in derived._all_processes for worker in list(pool.workers) for number in worker.filenos()}
     for owner in list(_sockets):
         with contextlib.suppress(Exception):  # closed meanwhile: each driver says so in its own way
             socket = owner.get_extra_info("socket") if hasattr(owner, "get_extra_info") else owner

@@ -29,13 +29,19 @@ _GRACE = 5.0
 
 
 def main() -> None:
-    """Serve the parent at the other end of the socket until it is closed, or nothing comes for the idle time."""
+    """Serve the parent at the other end of the first socket until it is closed, or nothing comes for the idle time.
+
+    Nothing is ever sent over the second socket: the kernel ends this process when the parent's end of it is closed, even if
+    Python never runs again. A signal of the first socket could be for a request that this process has received already.
+    """
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGALRM, signal.SIGIO, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel, lifeline = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)  # SIGIO when it is closed
     settings, _ = _receive(channel)
     sys.path[:] = settings["path"]
     while True:
@@ -45,7 +51,7 @@ def main() -> None:
         except (EOFError, OSError):
             return
         channel.settimeout(None)
-        answered = _serve(channel, request, descriptors)
+        answered = _serve(request, descriptors)
         if _leaves_something():
             answered["is_worn"] = True
         answer = json.dumps(answered).encode()
@@ -71,10 +77,10 @@ def _receive_exactly(channel: socket.socket, size: int) -> bytes:
     return bytes(received)
 
 
-def _serve(channel: socket.socket, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+def _serve(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
     source, result = descriptors
     try:
-        with _limits(channel, request), _open_path(source) as file, os.fdopen(result, "wb", closefd=False) as output:
+        with _limits(request), _open_path(source) as file, os.fdopen(result, "wb", closefd=False) as output:
             return _run(request, file, output)
     except MemoryError:
         # Only now is there memory again for what has to be said.
@@ -136,8 +142,8 @@ def _open_path(descriptor: int) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def _limits(channel: socket.socket, request: dict[str, Any]) -> Iterator[None]:
-    """Let the kernel end this process where time is up, or the parent is gone, even if Python never runs again."""
+def _limits(request: dict[str, Any]) -> Iterator[None]:
+    """Let the kernel end this process where time is up, even if Python never runs again."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = math.ceil(used.ru_utime + used.ru_stime + request["timeout"]) + 1
     limits = {
@@ -147,13 +153,10 @@ def _limits(channel: socket.socket, request: dict[str, Any]) -> Iterator[None]:
         # Shared mappings are no data; a library may reserve far more of these, and of private ones, than it uses.
         resource.RLIMIT_AS: 2 * request["max_memory"] + (1 << 30),
     }
-    flags = fcntl.fcntl(channel, fcntl.F_GETFL)
     try:
         for limit, most in limits.items():
             _set_limit(limit, most)
         signal.setitimer(signal.ITIMER_REAL, request["timeout"] + _GRACE)
-        fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(channel, fcntl.F_SETFL, flags | os.O_ASYNC)  # SIGIO, which ends the process, when the other end is closed
         if os.getppid() != request["parent"]:
             raise EOFError("the parent is gone")
         yield
@@ -161,8 +164,6 @@ def _limits(channel: socket.socket, request: dict[str, Any]) -> Iterator[None]:
         for limit in limits:
             _set_limit(limit, resource.RLIM_INFINITY)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(channel, fcntl.F_SETFL, flags)
 
 
 def _set_limit(limit: int, most: int) -> None:

@@ -396,27 +396,37 @@ class _Call:
                 self._worker.kill()
 
 
+def _start(*descriptors: int) -> subprocess.Popen[bytes]:
+    """Start a process that inherits descriptors, and whose arguments they are."""
+    try:
+        return subprocess.Popen(  # noqa: S603  # our own program
+            [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,  # a group of its own, to be killed with its children, out of reach of Ctrl-C
+        )
+    except OSError as error:
+        raise DerivationUnavailableError("no worker process can be started") from error
+
+
 class _Worker:
-    """A process and the socket to it."""
+    """A process, the socket to it, and another one whose end the process does not outlive."""
 
     def __init__(self, idle_timeout: float) -> None:
         self.jobs = 0
         self.idle_since: float = time.monotonic()
         self._is_disposed = False
-        self._socket, theirs = socket.socketpair()
-        try:
-            with theirs:
-                self._process = subprocess.Popen(  # noqa: S603  # our own program
-                    [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # a group of its own, to be killed with its children, out of reach of Ctrl-C
-                )
-        except OSError as error:
-            self._socket.close()
-            raise DerivationUnavailableError("no worker process can be started") from error
+        with ExitStack() as on_failure:
+            self._socket, channel = socket.socketpair()
+            on_failure.enter_context(self._socket)
+            with channel:
+                self._lifeline, lifeline = socket.socketpair()
+                on_failure.enter_context(self._lifeline)
+                with lifeline:
+                    self._process = _start(channel.fileno(), lifeline.fileno())
+            on_failure.pop_all()
         self._socket.settimeout(_START_SECONDS)
         with suppress(OSError):  # it has died already, which the first call finds
             self._send({"path": [os.path.abspath(path) for path in sys.path], "idle": idle_timeout}, [])
@@ -470,9 +480,9 @@ class _Worker:
             received += piece
         return bytes(received)
 
-    def fileno(self) -> int:
-        """Return the descriptor of the socket."""
-        return self._socket.fileno()
+    def filenos(self) -> tuple[int, int]:
+        """Return the descriptors of its sockets."""
+        return self._socket.fileno(), self._lifeline.fileno()
 
     def has_ended(self) -> bool:
         """Return whether the process has ended, or sends data without a request."""
@@ -490,14 +500,18 @@ class _Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def dispose(self) -> None:
-        """End the process, wait for it, and close the socket."""
+        """End the process, wait for it, and close its sockets."""
         self.kill()
         self._is_disposed = True
         self._process.wait()
-        self._socket.close()
+        self._close()
 
     def forget(self) -> None:
-        """Close the socket of a process that is another's child."""
+        """Close the sockets of a process that is another's child."""
         self._is_disposed = True
         self._process.returncode = 0
+        self._close()
+
+    def _close(self) -> None:
         self._socket.close()
+        self._lifeline.close()

@@ -95,6 +95,14 @@ def sleep_a_little(file: BinaryIO) -> bytes:
     return file.read()
 
 
+def touch_and_sleep(file: BinaryIO) -> bytes:
+    """Make a file of the name that is the content, and go on for a while."""
+    name = file.read()
+    os.mknod(name)
+    time.sleep(1)
+    return name
+
+
 def leave_a_child(_: BinaryIO) -> str:
     """Return what goes on running, and which process was asked."""
     child = subprocess.Popen(["sleep", "600"])  # noqa: S607

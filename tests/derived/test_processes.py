@@ -126,6 +126,15 @@ class TestFailures:
             await call(pool, functions.fork_and_hang)
         await eventually(lambda: not [one for one in psutil.process_iter() if is_in_group(one, group)], within=15)
 
+    async def test_signal_for_a_request_that_was_received(self, pool: WorkerProcesses, tmp_path: Path) -> None:
+        """The kernel may signal that bytes have come when the process has taken them already, and is at work."""
+        begun = tmp_path / "begun"
+        running = asyncio.ensure_future(call(pool, functions.touch_and_sleep, os.fsencode(begun)))
+        await asyncio.to_thread(wait_for, begun.exists)
+        (worker,) = pool.workers
+        worker._socket.send(b"x")  # a signal of the same kind
+        assert await running == os.fsencode(begun)
+
     async def test_a_refusal_keeps_the_process(self, pool: WorkerProcesses) -> None:
         first = await call(pool, functions.name_process)
         with pytest.raises(DerivationRefusedError, match=r"^this is no poem$"):
@@ -290,7 +299,7 @@ class TestMany:
             while highest < 1100:
                 highest = stack.enter_context(open(os.devnull)).fileno()
             assert await asyncio.gather(*(call(pool, functions.shout) for _ in range(3))) == [b"ABC"] * 3
-            assert max(worker.fileno() for worker in pool.workers) > 1023
+            assert max(number for worker in pool.workers for number in worker.filenos()) > 1023
 
     async def test_the_loop_of_synchronous_callers(self) -> None:
         made = await asyncio.to_thread(lambda: portal.run(derive(recipe(functions.shout), b"abc")))

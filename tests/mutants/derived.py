@@ -24,8 +24,8 @@ MUTANTS = [
         name="derived-busy-processes-outlive-the-application",
         rule="A process at work ends when the application is killed.",
         path=_WORKER,
-        old="flags | os.O_ASYNC)",
-        new="flags)",
+        old=" | os.O_ASYNC)",
+        new=")",
         tests=(f"{_RUNS}::TestPrograms::test_processes_end_with_an_application_that_is_killed",),
     ),
     Mutant(

@@ -10,6 +10,7 @@ from sphinx.errors import ExtensionError
 
 import granite_storage
 from granite_storage._documentation import DOCUMENTATION, Page
+from granite_storage._jobs import Run
 
 project = "Granite Storage"
 copyright = "Granite Storage contributors"
@@ -48,10 +49,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!granite_storage\.).*")]
 nitpick_ignore = [
     ("py:class", "granite_storage.streams.SupportsAsyncRead"),
     ("py:class", "granite_storage.streams.SupportsRead"),
-    ("py:class", "granite_storage.gc.references.ReferenceSource"),
-    ("py:class", "granite_storage.gc.collection.CollectionScope"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),
-    ("py:class", "granite_storage.web.uploads.UploadSource"),
     ("py:class", "granite_storage.orm.attachment.F"),
     ("py:class", "granite_storage.web.uploads.T"),
 ]
@@ -78,7 +76,7 @@ def fences_to_directives(
     lines[:] = result
 
 
-def hide_inherited_arguments(
+def hide_arguments(
     app: Sphinx,
     what: str,
     name: str,
@@ -87,7 +85,9 @@ def hide_inherited_arguments(
     given: str,
     result: str,
 ) -> tuple[str, str] | None:
-    """Show no arguments of errors that take a message, as those of Python do."""
+    """Show no arguments of errors, which take a message, and of jobs, which functions return."""
+    if isinstance(obj, type) and issubclass(obj, Run):
+        return "", ""
     return ("()", "") if what == "exception" and given.startswith("(*args") else None
 
 
@@ -105,5 +105,5 @@ def require_pages_of_errors(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Register the hooks; that of docstrings before the one of Google style."""
     app.connect("autodoc-process-docstring", fences_to_directives, priority=400)
-    app.connect("autodoc-process-signature", hide_inherited_arguments)
+    app.connect("autodoc-process-signature", hide_arguments)
     app.connect("build-finished", require_pages_of_errors)

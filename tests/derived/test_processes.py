@@ -108,6 +108,7 @@ class TestFailures:
     @pytest.mark.parametrize("function", FAILURES, ids=lambda function: function.__name__)
     async def test_each_costs_its_own_derivation(self, pool: WorkerProcesses, function: Callable[..., Any]) -> None:
         """Another is in progress in the other process, and one waits."""
+        await asyncio.gather(*(call(pool, functions.sleep_a_little) for _ in range(2)))  # both processes have started
         tight = Limits(timeout=0.4 if "longer" in FAILURES[function] else 20, max_memory=128 * MIB, max_size=MIB)
         others = [asyncio.ensure_future(call(pool, functions.sleep_a_little)) for _ in range(2)]
         with pytest.raises(DerivationFailedError, match=FAILURES[function]):

@@ -149,7 +149,7 @@ class TestTables:
         table("leaf", Column("up", ForeignKey("middle.id", ondelete="CASCADE")), Column("file", AttachmentType("docs")))
         table("kept", Column("up", ForeignKey("root.id")), Column("file", AttachmentType("docs")))
         table("other")
-        return metadata, Tables(metadata)
+        return metadata, attachment_tables(metadata)
 
     def test_concerns(self) -> None:
         metadata, tables = self.make()
@@ -164,7 +164,7 @@ class TestTables:
         metadata, tables = self.make()
         assert not tables.concerns(metadata.tables["other"])
         Table("late", metadata, Column("id", ForeignKey("other.id", ondelete="CASCADE")), Column("file", AttachmentType("docs")))
-        assert tables.concerns(metadata.tables["other"])
+        assert attachment_tables(metadata).concerns(metadata.tables["other"])
 
     def test_table_of_the_same_name_in_another_metadata(self) -> None:
         (ours, _), (other, _) = self.make(), self.make()

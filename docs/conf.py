@@ -85,7 +85,7 @@ def hide_arguments(
     given: str,
     result: str,
 ) -> tuple[str, str] | None:
-    """Show no arguments of errors, which take a message, and of jobs, which functions return."""
+    """Show no arguments of errors that take a message, and of jobs."""
     if isinstance(obj, type) and issubclass(obj, Run):
         return "", ""
     return ("()", "") if what == "exception" and given.startswith("(*args") else None

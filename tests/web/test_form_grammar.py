@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import httpx
@@ -15,6 +14,7 @@ from werkzeug.sansio import multipart as werkzeug
 
 from granite_storage.web import MalformedRequestError, RequestError, RequestTooLargeError, UploadLimits
 from granite_storage.web._requests import MultipartParser, PartHead, _End, content_type_to_keep, parse_parameters
+from tests.processor_time import fastest
 from tests.web.receiving import App, sliced, stored_in
 
 HEADERS = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -273,16 +273,6 @@ def test_data_that_looks_like_boundaries_costs_no_more_than_with_python_multipar
             parser.write(piece)
 
     assert fastest(lambda: read(pieces, UploadLimits(), keeps=False)) < fastest(theirs) * 1.5 + 0.01
-
-
-def fastest(work: Callable[[], object]) -> float:
-    """Return the CPU seconds of the best of three runs."""
-    seconds = []
-    for _ in range(3):
-        start = time.thread_time()
-        work()
-        seconds.append(time.thread_time() - start)
-    return min(seconds)
 
 
 @pytest.mark.case("RD-07")

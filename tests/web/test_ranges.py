@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import tracemalloc
 
 import httpx
@@ -13,6 +12,7 @@ from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.web._conditional import requested_ranges
 from tests.core.support import MIB, manager_on, many
+from tests.processor_time import fastest
 from tests.web.serving import HUNDRED, ask, parts_of, server, serving, stored
 
 SATISFIABLE = [
@@ -115,9 +115,8 @@ async def test_ranges_are_for_get(manager: StorageManager, ref: StoredObjectRef,
 @pytest.mark.parametrize("spec", ["0-", "{0}-{1}", "-{1}", "{0}-", "x"])
 def test_many_ranges_take_no_time(spec: str, count: int) -> None:
     header = "bytes=" + ",".join(spec.format(1000 * number, 1000 * number + 1) for number in range(count))
-    start = time.process_time()
     ranges = requested_ranges(header, 10**12)
-    assert time.process_time() - start < 0.05
+    assert fastest(lambda: requested_ranges(header, 10**12)) < 0.05
     assert ranges is None or len(ranges) <= 100
     assert ranges is None or sum(one.stop - one.start for one in ranges) <= 10**12
 

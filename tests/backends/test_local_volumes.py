@@ -23,7 +23,7 @@ import pytest
 from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError
+from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError, StorageFullError
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PROJECT, files_below, many
 
@@ -110,6 +110,87 @@ async def test_a_file_that_cannot_be_linked_keeps_its_bytes_and_mode(without_lin
     assert (tmp_path / "a/first").read_bytes() == content
     assert stat.S_IMODE((tmp_path / "a/first").stat().st_mode) == 0o604
     await backend.aclose()
+
+
+class Opened:
+    """What was opened below a root to be written, by name; the calls for a file without a name may be made to fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int | None = None) -> None:
+        self.unnamed = self.named = 0
+        os_open = os.open
+
+        def opening(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                self.unnamed += 1
+                if code is not None:
+                    raise OSError(code, os.strerror(code))
+            self.named += str(path).endswith(_local_tree.TEMPORARY_SUFFIX)
+            return os_open(path, flags, mode, dir_fd=dir_fd)
+
+        monkeypatch.setattr(os, "open", opening)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files without a name")
+class TestFilesWithoutAName:
+    """Where a write does not wait for the disk, a small object is made without a temporary name."""
+
+    async def test_a_volume_that_has_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = LocalStorageBackend(tmp_path, fsync=False, file_mode=0o604)
+        await backend.put_bytes("a/first", b"1")
+        opened = Opened(monkeypatch)
+        await backend.put_bytes("a/second", b"22")
+        assert (opened.unnamed, opened.named) == (1, 0)
+        assert (tmp_path / "a/second").read_bytes() == b"22"
+        assert stat.S_IMODE((tmp_path / "a/second").stat().st_mode) == 0o604
+        with pytest.raises(ObjectExistsError):
+            await backend.put_bytes("a/second", b"3")
+        assert (tmp_path / "a/second").read_bytes() == b"22"
+        await backend.aclose()
+
+    @pytest.mark.parametrize("code", ["EOPNOTSUPP", "EISDIR", "EINVAL"])
+    async def test_a_volume_that_has_none_is_asked_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+        opened = Opened(monkeypatch, getattr(errno, code))
+        await require_exclusive_writes(LocalStorageBackend(tmp_path, fsync=False))
+        assert opened.unnamed == 1
+
+    async def test_a_refusal_of_one_file_is_the_named_file_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opened = Opened(monkeypatch, errno.EACCES)  # ext4 says so of a directory that was removed
+        backend = LocalStorageBackend(tmp_path, fsync=False)
+        for name in ("a", "b"):
+            await backend.put_bytes(name, b"1")
+        assert opened.unnamed == 2
+        assert files_below(tmp_path) == ["a", "b"]
+        await backend.aclose()
+
+    async def test_a_directory_that_is_pruned_before_the_file_has_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend = LocalStorageBackend(tmp_path, fsync=False)
+        os_link = os.link
+
+        def linking(*args: Any, **options: Any) -> None:
+            monkeypatch.setattr(os, "link", os_link)
+            backend._tree.prune(["a", "b"])
+            assert not (tmp_path / "a").exists()
+            os_link(*args, **options)
+
+        monkeypatch.setattr(os, "link", linking)
+        await backend.put_bytes("a/b/one", b"1")
+        assert (tmp_path / "a/b/one").read_bytes() == b"1"
+        assert backend._tree.unnamed, "a directory that was pruned says nothing of the volume"
+        assert files_below(tmp_path) == ["a/b/one"]
+        await backend.aclose()
+
+    async def test_a_full_disk_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = LocalStorageBackend(tmp_path, fsync=False)
+        await backend.put_bytes("first", b"1")
+        monkeypatch.setattr(os, "write", failing(errno.ENOSPC))
+        with pytest.raises(StorageFullError):
+            await backend.put_bytes("a/b", b"2")
+        monkeypatch.undo()
+        assert files_below(tmp_path) == ["first"]
+        assert not (tmp_path / "a").exists()
+        await backend.aclose()
 
 
 RACE = """

@@ -38,6 +38,22 @@ MUTANTS = [
         tests=("tests/faults/test_disk.py::test_nothing_that_a_power_loss_can_take_is_left_when_a_write_returns",),
     ),
     Mutant(
+        name="local-unnamed-file-loses-its-directory",
+        rule="A file without a temporary name whose directory was pruned meanwhile is made again with one.",
+        path="granite_storage/backends/_local_tree.py",
+        old="            elif error.errno != errno.ENOENT:  # as",
+        new="            else:  # as",
+        tests=("tests/backends/test_local_volumes.py::TestFilesWithoutAName",),
+    ),
+    Mutant(
+        name="local-unnamed-file-needs-links",
+        rule="A file without a temporary name that cannot be linked is made again with one.",
+        path="granite_storage/backends/_local_tree.py",
+        old="            if error.errno in REFUSED_LINKS:\n                self._tree.unnamed",
+        new="            if not error.errno:\n                self._tree.unnamed",
+        tests=("tests/backends/test_local_volumes.py::test_a_file_that_cannot_be_linked_keeps_its_bytes_and_mode",),
+    ),
+    Mutant(
         name="local-follows-links",
         rule="No link below the root is followed.",
         path="granite_storage/backends/_local_tree.py",

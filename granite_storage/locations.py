@@ -59,6 +59,7 @@ _LONGEST_READ = 1024
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _GENERATED_NAME = re.compile(rf"{GENERATED_STEM}-[^/]+")
+_NOT_PLAIN = re.compile(r"[^0-9A-Za-z_-]")
 _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.|:|$)", re.IGNORECASE)
 
 
@@ -166,7 +167,9 @@ def clean_filename(filename: str | None) -> str | None:
     name = filename.replace("\\", "/").rstrip("/").rpartition("/")[2]
     if len(name) > 2 * _LONGEST_READ:
         name = name[:_LONGEST_READ] + name[-_LONGEST_READ:]
-    name = _shortened("".join(map(_clean_character, name)).strip(), MAX_SEGMENT_BYTES).strip()
+    if not (name.isascii() and name.isprintable()):
+        name = "".join(map(_clean_character, name))
+    name = _shortened(name.strip(), MAX_SEGMENT_BYTES).strip()
     return name if name.strip(". ") else None
 
 
@@ -184,8 +187,7 @@ def safe_name(filename: str | None, *, max_bytes: int = MAX_SEGMENT_BYTES - 33) 
     stem, dot, extension = cleaned.rpartition(".")
     if not dot:
         stem, extension = cleaned, ""
-    stem = "".join(character if _is_plain(character) else "_" for character in stem).strip("_") or "file"
-    extension = "".join(character if _is_plain(character) else "_" for character in extension.lower()).strip("_")
+    stem, extension = _plain(stem) or "file", _plain(extension.lower())
     return _shortened(f"{stem}.{extension}" if extension else stem, max_bytes).strip("._") or "_"
 
 
@@ -230,8 +232,11 @@ def _clean_character(character: str) -> str:
     return "" if category in _UNSAFE_CATEGORIES or character in _BIDI_CONTROLS else character
 
 
-def _is_plain(character: str) -> bool:
-    return character in "-_" or unicodedata.category(character)[0] in "LNM"
+def _plain(text: str) -> str:
+    if text.isascii():
+        return _NOT_PLAIN.sub("_", text).strip("_")
+    plain = (character if character in "-_" or unicodedata.category(character)[0] in "LNM" else "_" for character in text)
+    return "".join(plain).strip("_")
 
 
 def _shortened(name: str, max_bytes: int) -> str:

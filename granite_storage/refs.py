@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, NoReturn, Self
 
 from granite_storage.exceptions import InfectedObjectError, InvalidReferenceError, ScanPendingError
@@ -150,18 +151,18 @@ class StoredObjectRef(_UnknownKeys):
         unknown = {**self._unknown, _IDENTITY: identity}
         if identity is None:
             del unknown[_IDENTITY]
-        return type(self)._rebuilt((getattr(self, item.name) for item in fields(self)), ReadOnlyDict(unknown))
+        return type(self)._rebuilt(_values_of(self), ReadOnlyDict(unknown))
 
     def with_variants(self, variants: Mapping[str, StoredObjectRef] | None) -> Self:
         """Return the same ref with other variants, or with none."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)} | {"variants": variants or None}
-        return type(self)._rebuilt(tuple(values.values()), self._unknown)
+        values = dict(zip(_NAMES, _values_of(self), strict=True)) | {"variants": variants or None}
+        return type(self)._rebuilt(values.values(), self._unknown)
 
     def __hash__(self) -> int:
         return hash((self.backend, self.location))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (tuple(getattr(self, item.name) for item in fields(self)), dict(self._unknown))
+        return _rebuild, (_values_of(self), dict(self._unknown))
 
     @classmethod
     def _rebuilt(cls, values: Iterable[Any], unknown: Mapping[str, Any]) -> Self:
@@ -233,7 +234,9 @@ class StoredObjectRef(_UnknownKeys):
         return ref
 
 
-_FIELDS = tuple(item.name for item in fields(StoredObjectRef) if item.name not in PARTS)
+_NAMES = tuple(item.name for item in fields(StoredObjectRef))
+_FIELDS = tuple(name for name in _NAMES if name not in PARTS)
+_values_of: Callable[[StoredObjectRef], tuple[Any, ...]] = attrgetter(*_NAMES)
 
 
 def _require_minted(value: object) -> StoredObjectRef:

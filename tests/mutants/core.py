@@ -145,8 +145,8 @@ MUTANTS = [
         name="core-safe-name-with-two-extensions",
         rule="The name in a location has one extension.",
         path="granite_storage/locations.py",
-        old='stem = "".join(character if _is_plain(character) else "_" for character in stem)',
-        new='stem = "".join(character if _is_plain(character) or character == "." else "_" for character in stem)',
+        old="stem, extension = _plain(stem) or",
+        new='stem, extension = ".".join(map(_plain, stem.split("."))) or',
         tests=("tests/core/test_locations.py::TestHostileFilenames::test_the_name_in_the_location_has_one_extension",),
     ),
     Mutant(

@@ -8,7 +8,7 @@ force are listed here too.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from granite_storage.derived.base import is_accepted
@@ -381,6 +381,7 @@ class StoredObject:
         intent: Its intent.
         variant_intents: The intents of the variants that the transaction stores with it.
         source: The location of its original, for a variant by itself.
+        key: Identifies the object.
     """
 
     manager: StorageManager
@@ -388,11 +389,10 @@ class StoredObject:
     intent: Intent | None = None
     variant_intents: tuple[Intent, ...] = ()
     source: str | None = None
+    key: ObjectKey = field(init=False, repr=False)
 
-    @property
-    def key(self) -> ObjectKey:
-        """Identifies the object."""
-        return id(self.manager), self.ref.backend, self.ref.location
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", (id(self.manager), self.ref.backend, self.ref.location))
 
     @property
     def intents(self) -> tuple[Intent, ...]:

@@ -293,7 +293,6 @@ def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
 
 
 def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
-    history = state.get_history(slot.key, PassiveFlag.PASSIVE_NO_INITIALIZE)
     if state.key is None:
         value = state.dict.get(slot.key)
         if value is None and slot.column.default is not None:
@@ -301,11 +300,12 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         old = None
         if value is None:
             return None
-    elif history.has_changes():
+    else:
+        history = state.get_history(slot.key, PassiveFlag.PASSIVE_NO_INITIALIZE)
+        if not history.has_changes():
+            return None
         value = history.added[0] if history.added else None
         old = history.deleted[0] if history.deleted else UNKNOWN
-    else:
-        return None
     if not isinstance(value, Attachment | None):
         raise refused_value(value, slot.column_type.label)
     return Change(state, slot, value, old, slot.column_type.binding())

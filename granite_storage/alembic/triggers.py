@@ -24,7 +24,7 @@ from granite_storage.orm.journal.triggers import (
     have_triggers,
     sources_of,
 )
-from granite_storage.orm.schemas import resolve
+from granite_storage.orm.locking import resolve
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext

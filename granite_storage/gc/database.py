@@ -60,7 +60,7 @@ from granite_storage.orm.discovery import (
 )
 from granite_storage.orm.journal.database import find_gap, find_sidecar
 from granite_storage.orm.journal.tables import journal_tables
-from granite_storage.orm.locking import find_named
+from granite_storage.orm.locking import find_named, resolve
 from granite_storage.orm.references import (
     UTF_8,
     as_text,
@@ -72,7 +72,6 @@ from granite_storage.orm.references import (
     selected_text,
     text_encoding,
 )
-from granite_storage.orm.schemas import resolve
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker

@@ -972,6 +972,14 @@ def read_catalogue(connection: Connection, columns: Sequence[Column[Any]], table
     return Catalogue(connection, columns, find_named(connection, spelled, sorted(names)) if spelled else [])
 
 
+def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
+    """Return schema and name of the table that a model's table resolves to on a connection, after translation; or None.
+
+    It blocks: call it with `AsyncConnection.run_sync`.
+    """
+    return read_catalogue(connection, [], [table]).table(schema_on(connection, table), table.name)
+
+
 def _spelled(connection: Connection, name: str) -> str:
     """Return a name as the catalogue of the database spells it, which only PostgreSQL folds."""
     if connection.dialect.name == "postgresql" and connection.dialect.identifier_preparer.quote(name) == name:

@@ -83,14 +83,6 @@ def name_of(table: Table, other_schema: OtherSchema | None) -> str:
     return table.fullname if other_schema is None else f"{other_schema.name}.{table.name}"
 
 
-def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
-    """Return schema and name of the table that a model's table resolves to on a connection, after translation; or None.
-
-    It blocks: call it with `AsyncConnection.run_sync`.
-    """
-    return read_catalogue(connection, [], [table]).table(schema_on(connection, table), table.name)
-
-
 @dataclass(frozen=True, slots=True)
 class Namesake:
     """A table with the name of a model's table in a schema other than the one that the sessions lead to.

@@ -21,7 +21,7 @@ from granite_storage.orm.journal._postgresql_triggers import PostgreSQLTriggers
 from granite_storage.orm.journal._sqlite_triggers import SQLiteTriggers
 from granite_storage.orm.journal._trigger_base import GuardedTable, Holder, TableTriggers
 from granite_storage.orm.journal.database import require_current_workers
-from granite_storage.orm.schemas import resolve
+from granite_storage.orm.locking import resolve
 
 __all__ = [
     "create_triggers",

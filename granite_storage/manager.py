@@ -503,7 +503,7 @@ class StorageManager:
 def _blocking(
     method: Callable[Concatenate[StorageManager, P], Coroutine[Any, Any, T]], *, stores: bool = False
 ) -> Callable[[Callable[..., object]], Callable[Concatenate[SyncStorage, P], T]]:
-    """Make a function, of which only the name and the docstring count, a method that waits for one of the manager.
+    """Replace a stub by a method that blocks until the manager's has returned; only its name and docstring stay.
 
     Args:
         method: The manager's method.

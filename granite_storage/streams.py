@@ -602,7 +602,7 @@ async def _iterate_in_thread(source: Iterable[Any], claim: Claim) -> AsyncGenera
 def _take(iterator: Iterator[Any]) -> tuple[deque[BytesLike], Exception | None]:
     """Take chunks for a moment, and return them with what ended the iterator after them, if it has ended.
 
-    A chunk in a buffer that may be used again is copied, or the last one where it is large.
+    A small chunk is copied, because the iterator may use its buffer again; a large one is not, and ends the visit instead.
     """
     chunks: deque[BytesLike] = deque()
     buffered = 0

@@ -68,7 +68,7 @@ class contained:  # noqa: N801  # it is called as a function
             raise end from error
         is_closed = isinstance(error, GeneratorExit) and _current_task() is not self._task
         if not is_closed and not is_cancellation(error):
-            raise UnaskedEndError(f"{self._what} raised {type(error).__name__}, which was not asked for") from error
+            raise UnaskedEndError(f"{self._what} raised {type(error).__name__}, but nothing had cancelled it") from error
 
 
 def _end_of_program(error: BaseException) -> BaseException | None:

@@ -473,14 +473,14 @@ def _timestamp(value: object) -> str | None:
 def _moment(value: object) -> datetime:
     match value:
         case bool():
-            raise ValueError("a boolean is no time")
+            raise ValueError("a boolean is not a time")
         case int() | float():
             return datetime.fromtimestamp(value, UTC)
         case str():
             moment = datetime.fromisoformat(value)
             return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         case _:
-            raise ValueError("neither text nor a number")
+            raise ValueError("neither a string nor a number")
 
 
 def canonical_timestamp(moment: datetime) -> str:

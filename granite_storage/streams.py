@@ -244,11 +244,11 @@ def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGener
     if _is_buffer(source):
         return _only(memoryview(source))
     if isinstance(source, Set | Mapping):
-        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: pass a list of its chunks")
+        raise TypeError(f"the chunks of a stream must have an order, but those of {type(source).__name__} have none: pass a list")
     if isinstance(source, Iterable):
         return _iterate_in_thread(source, claim)
     if isinstance(source, os.PathLike):
-        raise TypeError(f"a stream is read, and {type(source).__name__} only names a file: pass the file, open(path, 'rb')")
+        raise TypeError(f"{type(source).__name__} is not a stream, but only names a file: pass the file, open(path, 'rb')")
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
 
 
@@ -256,10 +256,10 @@ def _require_readable(file: Any) -> None:
     """Refuse what has a `read` that cannot give a stream, before anything is read."""
     kind = type(file).__name__
     if _is_only_written(file):
-        raise TypeError(f"a stream is read, but {kind} is open for writing and cannot be read: open the file with mode 'rb'")
+        raise TypeError(f"a stream must be readable, but {kind} is open for writing only: open the file with mode 'rb'")
     if not _takes_size(file.read):
         raise TypeError(
-            f"a stream is read in pieces, but read() of {kind} takes no size: pass what yields its bytes, such as"
+            f"a stream is read in chunks, but read() of {kind} takes no size: pass what yields its bytes, such as"
             " response.aiter_bytes() of httpx or response.content of aiohttp"
         )
 
@@ -340,7 +340,7 @@ class WholeFile:
         if self.can_rewind:
             return None
         if was_begun:
-            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek: pass a new one")
+            raise ConsumedSourceError(f"the stream was already read, and {type(self._file).__name__} cannot seek: pass a new one")
         return _declared_size(self._file)
 
 
@@ -373,7 +373,7 @@ class ReadOnce:
         with _readings.claim(source) as was_begun:
             if was_begun:
                 raise ConsumedSourceError(
-                    f"the stream was read already, and one {type(source).__name__} is read once: pass a new one, or bytes"
+                    f"the stream was already read, and a {type(source).__name__} can be read only once: pass a new one, or bytes"
                 )
             yield
 

@@ -834,7 +834,7 @@ class AtomicFile:
     def _give_name(self, name: str) -> None:
         if self._temporary is None:
             if not self._unnamed:
-                raise ValueError("the file has a name already")
+                raise ValueError("the file already has a name")
             self._link_unnamed(name)
             return
         try:
@@ -912,7 +912,7 @@ class ExclusiveNames:
             else:
                 self._ways = ways[position - 1 :]
                 return way is not _link
-        raise AssertionError("the last way returns or raises")
+        raise AssertionError("unreachable: the last way to name a file returns or raises")
 
 
 def _link(temporary: str, name: str, directory: int) -> None:

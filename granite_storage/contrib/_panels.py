@@ -50,7 +50,7 @@ def require_preview(attribute: Any, preview: str | None) -> None:
         UnknownVariantError: It declares no such variant.
     """
     if not is_attached(attribute):
-        raise ConfigurationError(f"{attribute} has no attachments that {preview!r} could be a preview of")
+        raise ConfigurationError(f"{attribute} is not an attribute of attachments, so it has no preview {preview!r}")
     if preview is not None and preview not in attribute.type.variants:
         known = ", ".join(attribute.type.variants) or "none"
         raise UnknownVariantError(f"{attribute} declares no variant {preview!r} to show as its preview (there are: {known})")

@@ -150,8 +150,8 @@ class Effect:
             if not is_async_callable(handler := getattr(self, argument)):
                 found = "a synchronous function" if callable(handler) else "no function"
                 raise ConfigurationError(
-                    f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}, which is {found}:"
-                    " declare it with 'async def'",
+                    f"{argument} of an effect must be an async function that takes an EffectEvent, not {handler!r}, which is"
+                    f" {found}: declare it with 'async def'",
                     see=Page.EFFECTS,
                 )
         if isinstance(self.version, bool) or not isinstance(self.version, int | str):

@@ -438,10 +438,10 @@ class _Worker:
             self._send(request, descriptors)
             size = _worker.HEADER.unpack(self._receive(_worker.HEADER.size, deadline))[0]
             if size > _worker.MOST_ANSWER:
-                raise ValueError(f"an answer of {size} bytes")
+                raise ValueError(f"the answer has {size} bytes, more than {_worker.MOST_ANSWER}")
             answer = json.loads(self._receive(size, deadline))
             if not isinstance(answer, dict):
-                raise ValueError("an answer that is no object")
+                raise ValueError("the answer is not a JSON object")
         except TimeoutError:
             return {"error": f"{request['function']} took longer than {request['timeout']:g} s", "is_worn": True}
         except (OSError, EOFError, ValueError, RecursionError):

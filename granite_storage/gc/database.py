@@ -754,8 +754,8 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, 
     if gap is not None:
         raise CollectionRefusedError(
             f"no worker of the journal was running for {describe_duration(gap)}: the database may have been restored from a"
-            " backup, and objects without a row may belong to rows that are still to be restored. Once you are sure that it is"
-            " the right one, pass allow_restored_database=True"
+            " backup, and objects without a row may belong to rows that are still to be restored. Once you are sure that this"
+            " is the right database, pass allow_restored_database=True"
         )
 
 

@@ -148,12 +148,12 @@ class ClamdScanner:
         if answer == _CLEAN and is_whole:
             return None
         if answer == _CLEAN:
-            reason = "said that the content is clean before it had the whole of it: check what listens there"
+            reason = "called the content clean before it had received all of it: check what listens there"
         elif b"size limit exceeded" in answer:
             reason = "takes no content of this size: set StreamMaxLength in clamd.conf above the largest upload"
         elif b"READ TIMED OUT" in answer:
             reason = (
-                "waited in vain for the rest of the content: set ReadTimeout in clamd.conf above the longest pause of an upload"
+                "timed out before the rest of the content came: set ReadTimeout in clamd.conf above the longest pause of uploads"
             )
         else:
             reason = self._explain(answer, error)
@@ -161,7 +161,7 @@ class ClamdScanner:
 
     def _explain(self, answer: bytes, error: OSError | None) -> str:
         if answer:
-            return f"answered {_printable(answer)!r}, which is no verdict: see clamd's log"
+            return f"answered {_printable(answer)!r}, which is not a verdict: see clamd's log"
         if isinstance(error, TimeoutError):
             return f"neither read nor answered for {self._timeout:g} s: check whether it is overloaded, or set a longer timeout"
         return "closed the connection without an answer: see clamd's log, and whether the content is over its StreamMaxLength"

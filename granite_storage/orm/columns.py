@@ -861,7 +861,7 @@ def variant_locations(variants: str | None) -> set[str]:
         found = json.loads(variants)
         locations = set() if found is None else {variant["location"] for variant in found.values()}
         if not all(isinstance(location, str) for location in locations):
-            raise TypeError("a location is a text")
+            raise TypeError("a location is a string")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidReferenceError(f"a row has variants that cannot be read: {variants[:120]!r}") from error
     return locations

@@ -219,7 +219,7 @@ class Scan:
             self._columns.setdefault(column.table, []).append(column)
         for table in self._columns:
             if not len(table.primary_key):
-                raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
+                raise ConfigurationError(f"the table {table.fullname} has no primary key to identify its rows: give it one")
 
     def require_key(self, key: str) -> None:
         """Refuse what is not the key of a row.

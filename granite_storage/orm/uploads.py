@@ -79,7 +79,7 @@ def remove_now(
     if not can_wait(is_async=is_async):
         for item in plain:
             logger.warning(
-                "the object %r is left to the garbage collector: its session was not closed by an await",
+                "the object %r is left to the garbage collector: its session was not closed with an await",
                 item.ref.location,
                 extra=fields_of(item.ref),
             )

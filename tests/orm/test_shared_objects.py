@@ -1,4 +1,4 @@
-"""Rows that SQL past the session has made share an object: it stays until the last of them lets it go."""
+"""Rows that SQL without the session has made share an object: it stays until the last of them lets it go."""
 
 from __future__ import annotations
 

@@ -645,7 +645,7 @@ def _require_mariadb(connection: Connection) -> None:
     if not getattr(connection.dialect, "is_mariadb", False):
         raise ConfigurationError(
             "storage_triggers are for MariaDB, and this is MySQL, which no journal supports either: leave the call out there, and"
-            " let the garbage collector find what SQL past the sessions leaves behind",
+            " let the garbage collector find what SQL that bypasses the sessions leaves",
             see=Page.JOURNAL,
         )
 

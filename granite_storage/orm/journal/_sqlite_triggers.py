@@ -104,7 +104,7 @@ class SQLiteTriggers(TableTriggers):
         others = {schema, *(holder.schema for holder in table.holders)} - {table.schema}
         if others:
             raise ConfigurationError(
-                f"the triggers of {table.name} reach no other database than {table.schema}, and not {', '.join(sorted(others))}:"
+                f"the triggers of {table.name} reach only the database {table.schema}, and not {', '.join(sorted(others))}:"
                 " keep the rows with files, and the journal, in one file",
                 see=Page.JOURNAL_ON_SQLITE,
             )

@@ -256,8 +256,8 @@ class JournalPool:
         pool = self._engine.sync_engine.pool
         pool_timeout = pool._timeout if isinstance(pool, QueuePool) else 0.0
         return (
-            f"the journal had no answer from the database within {self._timeout or pool_timeout:g} s, so that nothing"
-            " is stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
+            f"the journal had no answer from the database within {self._timeout or pool_timeout:g} s, so nothing is"
+            " stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
             " pool_size connections, in the database and in a connection pooler before it. Behind a pooler, pass"
             " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
         )

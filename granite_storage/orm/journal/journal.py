@@ -224,7 +224,7 @@ class StorageJournal:
         if self._pool.is_postgresql or any(triggers_work(self._pool.dialect, item.metadata) for item in self._bindings):
             await note_retentions(self._bounded, self.tables, self.manager.policies.values())
             for problem in await self.find_trigger_problems():
-                logger.warning("SQL past the sessions is not covered: %s", problem)
+                logger.warning("SQL that bypasses the sessions is not covered: %s", problem)
         self._checked = True
 
     async def find_trigger_problems(self) -> list[str]:

@@ -161,7 +161,7 @@ class _LockingPool(JournalPool):
 
     def _describe_timeout(self) -> str:
         return (
-            f"the SQLite database was locked for {self._patience:g} s, so that nothing is stored: another transaction that writes"
+            f"the SQLite database was locked for {self._patience:g} s, so nothing is stored: another transaction that writes"
             " lasts that long, or it is the session's own and the journal is only being opened now. Let transactions be short,"
             " and await journal.check() when the application starts"
         )
@@ -324,7 +324,7 @@ class SQLitePool(_LockingPool):
                 locked.append(await connection.run_sync(_try_to_lock))
             if all(locked):
                 raise _refuse(
-                    "its lock does not keep a second connection from writing, so that commits damage each other: leave nolock=1,"
+                    "its lock does not keep a second connection from writing, so commits damage each other: leave nolock=1,"
                     " and the name of a VFS without locks, such as vfs=unix-none, out of the URL"
                 )
 
@@ -385,7 +385,7 @@ class SQLitePool(_LockingPool):
         """
         if not _driver(connection).in_transaction:
             raise ConfigurationError(
-                "the driver commits each statement by itself (isolation_level=None), so that no rollback can restore rows: "
+                "the driver commits each statement by itself (isolation_level=None), so no rollback can restore rows: "
                 "begin transactions with BEGIN IMMEDIATE, by the recipe on the page SQLAlchemy, section SQLite",
                 see=Page.JOURNAL_ON_SQLITE,
             )
@@ -666,7 +666,7 @@ def _prepare(connection: sqlite3.Connection) -> str:
         connection.execute("COMMIT")
     found = connection.execute(_sql(_NAME_OF_SIDECAR), (SIDECAR_NAME,)).fetchone()
     if found is None:
-        raise sqlite3.DatabaseError("it has no name, so that something else has written to it")
+        raise sqlite3.DatabaseError("it has no name, so something else has written to it")
     return str(found[0])
 
 

@@ -302,7 +302,7 @@ class TestFailures:
             assert (report.effects, report.pending_effects) == (0, 1)
             [job] = await jobs(env)
             assert (job.attempts, job.takeovers) == (1, 0)
-            assert job.error == f"UnaskedEndError: the handler raised {type(error).__name__}, which was not asked for"
+            assert job.error == f"UnaskedEndError: the handler raised {type(error).__name__}, but nothing had cancelled it"
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
 
@@ -541,7 +541,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"put": 1}, "put of an effect must be an async function of an EffectEvent, not 1"),
+            ({"put": 1}, "put of an effect must be an async function that takes an EffectEvent, not 1"),
             ({"put": _synchronous}, "put of an effect .*, which is a synchronous function: declare it with 'async def'"),
             ({"remove": functools.partial(_synchronous)}, "remove of an effect .* synchronous"),
             ({"remove": Called}, "remove of an effect"),

@@ -647,7 +647,7 @@ class TestChecks:
             assert sum(said in problem for problem in found) == 1, (said, found)
         assert len(found) == 5
         await journal_of(env).check()
-        assert "SQL past the sessions is not covered" in caplog.text
+        assert "SQL that bypasses the sessions is not covered" in caplog.text
         assert await self.told_by_doctor(env) == [CheckResult.BAD] * 5
         await self.create(env)
         assert await self.problems(env) == []

@@ -123,7 +123,7 @@ class Portal:
         return self._loop is not None and user in self._users
 
     def release(self, user: object) -> None:
-        """Note that a user needs the loop no more; it ends some time after the last one is released."""
+        """Note that a user no longer needs the loop, which ends some time after the last release."""
         with self._lock:
             self._users.discard(user)
             self._is_ending = not self._users
@@ -312,7 +312,7 @@ class _Call(Generic[T]):
 def run_blocking(
     work: Coroutine[Any, Any, T], name: str, awaited: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None
 ) -> T:
-    """Run a coroutine for a synchronous face of the library.
+    """Run a coroutine for the synchronous API of the library.
 
     Args:
         work: The coroutine.
@@ -341,7 +341,7 @@ def require_no_loop(name: str, awaited: str) -> None:
 
 @contextmanager
 def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: str) -> Generator[T, None, None]:
-    """Enter and leave an asynchronous context for a synchronous face; what it does meanwhile runs on the loop.
+    """Enter and leave an asynchronous context manager in synchronous code; its tasks run on the loop meanwhile.
 
     The arguments and errors are those of `run_blocking`.
     """

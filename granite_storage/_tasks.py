@@ -36,11 +36,11 @@ def is_cancellation(error: BaseException) -> bool:
 
 
 class UnaskedEndError(RuntimeError):
-    """Code of others has raised what ends a task or a generator, though no caller asked for its end."""
+    """Foreign code raised an exception that ends a task or a generator, though no caller had requested that."""
 
 
 class contained:  # noqa: N801  # it is called as a function
-    """Turn what ends a task or a generator into an error where code of others raises it unasked, in the block.
+    """Convert an exception that ends a task or a generator into an error, if foreign code in the block raises it unasked.
 
     A CancelledError while the task is not being cancelled, a GeneratorExit while the coroutine is not being closed and any other
     `BaseException` become an UnaskedEndError, a RuntimeError as for a StopIteration inside a generator (PEP 479).
@@ -141,7 +141,7 @@ async def repeat(
     wake: asyncio.Event | None = None,
     rest: float = 0.0,
 ) -> NoReturn:
-    """Run work again and again, until the task is cancelled; an error is logged, and the next run comes all the same.
+    """Run work repeatedly until the task is cancelled; an error is logged, and does not prevent the next run.
 
     So is a CancelledError, or another `BaseException`, that was not asked for.
 
@@ -268,7 +268,7 @@ async def _outlast(future: asyncio.Future[Any], timeout: float | None) -> asynci
 
 
 def is_async_callable(function: object) -> bool:
-    """Return whether it is an async function, a part of one, or an object with an async `__call__`."""
+    """Return whether it is an async function, a `partial` of one, or an object with an async `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
     called = getattr(type(function), "__call__", None)  # noqa: B004  # what kind of function it is

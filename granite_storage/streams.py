@@ -206,7 +206,7 @@ def _claimed(source: object) -> AbstractContextManager[object]:
 
 
 def _read_on_of(source: object) -> object:
-    """Return what a limit around a stream reads on, where a second limit around that would go on where this one ends."""
+    """Return the stream inside the `SizeLimitedStream`s that pass it on, which a second limit would read on."""
     while isinstance(source, SizeLimitedStream) and source._passes_on is not None:
         source = source._passes_on
     return source
@@ -216,7 +216,7 @@ def _read_on_of(source: object) -> object:
 
 
 def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGenerator[BytesLike, None]:
-    """Turn whatever the caller streams from into an async iterator of bytes-like chunks, some of which may be empty.
+    """Return an async iterator of bytes-like chunks over any source of the caller; some chunks may be empty.
 
     A synchronous one is read in a thread. The caller's object is never closed; an iterator made here from it is, exactly once.
     An upload, which is a file object with a `filename`, is read from its beginning; any other file from its current position.
@@ -253,7 +253,7 @@ def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGener
 
 
 def _require_readable(file: Any) -> None:
-    """Refuse what has a `read` that cannot give a stream, before anything is read."""
+    """Raise `TypeError` for an object whose `read` cannot give a stream, before anything is read."""
     kind = type(file).__name__
     if _is_only_written(file):
         raise TypeError(f"a stream must be readable, but {kind} is open for writing only: open the file with mode 'rb'")
@@ -345,7 +345,7 @@ class WholeFile:
 
 
 class ReadOnce:
-    """A source that is no file, for one object: an iterator is read by the first who asks, and refused to all others.
+    """A source other than a file, for one object: the first reader gets its content, every other one an error.
 
     Args:
         source: The source; never closed.
@@ -379,12 +379,12 @@ class ReadOnce:
 
 
 def whole(source: Any) -> WholeFile | ReadOnce:
-    """Return a source as one object needs it: all of it, which of some is there only once."""
+    """Return a source as one object needs it: a whole file, or a stream that can be read only once."""
     return WholeFile(source) if is_file(source) else ReadOnce(source)
 
 
 def require_synchronous(source: Any) -> None:
-    """Refuse a source that only an event loop can read, for a caller whose own loop, if it has one, waits meanwhile.
+    """Raise `TypeError` for a source that only an event loop can read, because the caller's loop, if any, waits meanwhile.
 
     An upload with an async `read`, such as Starlette's, is read through its `file`.
 
@@ -401,7 +401,7 @@ def require_synchronous(source: Any) -> None:
 
 
 def _unwrapped(source: Any) -> Any:
-    """Return what the caller gave, without what was put around it here."""
+    """Return the caller's own source, without the wrappers of this module."""
     while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
         source = source._file if isinstance(source, WholeFile) else source._source
     return source
@@ -433,19 +433,19 @@ def is_upload(source: object) -> bool:
 
 
 def is_form_upload(source: object) -> bool:
-    """Return whether something is what web frameworks make of a file in a form: it has a `filename` and a `content_type`."""
+    """Return whether a source is a web framework's upload of a form: it has a `filename` and a `content_type`."""
     return hasattr(source, "content_type") and hasattr(source, "filename")
 
 
 def is_local(source: object) -> bool:
-    """Return whether the first bytes of a source are here already, and are not sent by a client."""
+    """Return whether the first bytes of a source are here already, and not still to be sent by a client."""
     if isinstance(source, ReadOnce):
         return source.is_local
     return is_seekable(source) or isinstance(source, list | tuple | WholeFile) or _is_buffer(source)
 
 
 def size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:
-    """Return the error of content that has not its declared size; `actual` is None where it has more."""
+    """Return the error for content that does not have its declared size; `actual` is None if it has more."""
     found = "more" if actual is None else str(actual)
     return SizeMismatchError(
         f"the content was declared to have {expected} bytes, but has {found}", expected=expected, actual=actual
@@ -475,7 +475,7 @@ def upload_size(upload: object) -> int | None:
 
 
 def expected_size(source: Any) -> int | None:
-    """Return the size that a source says of itself before it is read, as uploads and bodies do; None where it says none."""
+    """Return the size that a source declares before it is read, as uploads and bodies do; None if unknown."""
     source = _unwrapped(source)
     return size_of(source) if isinstance(source, bytes | bytearray | memoryview) else _declared_size(source)
 
@@ -516,7 +516,7 @@ _turns: weakref.WeakValueDictionary[tuple[int, int], asyncio.Lock] = weakref.Wea
 
 
 def _turn_at(file: object) -> asyncio.Lock:
-    """Return what lets one iteration at a time read a file on this event loop; an upload and the file inside it are the same."""
+    """Return the lock for reading a file on this event loop; an upload and the file inside it share one."""
     return _turns.setdefault((id(asyncio.get_running_loop()), id(_innermost(file))), asyncio.Lock())
 
 

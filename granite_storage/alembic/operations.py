@@ -454,7 +454,7 @@ class _Storing:
         self._concurrency = concurrency
 
     def store(self, table: Table, rows: Sequence[Row], works: Sequence[Callable[[Place], StoreWork]]) -> list[Made]:
-        """Store an object for each row, or none of them: what its work stores at the place of the row."""
+        """Store an object for each row, or none at all; each row has its own work, which stores at the row's place."""
         named: list[tuple[str, Callable[[], StoreWork]]] = []
         for row, work in zip(rows, works, strict=True):
             place = Place(self._storage_key, table.name, _key(table, row), self._target)

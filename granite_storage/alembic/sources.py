@@ -113,7 +113,7 @@ async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
 
 @contextmanager
 def naming(row: str) -> Iterator[None]:
-    """Note the row that is converted at an error."""
+    """Add a note with the row to an error of its conversion."""
     try:
         yield
     except Exception as error:

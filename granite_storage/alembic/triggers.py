@@ -145,7 +145,7 @@ def _are_current(connection: Connection, metadata: MetaData, needed: Iterable[Ta
 
 
 def _named(metadata: MetaData, others: Iterable[str]) -> dict[str, Table]:
-    """Return the tables of the models, and others by their names, which may be in no model any more."""
+    """Return the tables of the models, and others by name, which may no longer be in any model."""
     scratch = MetaData()
     return {**{name: _table(scratch, name) for name in others}, **metadata.tables}
 

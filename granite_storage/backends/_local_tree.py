@@ -89,7 +89,7 @@ _CLAIM_PAUSE = 0.01
 
 
 def temporary_stem(name: str) -> str:
-    """Return how the names of all temporary files begin that are made for a file beside them.
+    """Return the beginning of the names of all temporary files for the file of a name.
 
     Some volumes tell neither case nor the composition of letters apart, so the names of one file there have one stem.
     """
@@ -107,7 +107,7 @@ def _opened(path: str | Path, flags: int, mode: int = 0o777, *, parent: int | No
 
 
 def _open_directory(path: str | Path, parent: int | None = None) -> AbstractContextManager[int]:
-    """Open a directory: one in an open directory by its name there, and not through a link."""
+    """Open a directory, by its name in an open one if given, without following links."""
     return _opened(path, DIRECTORY | (NO_LINK if parent is not None else 0), parent=parent)
 
 
@@ -233,7 +233,7 @@ def _entries(directory: int, folder: str) -> list[_Entry]:
 
 
 def _composed(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
-    """Return the name by which a file was stored, where the file system lists another one for it.
+    """Return the name by which a file was stored, if the file system lists it in another Unicode form.
 
     HFS+, and what a Mac shares, decompose letters: `é` is listed as `e` and U+0301, and found under either spelling.
     """
@@ -301,7 +301,7 @@ _STEPS: dict[str, tuple[str, frozenset[int], str]] = {
 def translated(
     location: str | None, *, reading: bool = False, root: Path | None = None, step: str | None = None
 ) -> Iterator[None]:
-    """Turn the system's errors into the library's, which are no `OSError`.
+    """Convert errors of the system to the library's, which are not `OSError`s.
 
     Args:
         location: What the call is about; None for the store as a whole.
@@ -364,7 +364,7 @@ class Tree:
         self._syncs_directories = True
 
     def translated(self, location: str | None, *, reading: bool = False, step: str | None = None) -> AbstractContextManager[None]:
-        """Turn the system's errors into the library's, which name the root; see `translated`."""
+        """Convert errors of the system to the library's, which name the root; see `translated`."""
         return translated(location, reading=reading, root=self.root, step=step)
 
     def is_mounted(self) -> bool:
@@ -416,7 +416,7 @@ class Tree:
             return datetime.now(UTC)
 
     def open(self, location: str) -> tuple[int, ObjectInfo]:
-        """Open a regular file for reading; a link, a directory or a device is no object."""
+        """Open a regular file for reading; a link, a directory or a device is not an object."""
         *folder, name = location.split("/")
         with self.translated(location, reading=True), self._directory(folder) as directory:
             descriptor = os.open(name, READ, dir_fd=directory)
@@ -660,7 +660,7 @@ class Tree:
                 self.synchronise_directory(parent)
 
     def _recognise(self, descriptor: int, writing: bool) -> None:
-        """Refuse a root that is not the one it was, and one that may be what lies below a disk that is not mounted."""
+        """Refuse a root that was replaced, or that may be the mount point of a disk that is not mounted."""
         found = os.fstat(descriptor)
         identity = (found.st_dev, found.st_ino)
         if identity == self._known_root:
@@ -766,7 +766,7 @@ class AtomicFile:
 
     @classmethod
     def create(cls, tree: Tree, location: str, content: bytes) -> None:
-        """Create an object in one visit.
+        """Create an object in one visit to a thread.
 
         Without fsync the file has no temporary name where the system can do that: the directory is changed once instead of three
         times, which took a third off the processor's time for an object of 4 KiB.
@@ -889,7 +889,7 @@ Way = Callable[[str, str, int], None]
 
 
 class ExclusiveNames:
-    """Names files in the first of three ways that a file system knows, and remembers which."""
+    """Names files in the first of three ways that the file system supports, and remembers which one."""
 
     def __init__(self) -> None:
         self._ways: list[Way] = [_link, _rename, _claim]

@@ -107,7 +107,7 @@ _SAID_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)\Z")
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What an error of obstore's tells, without anything that a caller or a server can put into its text.
+    """What an error of obstore says, without any text that a caller or a server controls.
 
     Attributes:
         status: The status of the service's answer.
@@ -175,13 +175,13 @@ def _kind_of(error: Exception, facts: _Facts) -> type[BackendError]:
 
 
 def _facts_of(error: Exception, paths: Sequence[str]) -> _Facts:
-    """Read an error: by what Rust prints of its structure, or by its words where there is no more than those."""
+    """Parse an error: Rust's debug output of its structure, or its text if there is nothing else."""
     _, found, structure = str(error).rpartition(_DEBUG)
     return _facts_of_structure(structure) if found else _facts_of_words(structure, paths)
 
 
 def _facts_of_structure(structure: str) -> _Facts:
-    """Read what Rust prints of an error: what others wrote is in strings with escapes, or in addresses, which have no blank."""
+    """Parse Rust's debug output of an error: foreign text is in escaped strings, or in URLs, which have no spaces."""
     strings: list[str] = []
 
     def number(match: re.Match[str]) -> str:
@@ -205,7 +205,7 @@ def _facts_of_structure(structure: str) -> _Facts:
 
 
 def _facts_of_words(words: str, paths: Sequence[str]) -> _Facts:
-    """Read what obstore's writer raises, which is a text alone: from its beginning, word for word, past the object's own name."""
+    """Parse an error of obstore's writer, which is only text: match it from its beginning, past the object's name."""
     path = "|".join(re.escape(path) for path in paths)
     about = rf"(?:Object at location|Request precondition failure for path|The operation lacked [a-z ]+ for path) (?:{path})"
     beginning = re.match(rf"(?:Generic \w+ error: |{about}[a-z ]*: |Error performing [a-z ]+: )*(?:{_SENT})?", words)
@@ -669,7 +669,7 @@ def _require_threads_of_obstore() -> None:
 
 @atexit.register
 def _outlast_obstore() -> None:
-    """Wait until no thread of obstore's is in Python: one that is when the interpreter ends aborts the process.
+    """Wait until no thread of obstore runs Python code: one that does when the interpreter ends aborts the process.
 
     Such a thread wakes the event loop with an answer, and may still be on its way back when the program, with that answer, is at
     its end. obstore's threads are not Python's own, so they are the ones with a frame that `threading` does not know.

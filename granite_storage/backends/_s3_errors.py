@@ -1,4 +1,4 @@
-"""What went wrong at an S3 server, in the library's own words: the one place that reads the SDK's errors.
+"""Converts the errors of the S3 SDK to the library's; no other module reads the SDK's errors.
 
 No message repeats what the server or the SDK said: it may quote a key or a token. Their error is the `__cause__`.
 """
@@ -31,7 +31,7 @@ class S3ConfigurationError(ConfigurationError, BackendError):
 
 
 class ExpiredCredentialsError(AccessDeniedError):
-    """The credentials were good once."""
+    """The credentials have expired."""
 
 
 class ConflictError(BackendUnavailableError):
@@ -101,7 +101,7 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
 
 
 def answered(response: Mapping[str, Any], operation: str, *, bucket: str, location: str | None = None) -> BackendError:
-    """Return the error for an answer that says that something went wrong.
+    """Return the error for a response that reports a failure.
 
     Args:
         response: What the SDK made of the answer; its `Error` has the `Code`.

@@ -148,7 +148,7 @@ class MemoryStorageBackend:
 
     @contextmanager
     def _claim(self, location: str) -> Iterator[Callable[[int], None]]:
-        """Count a write's bytes as they come, and give them back where it fails."""
+        """Reserve room for a write's bytes as they arrive, and release it if the write fails."""
         check_location(location)
         claimed = 0
 

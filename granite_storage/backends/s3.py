@@ -81,7 +81,7 @@ _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 
 
 def _require_presignable(settings: S3Settings) -> None:
-    """Refuse the parameters with which no client can store, or nothing could be made of what it has stored.
+    """Raise `S3ConfigurationError` for parameters that presigned uploads do not support.
 
     Raises:
         S3ConfigurationError: There are some.
@@ -171,7 +171,7 @@ def _info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
 
 
 class _Service:
-    """A bucket, as a reader asks it; see `Service`."""
+    """A bucket for readers; see `Service`."""
 
     def __init__(self, clients: S3Clients, attempts: int) -> None:
         self.attempts = attempts
@@ -594,7 +594,7 @@ def _checked_prefix(prefix: str) -> str:
 
 
 def _checked_endpoint(url: str | None) -> str | None:
-    """Refuse what cannot be the address of a server, whose path and query S3 has for itself."""
+    """Return the address of a server; raise `ConfigurationError` for anything else."""
     if url is None:
         return None
     parts = urlsplit(url)

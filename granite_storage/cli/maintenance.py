@@ -85,7 +85,7 @@ def _show_waiting(context: CommandContext, records: Sequence[Mapping[str, Any]],
 
 
 def _show_unseen(context: CommandContext, report: RowReport) -> None:
-    """Show what could not be read, which a report of JSON has anyway."""
+    """Show what could not be read; a JSON report contains it anyway."""
     if not context.output.as_json:
         for said in report.unseen:
             context.output.line(f"not seen: {in_options(said)}", "red")

@@ -58,7 +58,7 @@ _ENCODERS: Mapping[Any, Any] = {
 
 
 class _Itself:
-    """Is what a DTO makes the type of a collection from; a list of rows has no type of its elements in its annotation."""
+    """Gives a DTO the type of a collection, whose annotation does not name the type of its elements."""
 
     def __getitem__(self, _: Any) -> type[AttachmentList]:
         return AttachmentList  # as which no request can be decoded, not even an empty list, which would delete all files

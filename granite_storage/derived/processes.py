@@ -1,4 +1,4 @@
-"""Worker processes, in which functions look at hostile files: one that dies, hangs or eats memory costs one derivation.
+"""Worker processes for functions that read hostile files: one that crashes, hangs or eats memory costs one derivation.
 
 Each call has a thread of this process, which waits for the worker's answer; so the processes serve all event loops together, and
 depend on none. Cancelling a call kills its process. The alternatives were weighed in 2026:

@@ -113,7 +113,7 @@ class RefColumn:
 
 
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select location and kind of all references in the byte order of the locations; what is none is `ILLEGIBLE`.
+    """Select location and kind of all references in the byte order of the locations; any other value is `ILLEGIBLE`.
 
     A ref that nests variants is as many references; one whose variants cannot be read is none.
 

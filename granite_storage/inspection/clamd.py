@@ -123,7 +123,7 @@ class ClamdScanner:
         return await self._describe()
 
     async def _pace(self, content: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """Yield the content, unless it keeps clamd and the others that wait for it waiting."""
+        """Yield the content, and end the scan if the content pauses for too long, because other uploads wait for clamd."""
         while True:
             limit = asyncio.timeout(self._content_timeout)
             try:

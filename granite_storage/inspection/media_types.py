@@ -354,7 +354,7 @@ class _Judge:
         return self._keep(OPAQUE, OPAQUE)
 
     def _is_taken_on_trust(self, stated: str) -> bool:
-        """Return whether the detector has no say in this type, and the policy names it."""
+        """Return whether the detector does not know the type, and the policy names it."""
         return not _is_known(stated) and stated in map(canonical, self.accept)
 
     def _text_types(self) -> tuple[str, ...]:

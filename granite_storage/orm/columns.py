@@ -902,7 +902,7 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
 
 
 def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    """Return what SQLite finds in a column's JSON; NULL, and no error, if the value is not JSON."""
     return case((func.json_valid(column) == 1, value))
 
 

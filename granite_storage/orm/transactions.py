@@ -672,7 +672,7 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
 
 
 def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
-    """Take a PREPARE back, which was answered, so that nothing is in doubt."""
+    """Roll back a prepared transaction: its PREPARE was answered, so nothing is in doubt."""
     if (found := _watches.get(connection)) is not None:
         found.refused = True
     _on_rollback(connection)
@@ -810,7 +810,7 @@ _CONFLICTS = ("23503", "40001")
 
 
 def _see_refused_commit(context: ExceptionContext) -> None:
-    """See a COMMIT that the server answered with an error: it has not committed. One that it did not answer has said nothing.
+    """Note a COMMIT that the server has refused: it has not committed. Without an answer the outcome stays unknown.
 
     SQLite keeps a transaction open whose COMMIT it has refused, and SQLAlchemy returns the connection to the pool like that, for
     the next one to commit what this one could not.

@@ -119,7 +119,7 @@ def _resolve_targets(files: Mapping[str, FileTarget], limits: UploadLimits) -> d
 
 
 def require_target(target: object, field: str | None = None) -> None:
-    """Refuse what nothing can be stored in, before a body is read; a function may return something to await without `async`."""
+    """Raise `TypeError` unless a file can be stored in a target, before a body is read; a function may return an awaitable."""
     if (
         isinstance(target, PolicyTarget)
         or _column_type_of(target) is not None

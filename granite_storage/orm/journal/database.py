@@ -177,16 +177,16 @@ class JournalPool:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction whose commit need not be durable."""
+        """Yield a connection in a transaction whose commit need not be durable."""
         async with self._in_time(), self._engine.begin() as connection:
             yield connection
 
     def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a transaction that writes, whose commit need not be durable."""
+        """Yield a connection in a transaction that writes, whose commit need not be durable."""
         return self.reading()
 
     def deciding(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection whose transaction sees which objects rows refer to, before the others are deleted."""
+        """Yield a connection whose transaction sees which objects rows refer to, before the others are deleted."""
         return self.reading()
 
     async def make_durable(self, connection: AsyncConnection) -> None:
@@ -198,15 +198,15 @@ class JournalPool:
             await put_barrier(connection)
 
     async def may_find(self, statement: Select[Any]) -> bool:
-        """Return False where a look that waits for no lock shows that a statement finds nothing now."""
+        """Return False if a read that waits for no lock shows that a statement finds nothing now."""
         return True
 
     def fencing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a durable transaction that fences intents."""
+        """Yield a connection in a durable transaction that fences intents."""
         return self.durable()
 
     def durable(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a transaction whose commit survives a crash of the database."""
+        """Yield a connection in a transaction whose commit survives a crash of the database."""
         return self._synchronous()
 
     @asynccontextmanager

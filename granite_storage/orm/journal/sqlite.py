@@ -86,7 +86,7 @@ _NETWORK_KINDS = frozenset(
 
 
 class _LockingPool(JournalPool):
-    """Connections whose transactions say whether they write, and get the lock of writers before they read anything."""
+    """Connections whose transactions say whether they write, and get the write lock before they read anything."""
 
     @property
     def dialect(self) -> str:
@@ -100,13 +100,13 @@ class _LockingPool(JournalPool):
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction that sees one moment, and must not write."""
+        """Yield a connection in a transaction that sees one moment, and must not write."""
         async with self._in_time(), AsyncExitStack() as stack:
             yield await self._begin(stack, "BEGIN")
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction that has the lock of writers, and is durable once it is committed."""
+        """Yield a connection in a transaction that has the write lock, and is durable once it is committed."""
         async with self._in_time(), AsyncExitStack() as stack:
             connection = await self._begin(stack, "BEGIN IMMEDIATE")
             yield connection
@@ -174,7 +174,7 @@ def _begin(connection: Connection, statement: str) -> None:
 
 
 def _try_to_lock(connection: Connection) -> bool:
-    """Take the lock of writers if no other connection has it; return whether it was taken.
+    """Take the write lock if no other connection has it; return whether it was taken.
 
     Raises:
         ConfigurationError: The database is read-only.
@@ -519,7 +519,7 @@ class SidecarPool(_LockingPool):
 
     @asynccontextmanager
     async def looking(self) -> AsyncIterator[tuple[str, AsyncConnection]]:
-        """Give the name of the sidecar, whether it counts or not, and a connection that sees one moment of it."""
+        """Yield the name of the sidecar, whether it counts or not, and a connection that sees one moment of it."""
         async with self._in_time(), AsyncExitStack() as stack:
             connection = await self._begin_unnamed(stack, "BEGIN")
             yield _opened(connection).name, connection
@@ -545,7 +545,7 @@ class SidecarPool(_LockingPool):
 
     @asynccontextmanager
     async def fencing(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection that fences uploads; no session is between its look at them and its COMMIT meanwhile."""
+        """Yield a connection that fences uploads, while no session is between its look at them and its COMMIT."""
         await self.open()
         async with self._main.writing() as main:
             # What a flush has recorded for the triggers, and has committed because an error kept it from deleting that.

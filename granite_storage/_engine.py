@@ -73,7 +73,7 @@ from granite_storage.streams import (
     expected_size,
     fingerprint,
     is_upload,
-    regrouped,
+    regroup,
     require_declared_size,
     require_size,
     size_of,
@@ -618,7 +618,7 @@ class Engine:
                     return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
                 expected = expected_size(content) if size is None else size
                 if prepared.checks.strip is None:
-                    pieces: Pieces = regrouped(stream)
+                    pieces: Pieces = regroup(stream)
                 else:  # what is declared is true of what comes in, not of what is stored
                     pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
                 gate = load_gate().Gate(pieces, prepared.checks, replace(prepared.preview, size=expected))
@@ -689,7 +689,7 @@ class Engine:
                 " StoragePolicy(..., scanner=...)"
             )
         with self._lifecycle.call():
-            async with self.open(ref, verify=True) as reader, aclosing(regrouped(aiter(reader))) as pieces:
+            async with self.open(ref, verify=True) as reader, aclosing(regroup(aiter(reader))) as pieces:
                 verdict = await scan_stored(policy.scanner, pieces)
         return type(ref).from_dict({**ref.to_dict(), "scan": verdict})
 

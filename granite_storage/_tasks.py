@@ -35,7 +35,7 @@ def is_cancellation(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
-class UnaskedEndError(RuntimeError):
+class UnexpectedExitError(RuntimeError):
     """Foreign code raised an exception that ends a task or a generator, though no caller had requested that."""
 
 
@@ -43,7 +43,7 @@ class contained:  # noqa: N801  # it is called as a function
     """Convert an exception that ends a task or a generator into an error, if foreign code in the block raises it unasked.
 
     A CancelledError while the task is not being cancelled, a GeneratorExit while the coroutine is not being closed and any other
-    `BaseException` become an UnaskedEndError, a RuntimeError as for a StopIteration inside a generator (PEP 479).
+    `BaseException` become an UnexpectedExitError, a RuntimeError as for a StopIteration inside a generator (PEP 479).
     KeyboardInterrupt and SystemExit pass through, also out of a group of errors. The block must not contain a `yield`, at which
     a generator is closed.
 
@@ -68,7 +68,7 @@ class contained:  # noqa: N801  # it is called as a function
             raise end from error
         is_closed = isinstance(error, GeneratorExit) and _current_task() is not self._task
         if not is_closed and not is_cancellation(error):
-            raise UnaskedEndError(f"{self._what} raised {type(error).__name__}, but nothing had cancelled it") from error
+            raise UnexpectedExitError(f"{self._what} raised {type(error).__name__}, but nothing had cancelled it") from error
 
 
 def _end_of_program(error: BaseException) -> BaseException | None:

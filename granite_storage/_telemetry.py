@@ -111,7 +111,7 @@ def _redacted(error: BaseException, done: dict[int, BaseException]) -> BaseExcep
     """
     if id(error) in done:
         return done[id(error)]
-    done[id(error)] = _likeness(error, "(above)")
+    done[id(error)] = _with_message(error, "(above)")
     done[id(error)] = _redacted_copy(error, done)
     return done[id(error)]
 
@@ -131,7 +131,7 @@ def _redacted_copy(error: BaseException, done: dict[int, BaseException]) -> Base
     elif redact(words) == words and type(error).__module__.partition(".")[0] == "granite_storage":
         likeness = copy.copy(error)
     else:
-        likeness = _likeness(error, redact(words))
+        likeness = _with_message(error, redact(words))
     likeness.__cause__, likeness.__context__ = cause, context
     likeness.__suppress_context__ = error.__suppress_context__
     if notes:
@@ -139,7 +139,7 @@ def _redacted_copy(error: BaseException, done: dict[int, BaseException]) -> Base
     return likeness.with_traceback(error.__traceback__)
 
 
-def _likeness(error: BaseException, words: str) -> BaseException:
+def _with_message(error: BaseException, words: str) -> BaseException:
     """Return an error that is displayed like another one, but with another message."""
     kind = type(error)
     shown: type[Exception] = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})

@@ -69,7 +69,7 @@ __all__ = [
     "is_upload",
     "iter_chunks",
     "joined",
-    "regrouped",
+    "regroup",
     "size_mismatch",
     "upload_size",
     "whole",
@@ -336,7 +336,7 @@ class WholeFile:
 
     async def _rewind(self, was_begun: bool) -> int | None:
         """Go to the beginning; return the size to check where that is impossible and it is known."""
-        self.can_rewind = self.can_rewind and await _sought(self._readable)
+        self.can_rewind = self.can_rewind and await _seek_start(self._readable)
         if self.can_rewind:
             return None
         if was_begun:
@@ -485,7 +485,7 @@ def _declared_size(file: object) -> int | None:
     return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
 
 
-async def _sought(file: Any) -> bool:
+async def _seek_start(file: Any) -> bool:
     """Move a file to its beginning; return whether it can seek.
 
     Raises:
@@ -832,7 +832,7 @@ class MeasuredStream:
                 await aclose()
 
     async def _measure(self) -> AsyncGenerator[bytes, None]:
-        async with aclosing(regrouped(self._chunks)) as pieces:
+        async with aclosing(regroup(self._chunks)) as pieces:
             async for piece in pieces:
                 self.size += len(piece)
                 if self.declared_size is not None and self.size > self.declared_size:
@@ -934,7 +934,7 @@ class Turn:
         self._ends = time.monotonic() + self._seconds
 
 
-async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
+async def regroup(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
     """Join small chunks and cut large ones, and let other tasks run where the source never waits.
 
     A thread that hashes or writes needs the interpreter once for each piece, so few large pieces disturb the event loop less. A

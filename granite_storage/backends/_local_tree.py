@@ -220,7 +220,7 @@ def _entries(directory: int, folder: str) -> list[_Entry]:
         if not name.isascii():
             if names is None:
                 names = {other.name for other in entries if not other.name.isascii()}
-            name = _composed(entry, directory, names)
+            name = _compose_name(entry, directory, names)
         path = folder + name
         if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
             continue
@@ -232,7 +232,7 @@ def _entries(directory: int, folder: str) -> list[_Entry]:
     return found
 
 
-def _composed(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
+def _compose_name(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
     """Return the name by which a file was stored, if the file system lists it in another Unicode form.
 
     HFS+, and what a Mac shares, decompose letters: `é` is listed as `e` and U+0301, and found under either spelling.

@@ -342,7 +342,7 @@ def plain_name(store: Any) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def connected(store: Any, options: Mapping[str, Any]) -> StoreClient:
+def make_client(store: Any, options: Mapping[str, Any]) -> StoreClient:
     """Return the client for a store that was passed in ready-made, or that a URL and options describe.
 
     Raises:
@@ -461,7 +461,7 @@ class StoreClient:
             self._store = None
 
     async def call(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
-        """Make one call of the store, which a cancellation does not cut off at once; see `answered`.
+        """Make one call of the store, which a cancellation does not cut off at once; see `wait_for_answer`.
 
         Args:
             operation: What it is called in messages.
@@ -471,7 +471,7 @@ class StoreClient:
         Raises:
             BackendError: The store's error, translated.
         """
-        return await answered(self.make(operation, location, request))
+        return await wait_for_answer(self.make(operation, location, request))
 
     async def make(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
         """Make one call of the store in a task that is not cancelled before the answer is there; other callers use `call`."""
@@ -553,7 +553,7 @@ class StoreClient:
         for attempt in range(1, _DELETES + 1):
             try:
                 await self.call("delete", location, lambda store: store.delete_async(location))
-                await answered(self.require_bucket())
+                await wait_for_answer(self.require_bucket())
             except ObjectNotFoundError:  # some stores say so
                 return
             except BackendUnavailableError:  # its answer may be lost, and obstore asks again for what only reads
@@ -646,7 +646,7 @@ class _StreamBody:
             self._coming = self._stream.__anext__()
 
 
-async def answered(request: Awaitable[T]) -> T:
+async def wait_for_answer(request: Awaitable[T]) -> T:
     """Await an answer of obstore's; a cancelled caller waits for it, at most a second.
 
     An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it

@@ -58,7 +58,7 @@ class ObjectWriter(RemoteWriter):
         """Store a stream: by one request where it fits in a part, else by a multipart upload."""
         first: list[Piece] = []
         size = 0
-        async with aclosing(_gathered(stream)) as pieces:
+        async with aclosing(_gather(stream)) as pieces:
             async for piece in pieces:
                 first.append(piece)
                 size += len(piece)
@@ -182,7 +182,7 @@ async def slices(content: bytes) -> AsyncIterator[Piece]:
         yield view[start : start + _SLICE]
 
 
-async def _gathered(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
+async def _gather(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
     """Join short chunks: to hand one to obstore costs as much as to copy a few hundred KiB."""
     slivers: list[Piece] = []
     pending = 0

@@ -81,7 +81,7 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
 
     target = _target(bucket, location)
     if isinstance(error, sdk.ClientError):
-        return answered(error.response, operation, bucket=bucket, location=location)
+        return translate_response(error.response, operation, bucket=bucket, location=location)
     if isinstance(error, (sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError)):
         return AccessDeniedError(
             f"no usable credentials were found for {target}: configure them in the environment, or pass a session",
@@ -100,7 +100,7 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
     return BackendError(f"{operation} of {target} failed: {type(error).__name__}", location=location)
 
 
-def answered(response: Mapping[str, Any], operation: str, *, bucket: str, location: str | None = None) -> BackendError:
+def translate_response(response: Mapping[str, Any], operation: str, *, bucket: str, location: str | None = None) -> BackendError:
     """Return the error for a response that reports a failure.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
-from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, connected
+from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, make_client
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
 from granite_storage.backends._remote import RemoteBackend, check_key, delete_each, read_beginning, require_expiry
 from granite_storage.backends._resuming import open_resuming
@@ -95,7 +95,7 @@ class ObjectStoreBackend(RemoteBackend):
             "retry_config": retry_config,
             "credential_provider": credential_provider,
         }
-        self._client = self._service = connected(store, options)
+        self._client = self._service = make_client(store, options)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)

@@ -24,7 +24,7 @@ from granite_storage.backends._remote import (
     require_expiry,
 )
 from granite_storage.backends._s3_client import S3Client, S3Clients, S3Settings, is_installed, version_of
-from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
+from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, translate, translate_response
 from granite_storage.backends._s3_upload import (
     LARGEST_PART,
     PROBE_PREFIX,
@@ -51,7 +51,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.locations import check_segment
-from granite_storage.streams import MeasuredStream, regrouped, require_size
+from granite_storage.streams import MeasuredStream, regroup, require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
@@ -383,7 +383,7 @@ class S3StorageBackend(RemoteBackend):
         """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
         self._check(location)
         size = stream.declared_size if isinstance(stream, MeasuredStream) else None
-        async with aclosing(regrouped(stream)) as pieces:
+        async with aclosing(regroup(stream)) as pieces:
             return await self._write(location, pieces, content_type, size)
 
     async def delete(self, location: str) -> None:
@@ -560,7 +560,7 @@ class S3StorageBackend(RemoteBackend):
         failures: dict[str, BackendError] = {}
         for entry in answer.get("Errors", ()):
             location = keys[entry["Key"]]
-            failure = answered({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
+            failure = translate_response({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
             if not isinstance(failure, ObjectNotFoundError):
                 failures[location] = failure
         return failures

@@ -241,7 +241,7 @@ def readable() -> Iterator[None]:
         raise RefusedError(f"The database refuses this row: {reason}") from error
 
 
-def blame(model: Any, fields: Sequence[Any], refusal: Exception) -> str:
+def find_field(model: Any, fields: Sequence[Any], refusal: Exception) -> str:
     """Return the name of the field whose attribute, or its column, a refusal names; of the first one otherwise."""
 
     def is_named(name: str) -> bool:

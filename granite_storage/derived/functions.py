@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import UnaskedEndError, contained
+from granite_storage._tasks import UnexpectedExitError, contained
 from granite_storage.derived.base import (
     Derivation,
     DerivationSource,
@@ -125,7 +125,7 @@ class Derived:
                     value = await function(source)
         except StorageError:
             raise
-        except UnaskedEndError as error:
+        except UnexpectedExitError as error:
             raise DerivationFailedError(f"the derivation failed: {error}") from error
         except Exception as error:  # its message may have the secrets of the service that it calls
             what = f"took longer than {limits.timeout:g} s" if limit.expired() else f"raised {type(error).__name__}"

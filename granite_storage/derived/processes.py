@@ -445,10 +445,10 @@ class _Worker:
         except TimeoutError:
             return {"error": f"{request['function']} took longer than {request['timeout']:g} s", "is_worn": True}
         except (OSError, EOFError, ValueError, RecursionError):
-            return {"error": f"the process of {request['function']} {self._say_end()}", "is_worn": True}
+            return {"error": f"the process of {request['function']} {self._describe_end()}", "is_worn": True}
         return answer
 
-    def _say_end(self) -> str:
+    def _describe_end(self) -> str:
         try:
             status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:

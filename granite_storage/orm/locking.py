@@ -225,7 +225,7 @@ def still_referenced(connection: Connection, held: Sequence[RowRef]) -> set[tupl
     return found
 
 
-def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[RowRef]:
+def find_cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[RowRef]:
     """Return the refs of rows that `ON DELETE CASCADE` will delete along with rows of `table`.
 
     Foreign keys are followed row by row, also those of a table that refers to itself.

@@ -232,14 +232,14 @@ class DirectUploads:
         _require_owner(owner)
         least, most = _resolve_sizes(column_type, policy, size, min_size, max_size)
         content_type = _media_type(content_type)
-        draft = self._draft(column_type, content_type)
+        prepared = self._prepare_staging(column_type, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         upload_token = UploadToken(
             audience=self._audience,
             table=column_type.table.fullname,
             column=column_type.field_name,
             backend=policy.backend_key,
-            location=draft.location,
+            location=prepared.location,
             content_type=content_type,
             filename=clean_filename(filename),
             min_size=least,
@@ -250,7 +250,7 @@ class DirectUploads:
             expires=expires,
             ends=expires + int(self._finish_within.total_seconds()),
         )
-        request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        request = await self._manager._engine.upload_request(prepared, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
         token = (await self._record_intent(upload_token, expires_in)).sign(self._to_finish)
@@ -324,7 +324,7 @@ class DirectUploads:
         upload_token = None if token is None else UploadToken.read(self._to_send, token, self._longest)
         if upload_token is None or upload_token.expires <= time.time():
             raise UploadTokenError(_INVALID_URL)
-        draft, limits = self._staging_draft(upload_token), UploadLimits(max_size=upload_token.max_size)
+        prepared, limits = self._staged_upload(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
         body = RequestBody(request, limits)
@@ -336,7 +336,7 @@ class DirectUploads:
                 aclosing(body.chunks()) as chunks,
                 aclosing(_require_whole(chunks, upload_token.min_size)) as content,
             ):
-                await self._manager._engine.put(draft, content)
+                await self._manager._engine.put(prepared, content)
         except ObjectExistsError as error:
             message = "the file was received already, so the upload is complete; finish it"
             raise _ReceivedAlreadyError(message) from error
@@ -434,23 +434,23 @@ class DirectUploads:
             raise UploadTokenError(_INVALID)
         return column_type
 
-    def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
+    def _staged_upload(self, upload_token: UploadToken) -> PreparedUpload:
         """Return what a client may upload."""
         policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
             raise UploadTokenError(_INVALID_URL)
         return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
+    def _prepare_staging(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client uploads to: the location says nothing of the file, and the garbage collector recognises it."""
-        draft = self._manager._engine.prepare(
+        prepared = self._manager._engine.prepare(
             storage_key=column_type.storage_key,
             model_name=column_type.model_name,
             entity_id=uuid7_hex(),
             field_name=column_type.field_name,
         )
-        location = f"{draft.location.removesuffix(safe_name(None))}{STAGED_NAME}"
-        return replace(draft, location=location, content_type=content_type)
+        location = f"{prepared.location.removesuffix(safe_name(None))}{STAGED_NAME}"
+        return replace(prepared, location=location, content_type=content_type)
 
     def _require_life(self, expires_in: timedelta) -> None:
         require_timedelta("expires_in", expires_in)

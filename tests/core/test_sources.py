@@ -621,7 +621,7 @@ class TestRegrouping:
         content = [kinds[kind](bytes([number % 256]) * size) for number, (size, kind) in enumerate(chunks)]
 
         async def regroup() -> list[bytes]:
-            return [piece async for piece in streams.regrouped(iter_chunks(content))]
+            return [piece async for piece in streams.regroup(iter_chunks(content))]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streams, "CHUNK_SIZE", 64)
@@ -640,7 +640,7 @@ class TestRegrouping:
         async def regroup() -> bytes:
             nonlocal most
             content = b""
-            async for piece in streams.regrouped(chunks_of(*[b"x" * 100] * 40)):
+            async for piece in streams.regroup(chunks_of(*[b"x" * 100] * 40)):
                 content += piece
                 most = max(most, streams._Group._all_sizes)
             return content

@@ -340,7 +340,7 @@ async def retry_dead(pool: JournalPool, table: Table) -> int:
     return result.rowcount
 
 
-class StillHeldError(Exception):
+class StillNeededError(Exception):
     """A row has appeared for which the job is still to be done, so it stays."""
 
 

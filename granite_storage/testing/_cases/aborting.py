@@ -68,7 +68,7 @@ class AbortCases(Cases):
         """
         aborter, why = self.require_ability(backend, SupportsAbort), f"after an upload was aborted {known}"
         self._needs_ids(known)
-        async with self._upload_under_way(backend) as upload:
+        async with self._upload_in_progress(backend) as upload:
             await aborter.abort_upload(LOCATION, upload.id if known == "by its id" else None)
             await self.require_nothing_unfinished(backend, why)
             upload.go_on.set()
@@ -89,7 +89,7 @@ class AbortCases(Cases):
     async def test_abort_of_another_location(self, backend: StorageBackend, other: str) -> None:
         """An abort leaves the uploads of other locations alone, however alike their names are."""
         aborter = self.require_ability(backend, SupportsAbort)
-        async with self._upload_under_way(backend) as upload:
+        async with self._upload_in_progress(backend) as upload:
             await aborter.abort_upload(other, None)
             upload.go_on.set()
             await upload.writer
@@ -100,7 +100,7 @@ class AbortCases(Cases):
         """An abort after the end, or of an upload that was aborted before, is no error and leaves the object as it is."""
         aborter = self.require_ability(backend, SupportsAbort)
         self._needs_ids(known)
-        async with self._upload_under_way(backend) as upload:
+        async with self._upload_in_progress(backend) as upload:
             upload.go_on.set()
             await upload.writer
         upload_id = upload.id if known == "by its id" else None
@@ -110,7 +110,7 @@ class AbortCases(Cases):
         await self.require_whole(backend, LOCATION, self.content("parts"), f"after it was aborted {known}, which is too late")
 
     @asynccontextmanager
-    async def _upload_under_way(self, backend: StorageBackend) -> AsyncIterator[Upload]:
+    async def _upload_in_progress(self, backend: StorageBackend) -> AsyncIterator[Upload]:
         """Enter to an upload that has sent all but its end, and waits."""
         loop = asyncio.get_running_loop()
         told: asyncio.Future[str] = loop.create_future()

@@ -302,7 +302,7 @@ class TestFailures:
             assert (report.effects, report.pending_effects) == (0, 1)
             [job] = await jobs(env)
             assert (job.attempts, job.takeovers) == (1, 0)
-            assert job.error == f"UnaskedEndError: the handler raised {type(error).__name__}, but nothing had cancelled it"
+            assert job.error == f"UnexpectedExitError: the handler raised {type(error).__name__}, but nothing had cancelled it"
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
 

@@ -144,7 +144,7 @@ class PreparedUpload:
 
     def judged(self, verdict: Verdict) -> PreparedUpload:
         """Return the upload as its checks have accepted it."""
-        return PreparedUpload(  # in half the time that replace() takes
+        return PreparedUpload(  # replace() would take twice as long
             self.policy,
             self.location,
             verdict.content_type,
@@ -453,7 +453,7 @@ async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
         return None
     try:
         return tuple(await backend.identities())
-    except AccessDeniedError:  # S3 says so also where there is none, to those who may not list
+    except AccessDeniedError:  # without s3:ListBucket, S3 denies access to missing objects too
         return ()
 
 
@@ -464,7 +464,7 @@ async def places_of(backend: StorageBackend) -> set[Place] | None:
     places = set(await backend.places())
     try:
         identities = await identities_of(backend) or ()
-    except BackendError:  # it is out of reach, and only the one that is collected has to be
+    except BackendError:  # it is unreachable; only the backend that is collected must answer
         identities = ()
     for identity in identities:
         store, _, prefix = identity.partition("/")
@@ -769,7 +769,7 @@ class Engine:
             return await self._current_identity(backend_key)
 
     def public_url(self, ref: StoredObjectRef) -> str:
-        """Return the URL at which anybody can read an object of a public policy."""
+        """Return the URL at which anyone can read an object of a public policy."""
         require_ref(ref)
         policy = self.policy(ref.storage_key)
         if policy.public is None:
@@ -865,7 +865,7 @@ class Engine:
         try:
             return next(iter(await backend.identities(create=True)), None)
         except (BackendUnavailableError, ConfigurationError):
-            return None  # the write will meet the same, and say so
+            return None  # the write fails for the same reason, and its error says so
         except StorageError as error:
             self._identified.pop(backend_key, None)
             logger.warning(
@@ -963,7 +963,7 @@ class Engine:
             except BaseException:
                 await reader.aclose()
                 raise
-            # Iteration to the end has let go of the handle already.
+            # Iterating to the end has released the handle.
             return copy
 
 

@@ -66,7 +66,7 @@ class Portal:
 
         Raises:
             RuntimeError: The caller is on the loop itself, and would wait for itself.
-            concurrent.futures.CancelledError: The coroutine was cancelled by somebody else, as when its manager is closed.
+            concurrent.futures.CancelledError: The coroutine was cancelled by other code, as when its manager is closed.
         """
         if self.is_here:
             work.close()
@@ -82,7 +82,7 @@ class Portal:
                 self.run(undo(call.result()))
             raise
         finally:
-            del call  # or its error would hold this frame, and the frame the error
+            del call  # otherwise its error and this frame would keep each other alive
 
     async def run_here(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop for a caller on another one, and return its result."""
@@ -119,7 +119,7 @@ class Portal:
             self._is_ending = False
 
     def is_used_by(self, user: object) -> bool:
-        """Return whether somebody has used the loop, and was not released since."""
+        """Return whether a user has used the loop, and was not released since."""
         return self._loop is not None and user in self._users
 
     def release(self, user: object) -> None:

@@ -117,7 +117,7 @@ async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
         if first is not None:
             raise first
     finally:
-        del first  # or it would hold this frame, and the frame it
+        del first  # otherwise the error and this frame would keep each other alive
 
 
 @asynccontextmanager
@@ -223,7 +223,7 @@ async def shielded(
             await shielded_cleanup(undo(task.result()), "undoing the work of a cancelled caller")
         raise
     finally:
-        del task  # or its error would hold this frame, and the frame the error
+        del task  # otherwise its error and this frame would keep each other alive
 
 
 async def shielded_cleanup(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:

@@ -212,7 +212,7 @@ def _read_on_of(source: object) -> object:
     return source
 
 
-# Sources: nothing else in the library asks what one is.
+# Sources: no other module of the library looks at their types.
 
 
 def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGenerator[BytesLike, None]:

@@ -79,7 +79,7 @@ async def _found(read: Callable[[], Awaitable[bytes]]) -> tuple[str, ...]:
 async def _found_or_created(read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[object]]) -> tuple[str, ...]:
     try:
         found = await _found(read)
-    except AccessDeniedError:  # S3 says so of what is not there, to those who may not list
+    except AccessDeniedError:  # without s3:ListBucket, S3 denies access to missing objects too
         found = ()
     if found:
         return found

@@ -83,7 +83,7 @@ _path_of = itemgetter(0)
 _WRITE_SIZE = 512 * 1024
 """In bytes. For a write of 1 MiB Linux may need that much memory in one piece, which took three times as long when measured."""
 _RENAME_NOREPLACE = 1
-_CLOSED = -1  # never a descriptor, while the number of one that was closed may be another file's
+_CLOSED = -1  # no descriptor, because the system reuses the number of a closed one
 _CLAIM_ATTEMPTS = 200
 _CLAIM_PAUSE = 0.01
 
@@ -392,7 +392,7 @@ class Tree:
     def identify(self) -> tuple[str, ...]:
         """Return the identities that the marker holds; write the marker, and one into it, where there is none."""
         with translated(None), self._directory([], writing=True) as root:
-            self._mark(root)  # again, where somebody has removed it since
+            self._mark(root)  # again, because it was removed since
             found = _identities_of(root) or self._add_identity(root)
             self._identified = self._known_root, found
         return found

@@ -491,7 +491,7 @@ class StoreClient:
                 await self.require_bucket()
             raise problem
         finally:
-            del problem  # or its traceback would hold this frame, and the frame the store
+            del problem  # otherwise its traceback would keep this frame alive, and with it the store
 
     def translated(self, error: Exception, operation: str, location: str | None) -> BackendError:
         """Return the error that callers see for one of the store's."""

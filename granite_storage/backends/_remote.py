@@ -396,7 +396,7 @@ class RemoteWriter:
             self._created = not task.cancelled() and task.exception() is None and task.result() is not None
             raise
         finally:
-            del task  # or its error would hold this frame, and the frame the error
+            del task  # otherwise its error and this frame would keep each other alive
 
     async def _create(
         self,

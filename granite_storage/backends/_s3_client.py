@@ -347,7 +347,7 @@ class S3Client:
                         raise problem from error
                     retries += 1
                 finally:
-                    del problem  # or its traceback would hold this frame, and the frame the request's body
+                    del problem  # otherwise its traceback would keep this frame alive, and with it the body
             except BaseException:
                 lease.release()
                 raise

@@ -42,7 +42,7 @@ class ObjectStoreBackend(RemoteBackend):
     A reader holds a connection until it is closed or read to its end. What is cut off is opened again by `StoredObjectReader`,
     with the same version of the object or not at all.
 
-    A killed process cannot abort its upload, nor can anybody who does not know its id: give an S3 or Google bucket a lifecycle
+    A killed process cannot abort its upload, and no other program knows its id: give an S3 or Google bucket a lifecycle
     rule for incomplete multipart uploads. Azure drops parts that were never joined after a week.
 
     It satisfies `SupportsCopy` and `SupportsBatchDelete`. Over HTTP it only reads: whatever would write or delete is refused.

@@ -1045,7 +1045,7 @@ class _SyncStoredFile(Generic[F]):
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read it until it expires; see `Attachment.url`."""
+        """Return a URL with which anyone can read it until it expires; see `Attachment.url`."""
         work = self._file.url(expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
         return self._run(work, "url")
 

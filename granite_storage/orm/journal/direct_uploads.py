@@ -50,7 +50,7 @@ class Finished:
     Attributes:
         ref: The published copy, where there is one that a row holds or may still take.
         note: What the intent says, by which to tell whether it has changed since.
-        is_claimed: Whether somebody makes a copy just now.
+        is_claimed: Whether a process is making a copy now.
         verdict: What its last copy or its first bytes were found to be, where that was refused.
     """
 

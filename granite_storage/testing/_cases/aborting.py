@@ -1,4 +1,4 @@
-"""Unfinished uploads that somebody else aborts, where it is declared."""
+"""Unfinished uploads that another program aborts, where the ability is declared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AbortCases(Cases):
     """Telling the ids of uploads, and aborting them."""
 
     async def test_upload_tells_its_id(self, backend: StorageBackend) -> None:
-        """An upload in parts tells its id once, before its first part; one without parts tells none."""
+        """A multipart upload tells its id once, before its first part; any other write tells none."""
         self.require_ability(backend, SupportsAbort, "tells_upload_ids")
         content, told = self.content("parts"), list[str]()
 
@@ -41,9 +41,9 @@ class AbortCases(Cases):
 
         upload_begun.set(tell)
         await backend.put_stream("small", chunked(self.content("small")))
-        assert told == [], f"a write without parts told of an upload: {told}"
+        assert told == [], f"a write by one request told the id of an upload: {told}"
         await backend.put_stream(LOCATION, chunked(content))
-        assert len(told) == 1, f"an upload in parts must tell its id once, but told {told}"
+        assert len(told) == 1, f"a multipart upload must tell its id once, but told {told}"
         assert told[0], "the id of an upload is empty"
         await self.require_whole(backend, LOCATION, content, "an upload that told its id")
 

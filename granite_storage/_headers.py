@@ -102,7 +102,7 @@ def url_path(location: str) -> str:
 def served_type(content_type: str | None) -> str:
     """Return the Content-Type for what a writer declared.
 
-    What a page could run or style itself with, and what is no media type, becomes `application/octet-stream`: a browser ignores
+    What a page could run or style itself with, and any other text, becomes `application/octet-stream`: a browser ignores
     Content-Disposition where `<script src>` loads the object, but never runs bytes of that type under `nosniff`. Text without
     a charset is said to be UTF-8: browsers would take it for windows-1252.
     """
@@ -177,7 +177,7 @@ def require_inline_types(types: Collection[str]) -> frozenset[str]:
     """Return media types that may be shown inline, lower case.
 
     Raises:
-        ConfigurationError: One is no media type, or a browser would run what it finds in it.
+        ConfigurationError: One is not a media type, or a browser would run what it finds in it.
     """
     lowered = frozenset(one.lower() for one in types)
     for one in sorted(lowered):

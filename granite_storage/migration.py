@@ -270,7 +270,7 @@ def migrate(
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The policy writes to another backend, the binding has no sessions or is not active, a table has no
-            primary key, or `after` is no key of it; while it runs: a schema has none of the tables.
+            primary key, or `after` is not a key of it; while it runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: the new backend is full.
     """

@@ -57,7 +57,7 @@ _TRIES = 3
 class RederivationStatus(StrEnum):
     """The outcome for a variant, or for an effect of a file.
 
-    A variant is refused where its recipe can make none of the original, which is no failure.
+    A variant is refused where its recipe can make none of the original, which is not a failure.
     """
 
     MADE = "made"
@@ -80,7 +80,7 @@ class RederivedVariant:
         primary_key: The row's primary key.
         column: The column's name.
         name: The name of the variant or of the effect; empty where the row's value cannot be read, so that none can be made.
-        ref: The original; None where the column holds something that is no ref.
+        ref: The original; None where the column holds something that is not a ref.
         message: Why it was not made.
     """
 
@@ -138,7 +138,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
     async def waiting(self) -> dict[tuple[str, str, str], int]:
         """Return the amount of pending work by column, variant or effect, and kind, without changing anything.
 
-        The name of the variant is empty for the kind `unreadable value`: rows whose values are no refs.
+        The name of the variant is empty for the kind `unreadable value`: rows whose values are not refs.
         """
         await self._find_effects()
         found: Counter[tuple[str, str, str]] = Counter()
@@ -328,7 +328,7 @@ def rederive(
 
     Raises:
         ConfigurationError: No column declares what is asked for, the binding has no sessions or is not in force, a table has no
-            primary key, or `after` is no key of it; while it runs: a schema has none of the tables.
+            primary key, or `after` is not a key of it; while it runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: a backend is full.
     """

@@ -229,7 +229,7 @@ def verify(
 
     Raises:
         UnknownPolicyError: There is no such policy.
-        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it; while it
+        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is not a key of it; while it
             runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
     """

@@ -265,8 +265,8 @@ def _is_temporary(name: str) -> bool:
 # The errors of the file system, translated.
 
 _ERRORS: dict[int, tuple[type[BackendError], str]] = {
-    errno.ENOENT: (ObjectNotFoundError, "there is no object"),
-    errno.EEXIST: (ObjectExistsError, "there is something already"),
+    errno.ENOENT: (ObjectNotFoundError, "no object exists"),
+    errno.EEXIST: (ObjectExistsError, "something already exists"),
     errno.EACCES: (AccessDeniedError, "the file system refused permission"),
     errno.EPERM: (AccessDeniedError, "the file system refused permission"),
     errno.EROFS: (AccessDeniedError, "the file system is read-only"),
@@ -305,7 +305,7 @@ def translated(
 
     Args:
         location: What the call is about; None for the store as a whole.
-        reading: Whether a part of the path that is no directory, or a link, means that there is no object.
+        reading: Whether a part of the path that is not a directory, or a link, means that there is no object.
         root: The root directory, for the message; its owner is looked up, so not on an event loop.
         step: One of the steps that messages tell apart: `chmod`, `fsync`, `link` or `mkdir`.
     """

@@ -149,11 +149,11 @@ def translate(error: Exception, operation: str, *, store: str, location: str | N
 
 _REASONS: dict[type[BackendError], str] = {
     AccessDeniedError: "was refused: the credentials do not allow it",
-    BackendUnavailableError: "failed: the service did not answer, or not now",
-    ObjectExistsError: "was refused: an object is there already",
+    BackendUnavailableError: "failed: the service did not answer, or is unavailable at the moment",
+    ObjectExistsError: "was refused: an object already exists",
     ObjectNotFoundError: "found no object",
-    ObjectStoreConfigurationError: "cannot work: check the bucket or container and its region, or the store lacks the ability",
-    StorageFullError: "failed: the store has no room left",
+    ObjectStoreConfigurationError: "cannot succeed: check the bucket or container, its region, and the abilities of the store",
+    StorageFullError: "failed: the store is full",
 }
 
 
@@ -559,7 +559,7 @@ class StoreClient:
             except BackendUnavailableError:  # its answer may be lost, and obstore asks again for what only reads
                 if attempt == _DELETES:
                     raise
-            except BackendError:  # a folder of a local disk is no object, but is refused in other words
+            except BackendError:  # a folder of a local disk is not an object, but is refused in other words
                 if self.kind.over_network or await self.exists(location):
                     raise
                 return
@@ -572,7 +572,7 @@ class StoreClient:
 
         url = await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
         if self.kind.signs_plain_names_only and "%" in urlsplit(url).path:
-            message = f"obstore cannot sign a URL for {location!r} on {self.kind.name}: a character of it is escaped in URLs"
+            message = f"obstore cannot sign a URL for {location!r} on {self.kind.name}: it has a character that URLs escape"
             raise ObjectStoreConfigurationError(message, location=location)
         return url
 

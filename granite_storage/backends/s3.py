@@ -476,7 +476,7 @@ class S3StorageBackend(RemoteBackend):
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield objects in byte order; see `StorageBackend.iter_objects`.
 
-        What other programs have put under keys that are no valid locations is yielded too.
+        What other programs have put under keys that are not valid locations is yielded too.
 
         Raises:
             S3ConfigurationError: The server lists in another order than S3.

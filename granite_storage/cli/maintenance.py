@@ -194,7 +194,7 @@ async def recover_command(context: CommandContext, retry_dead_letters: bool, yes
     It deletes uploads that no transaction has kept, and objects that rows have released; it has held files scanned, makes
     variants and calls effects. Without --yes it shows what is due now and later, and asks where something is due now.
 
-    The exit code is 1 while something has failed. A file of which a recipe can make no variant is no failure: the run that finds
+    The exit code is 1 while something has failed. A file that a recipe refuses is not a failure: the run that finds
     it says so, and no later one does.
     """
     journal = context.binding.journal

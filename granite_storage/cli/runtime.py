@@ -65,7 +65,7 @@ async def load_binding(name: str) -> StorageBinding:
         name: The name.
 
     Raises:
-        ConfigurationError: It cannot be imported, or is no binding; the message says where, the cause is the error itself.
+        ConfigurationError: It cannot be imported, or is not a binding; the message says where, the cause is the error itself.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):

@@ -277,7 +277,7 @@ async def existing(finding: Awaitable[T]) -> T:
 def _reason_of(error: Exception) -> str | None:
     """Return why a database, or its driver, refuses a value; None where something else has failed.
 
-    An error of the bound values is no DBAPIError, and asyncpg's are of no class of their own, but have an SQLSTATE: 22 is a value
+    An error of the bound values is not a DBAPIError, and asyncpg's have no class of their own, but an SQLSTATE: 22 is a value
     that the type cannot take, 23 a constraint that a row violates.
     """
     if not isinstance(error, DBAPIError):
@@ -311,7 +311,7 @@ class FormFile(_Form):
         if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
         if len(self.uploads) > 1:
-            return "Choose one file: there is room for no more."
+            return "Choose only one file."
         if self.action is not FileAction.REPLACE and self.uploads:
             return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
         if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and self.value is None)):

@@ -8,7 +8,7 @@ depend on none. Cancelling a call kills its process. The alternatives were weigh
   unpickles what comes back: a decoder that a hostile file has taken over could run code in the application. So does the former.
 - `asyncio.create_subprocess_exec` ties a process to one event loop, which may be closed before the next call.
 
-The processes are no sandbox. They run as the same user, with the same environment and network; put the application into a
+The processes are no sandbox: they run as the same user, with the same environment and network; put the application into a
 container where decoders must not see more than their files.
 """
 
@@ -284,7 +284,7 @@ def limit_processes(max_processes: int | None = None, *, idle_timeout: float = 6
         idle_timeout: After how many seconds without work a process ends.
 
     Raises:
-        ConfigurationError: One is no positive number.
+        ConfigurationError: One is not a positive number.
     """
     global _processes
     before, _processes = _processes, WorkerProcesses(max_processes, idle_timeout)

@@ -85,7 +85,7 @@ _KINDS = (AttachmentType, StoredObjectRefType)
 _COLUMNS_IN_A_STATEMENT = 100
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY, ILLEGIBLE = range(5)
 """What a reference leads to: an object of another backend; one of the collected backend; a backend that no manager has; another
-store than its backend leads to now; nothing, because it is no reference. From the third on a run ends."""
+store than its backend leads to now; nothing, because it is not a reference. From the third on a run ends."""
 
 # The statements: every reference in the byte order of its location, and the first value that is none.
 
@@ -133,7 +133,7 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind.
 
-    For `ILLEGIBLE` it is a row whose value is no reference, or has variants that cannot be read.
+    For `ILLEGIBLE` it is a row whose value is not a reference, or has variants that cannot be read.
     """
     ref = column.column
     found: list[Select[*tuple[Any, ...]]] = []

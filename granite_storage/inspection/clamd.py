@@ -101,7 +101,7 @@ class ClamdScanner:
             content: The content, which is not read on once clamd has answered; its maker closes it.
 
         Raises:
-            ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or said what is no verdict.
+            ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or gave no verdict.
         """
         async with self._room():
             with closing(await self._connect(self._timeout)) as connection:
@@ -115,7 +115,7 @@ class ClamdScanner:
         """Check that clamd answers, and return its version, such as `clamd 1.4.2/27500`.
 
         Raises:
-            ScannerUnavailableError: It is not, or what answers is no clamd.
+            ScannerUnavailableError: clamd does not answer, or another program does.
         """
         answer, error = await self._ask(b"zPING\0", self._timeout)
         if answer != b"PONG\0":

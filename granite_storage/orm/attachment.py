@@ -668,7 +668,7 @@ class Attachment(_StoredFile):
                 " an Attachment as it is, and read an object by its ref with StorageManager.open"
             )
         if not isinstance(content, bytes | bytearray | memoryview):
-            iter_chunks(content)  # raises where it is no stream; nothing is read
+            iter_chunks(content)  # raises where it is not a stream; nothing is read
             if _is_left_empty(content):
                 raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
             own_filename, own_content_type = upload_names(content)

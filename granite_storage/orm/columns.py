@@ -877,7 +877,7 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
     """Return the variants in a column's refs as a table in SQL, its JSON values, and the criterion that a row has any.
 
     Each is that of a variant's ref, which `value_in` and `is_legible` read like that of any other. A value that is none is
-    something else or NULL; where the variants are no mapping at all, there is no row.
+    something else or NULL; where the variants are not a mapping at all, there is no row.
 
     The criterion is true of every row from which the table takes something. As that of a join it spares the others the call of
     the function, which takes longer than the rest of a scan.

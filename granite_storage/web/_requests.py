@@ -283,7 +283,7 @@ class PartHead(NamedTuple):
 
     Attributes:
         name: The name of its field.
-        filename: The name of its file, which may be empty; None where it is no file.
+        filename: The name of its file, which may be empty; None where it is not a file.
         content_type: Its media type.
     """
 

@@ -221,7 +221,7 @@ class DirectUploads:
         Raises:
             ContentTooLargeError: `size` is more than the policy allows, or than the backend takes in one request (413).
             MalformedRequestError: `size`, `checksum` or `content_type` is not valid (400).
-            ConfigurationError: The attribute is no attachment of this binding, neither its policy nor this call has a
+            ConfigurationError: The attribute is not an attachment of this binding, neither its policy nor this call has a
                 `max_size`, or its backend signs no requests and there is no `base_url`.
             ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
@@ -283,7 +283,7 @@ class DirectUploads:
             InfectedContentError: The policy's scanner found something in it (422).
             ContentTooLargeError: It has more bytes than announced, or than the policy allows now (413).
             StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
-            ConfigurationError: The attribute is no attachment of this binding.
+            ConfigurationError: The attribute is not an attachment of this binding.
             BackendError: The storage could not copy or read it.
         """
         wanted = self._column_type_of(attribute)

@@ -458,7 +458,7 @@ class _Form:
         """Return the form once it has arrived; raise `MissingFieldError` where it lacks something."""
         if self._required:
             filled = {name for name, value in self.fields if value}
-            # A text under the name of a file is no file.
+            # A text under the name of a file is not a file.
             present = filled.difference(self._targets).union(name for name, _ in self.files)
             if missing := tuple(name for name in self._required if name not in present):
                 raise MissingFieldError(f"the form lacks {', '.join(map(repr, missing))}", names=missing)

@@ -387,7 +387,7 @@ class MariaDBTriggers(TableTriggers):
     def _guard(self, *, is_update: bool) -> str:
         """Return what locks the evidence for each location that has come into the row, those of variants last, or refuses it.
 
-        A row is no evidence for what it has brought in itself; an update may give a column what any had before.
+        A row is not evidence for what it has brought in itself; an update may give a column what any had before.
         """
         new, old = self._chosen("NEW"), self._chosen("OLD")
         original = _value_of(new, "location")
@@ -470,7 +470,7 @@ class MariaDBTriggers(TableTriggers):
     def _lock_intents(self) -> str:
         """Return the SQL that locks every pending intent of the location, and then checks that it is not fenced.
 
-        An intent of it as a variant of another original, or as no variant, is no evidence: its worker would not look for the
+        An intent of it as a variant of another original, or as no variant, is not evidence: its worker would not look for the
         object where it is now.
         """
         is_of_it = f"i.location = {_LOCATION} AND {_exactly('i.location')} = {_LOCATION}"

@@ -298,7 +298,7 @@ class SQLiteTriggers(TableTriggers):
     def _guard(self, new: str, message: str) -> str:
         """Return the SELECT that fails if an object that a column gets may be gone, or is about to go.
 
-        An intent of the object as a variant of another one is no evidence: its worker looks for it in the rows of that one only.
+        An intent of the object as a variant of another one is not evidence: its worker looks for it in the rows of that one only.
         """
         holders = [
             f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, 'w.location')})" for item in self.table.holders
@@ -375,7 +375,7 @@ def _ref(ref: str) -> str:
 
 
 def _variants(ref: str, beside: str = "") -> str:
-    """Return the SELECT of the variants of a ref, as `_nominate` takes it; what is no ref has no location.
+    """Return the SELECT of the variants of a ref, as `_nominate` takes it; what is not a ref has no location.
 
     Args:
         ref: The ref.
@@ -389,7 +389,7 @@ def _variants(ref: str, beside: str = "") -> str:
 
 
 def _variant_field(variant: str, key: str) -> str:
-    """Return a text of a row of `json_each`; a JSON function would fail on a value that is no object."""
+    """Return a text of a row of `json_each`; a JSON function would fail on a value that is not an object."""
     return f"CASE {variant}.type WHEN 'object' THEN {_field(f'{variant}.value', key)} END"
 
 

@@ -97,7 +97,7 @@ class AbortCases(Cases):
 
     @pytest.mark.parametrize("known", ["by its id", "by its location"])
     async def test_abort_of_what_is_finished(self, backend: StorageBackend, known: str) -> None:
-        """An abort after the end, or of an upload that was aborted before, is no error and leaves the object as it is."""
+        """An abort after the end, or of an upload that was aborted before, is not an error and leaves the object as it is."""
         aborter = self.require_ability(backend, SupportsAbort)
         self._needs_ids(known)
         async with self._upload_in_progress(backend) as upload:

@@ -341,14 +341,14 @@ def rederive(
 
 
 def require_columns(binding: StorageBinding, columns: Collection[str]) -> None:
-    """Refuse what is not an attachment column of a binding, as `table.column`; raise `ConfigurationError`."""
+    """Raise `ConfigurationError` unless each is an attachment column of a binding, as `table.column`."""
     known = sorted(f"{item.table.fullname}.{item.column.name}" for item in _attachment_types(binding))
     if unknown := sorted(set(columns).difference(known)):
         raise ConfigurationError(f"{unknown[0]!r} is not an attachment column (there are: {', '.join(known) or 'none'})")
 
 
 def require_names(binding: StorageBinding, names: Collection[str], *, drop_undeclared: bool) -> None:
-    """Refuse names of variants and effects that no column declares, unless such are to be dropped; raise `ConfigurationError`."""
+    """Raise `ConfigurationError` for variants and effects that no column declares, unless such are to be dropped."""
     declared = sorted({name for item in _attachment_types(binding) for name in (*item.variants, *item.effects)})
     if (unknown := sorted(set(names).difference(declared))) and not drop_undeclared:
         raise ConfigurationError(

@@ -709,7 +709,7 @@ def require_size(size: int, max_size: int | None) -> None:
 
 
 def require_declared_size(size: object) -> None:
-    """Refuse a declared size that no content can have."""
+    """Raise `ValueError` unless a declared size is a number of bytes."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise ValueError(f"size must be a number of bytes, not {size!r}")
 

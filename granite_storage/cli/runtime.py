@@ -276,7 +276,7 @@ def in_options(text: str) -> str:
 
 @contextmanager
 def usage_of(option: str) -> Iterator[None]:
-    """Report an error in the block as one of the command's usage: an option, or an argument, has a value that cannot be."""
+    """Report an error in the block as a usage error: an option or an argument has an impossible value."""
     try:
         yield
     except (ConfigurationError, InvalidLocationError) as error:

@@ -28,7 +28,7 @@ class ReferenceSource:
         raise NotImplementedError
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
-        """Refuse what could not be relied on; by default nothing.
+        """Raise `CollectionRefusedError` if the references cannot be relied on; by default they can.
 
         Raises:
             CollectionRefusedError: The message says what, and what to do.

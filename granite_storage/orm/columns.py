@@ -482,7 +482,7 @@ def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> dict[s
 
 
 def _require_names(column: str, declared: object, several: str, one: str, values: str) -> None:
-    """Refuse what does not map names, such as those of variants, to what they stand for."""
+    """Raise `ConfigurationError` unless a mapping maps valid names to what they stand for, such as variants."""
     if not isinstance(declared, Mapping):
         raise ConfigurationError(f"{several} of {column} must map names to {values}, not be a {type(declared).__name__}")
     for name in declared:

@@ -222,7 +222,7 @@ class Scan:
                 raise ConfigurationError(f"the table {table.fullname} has no primary key to identify its rows: give it one")
 
     def require_key(self, key: str) -> None:
-        """Refuse what is not the key of a row.
+        """Raise `ConfigurationError` unless a text is the key of a row.
 
         Raises:
             ConfigurationError: It is none of this base's.

@@ -91,14 +91,14 @@ class Holding:
         return found
 
     def wants(self, name: str, recipe: str | None) -> bool:
-        """Return whether the column declares a variant of this original by a recipe, and the row does not have it so."""
+        """Return whether the column declares a variant of this original, and the row does not have it by this recipe."""
         declared, found = self.column_type.variants.get(name), self.variants.get(name)
         if declared is None or declared.digest != recipe or (found is not None and found.get("recipe") == recipe):
             return False
         return declared.accept is None or declared.is_for(self.ref)
 
     def takes(self, name: str, made: MadeVariant) -> bool:
-        """Return whether the row is to have a variant that was made, where it holds what was seen before."""
+        """Return whether the row still holds what was seen before, and is to have the variant that was made."""
         declared = self.column_type.variants.get(name)
         is_forced = made.replaces_same and declared is not None and declared.digest == made.ref.recipe
         return is_forced or self.wants(name, made.ref.recipe)

@@ -505,7 +505,7 @@ class MultipartParser:
         return after
 
     def _is_open(self, after: re.Match[bytes]) -> bool:
-        """Return whether more of the body must say if it is a delimiter."""
+        """Return whether it depends on more of the body if this is a delimiter."""
         return after["open"] is not None and not self._is_last(after)
 
     def _is_last(self, after: re.Match[bytes]) -> bool:

@@ -567,7 +567,7 @@ def upload_form(
 
 
 def require_names(argument: str, names: object) -> None:
-    """Refuse one text where several are meant: its characters would be the names."""
+    """Raise `TypeError` for one string where several names are meant: its characters would be the names."""
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"{argument} takes names of fields, such as ['avatar'], not {names!r}")
 

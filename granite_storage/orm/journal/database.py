@@ -98,7 +98,7 @@ class JournalPool:
         return as_async_engine(inner)
 
     def _bring_events(self, inner: Engine) -> None:
-        """Let the application's own events come along; the library's are those of its sessions."""
+        """Copy the listeners of the application's engine to the journal's."""
         copy_listeners(self._outer, inner)
 
     @property
@@ -130,7 +130,7 @@ class JournalPool:
         return tables
 
     async def open(self) -> object:
-        """Make ready what a session could not wait for, once the tables were found to be fit."""
+        """Prepare what a session could not wait for, once the tables have passed their checks."""
 
     async def forget_uploads(self, locations: Sequence[str]) -> None:
         """Delete the intents of uploads that outlive the COMMIT of their rows, once these objects are gone."""
@@ -166,7 +166,7 @@ class JournalPool:
         return self.dialect == "postgresql"
 
     def within(self, seconds: float) -> Self:
-        """Return the same pool for callers that hold a connection already: whose transactions must not wait without end.
+        """Return the same pool for callers that already hold a connection, so that their transactions wait only so long.
 
         Raises:
             BackendUnavailableError: From then on, by a transaction of it that has not ended in time.

@@ -491,7 +491,7 @@ class SidecarPool(_LockingPool):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def of(self, main: SQLitePool) -> SidecarPool:
-        """Return the same pool, bound as the connections to the rows' database are."""
+        """Return the same pool, with the time limit of the connections to the rows' database."""
         bounded = self.within(main._patience)
         bounded._main = main
         return bounded

@@ -261,7 +261,7 @@ def migrate(
         concurrency: How many rows are processed at a time.
         after: The `report.key` of an earlier run, to continue after it; the rows before it are re-checked at the end.
         bytes_per_second: The most bytes that are copied per second; None for no limit.
-        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+        schemas: The schemas, by their names in the database; empty for all. Tables in a schema that is named count as the
             application's own.
 
     Returns:

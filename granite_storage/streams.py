@@ -127,7 +127,7 @@ _threads = ThreadPool("granite-source", 32, max_stuck=480)
 
 
 Claim: TypeAlias = Callable[[object], AbstractContextManager[object]]
-"""Stands around the reading of a source."""
+"""Wraps the reading of a source."""
 
 
 class _Readings:
@@ -224,7 +224,7 @@ def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGener
     Args:
         source: A binary file object, an object with an async `read`, an async iterable or an iterable of bytes-like chunks,
             or bytes. A chunk may be a buffer that the producer uses again once the next chunk is asked for.
-        claim: Stands around the reading of a file or an iterator, from its first chunk to its end.
+        claim: Wraps the reading of a file or an iterator, from its first chunk to its end.
 
     Raises:
         TypeError: It is none of these, a text stream, a file that is only written, or a set or mapping, whose order says nothing;

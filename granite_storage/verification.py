@@ -221,7 +221,7 @@ def verify(
         concurrency: How many rows are checked at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
-        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+        schemas: The schemas, by their names in the database; empty for all. Tables in a schema that is named count as the
             application's own.
 
     Returns:

@@ -52,9 +52,9 @@ class ObjectStoreBackend(RemoteBackend):
             `az://container`, `https://host/folder`, `memory:///` or `file:///folder`.
         config: The store's own options, for a URL, as obstore has them, such as `{"region": "eu-central-1"}`; those of the HTTP
             client are refused here.
-        client_options: Of the HTTP client, for a URL: timeouts, proxies, `{"allow_http": True}`. Beside what is given, a
-            connection is waited for 10 seconds, and bytes for 60.
-        retry_config: For a URL: which failures are tried again, and how. Beside what is given, 4 times within 60 seconds.
+        client_options: Options of the HTTP client, for a URL: timeouts, proxies, `{"allow_http": True}`. By default it waits 10
+            seconds for a connection, and 60 for bytes.
+        retry_config: For a URL: which failures are retried, and how; by default 4 times within 60 seconds.
         credential_provider: For a URL: a callable of yours that gives credentials.
         part_size: The size of the parts in bytes, at least 5 MiB. An object has 10,000 parts at the most, 78 GiB by default.
         part_concurrency: The most parts of one write in flight at a time; two more are in memory.

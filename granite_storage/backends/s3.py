@@ -215,9 +215,9 @@ class S3StorageBackend(RemoteBackend):
     """Stores each object under one key of a bucket.
 
     A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
-    one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A request that fails for a
-    passing reason is retried; where its answer was lost, a HEAD tells what became of it. A write that fails or is
-    cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
+    one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A transient
+    failure is retried; if the response to a write was lost, a HEAD tells its outcome. A write that fails or is cancelled leaves
+    no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
     A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
     What is cut off, or lost its connection, is opened again by `StoredObjectReader`, with the same version of the object or not
@@ -233,7 +233,7 @@ class S3StorageBackend(RemoteBackend):
 
     Args:
         bucket: The bucket's name; it must exist.
-        prefix: Whole segments, such as `app/uploads`, under which everything is kept; no location shows them.
+        prefix: Whole segments, such as `app/uploads`, before every key; locations do not contain them.
         session: An `aioboto3.Session` or an `aiobotocore.session.AioSession`, which stays yours; None makes one from the
             environment, of aioboto3 where both are installed.
         endpoint_url: The server, where it is not Amazon's.

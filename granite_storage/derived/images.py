@@ -40,8 +40,8 @@ _PLACEHOLDER = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]{1,377}")
 class ImageVariant:
     """An image in another size and format, made in a worker process.
 
-    An image is never made larger, is turned upright, and is in sRGB. It carries nothing else of the original: no place, no
-    camera, no comment, no colour profile.
+    An image is never enlarged, is turned upright, and is converted to sRGB. It has no metadata of the original: no location,
+    camera, comment or colour profile.
 
     ======================================  ==============================================================================
     Original                                Result
@@ -76,7 +76,7 @@ class ImageVariant:
         quality: From 1 to 100; by default 80 for WebP, 82 for JPEG and 60 for AVIF. PNG has none.
         when: When it is made: `flush`, `later` or `request`.
         accept: The media types of the originals that have the variant; those of other types are stored without it. None for all.
-            An original of unknown type is looked at, and refused where it is not an image.
+            An original of unknown type is examined, and refused if it is not an image.
         background: The colour behind a transparent image, `#rrggbb`; None keeps it transparent where the format can.
         animated: Whether an animation stays one, in WebP.
         placeholder: Whether the receipt's `media` gets a `placeholder`: a tiny WebP as a data URL of at most 400 bytes.

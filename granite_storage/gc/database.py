@@ -411,7 +411,7 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"
     if other.session_factory is None:
-        return f"{what}, and it has no sessions to read its references with: pass sessions= to bind_storage()"
+        return f"{what}, and it has no sessions to read its references with: pass session_factory= to bind_storage()"
     return f"{what}, in another database, which cannot be read in the same snapshot: pass iter_references, which reads both"
 
 

@@ -38,13 +38,13 @@ _TCP_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]@]+)):(\
 class ClamdScanner:
     """Scans uploads with clamd, each over a separate connection, as a stream.
 
-    An upload is clean only where clamd says so of the whole of it. Every wait for clamd is bounded, and an answer is read to a
-    few KiB only. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
+    An upload is clean only if clamd has received all of it and says so. Every wait for clamd is bounded, and at most a few KiB
+    of an answer are read. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
     processes that are forked; nothing is opened when it is made.
 
-    Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. Of
-    what is over `MaxFileSize`, `MaxScanSize` or `MaxRecursion` it says OK without having looked at all of it, unless it has
-    `AlertExceedsMax yes`, which makes that a finding. The connection is neither encrypted nor authenticated.
+    Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. It
+    reports content over `MaxFileSize`, `MaxScanSize` or `MaxRecursion` as clean without scanning all of it, unless
+    `AlertExceedsMax yes` makes that a finding. The connection is neither encrypted nor authenticated.
 
     Args:
         address: Where clamd listens: `host:port`, `[::1]:3310`, or a unix socket, as an absolute path or as `unix:/path`.

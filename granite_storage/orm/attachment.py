@@ -541,7 +541,8 @@ class _StoredFile:
 
         Raises:
             StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
-                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
+                or has been deleted; known only if `bind_storage` was given a `session_factory`. Load
+                the row again.
             StorageError: As `StorageManager.get`.
         """
         try:

@@ -127,7 +127,7 @@ class DirectUploads:
     """Lets clients upload files directly to the storage, and checks them before a row takes them.
 
     `begin` returns a signed request for one file. The client sends it: to S3 itself, to any other backend through this object,
-    which is an ASGI application for that. `finish` copies what has arrived to where no client can write, checks the copy, and
+    which is an ASGI application for that. `finish` copies the file to a location that no client can write, checks the copy, and
     returns an attachment for a row to take. Sending the file again later changes nothing that a row refers to.
 
     With a journal, uploads that are never finished or arrive late are deleted by it. Without one they are left to the garbage

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Column, Connection, Table, Text, cast, exists, literal_column, select
+from sqlalchemy import Column, Connection, Table, Text, cast, exists, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
@@ -19,6 +19,10 @@ from granite_storage.orm.columns import as_found
 from granite_storage.orm.discovery import find_with_refs
 from granite_storage.orm.locking import Catalogue, Place, describe_obstacles, read_catalogue
 
+_MARIADB_TABLE = text("""
+    SELECT table_schema, table_name FROM information_schema.tables
+    WHERE table_name = :name AND table_schema = COALESCE(:schema, DATABASE())
+""")
 _TO_CHOOSE = "if it belongs to this application, name its schema (schemas=...)"
 
 
@@ -88,7 +92,14 @@ def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
 
     It blocks: call it with `AsyncConnection.run_sync`.
     """
-    return read_catalogue(connection, [], [table]).table(schema_on(connection, table), table.name)
+    schema = schema_on(connection, table)
+    found = read_catalogue(connection, [], [table]).table(schema, table.name)
+    if found is None and connection.dialect.name in ("mysql", "mariadb"):
+        # The catalogue has no columns of a table for a role that may change it and not use it.
+        names = {"name": table.name, "schema": schema}
+        row = connection.execute(_MARIADB_TABLE, names, execution_options=UNTRANSLATED).first()
+        found = None if row is None else (str(row[0]), str(row[1]))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -903,7 +903,7 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
 
 
 def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    """Return a value that SQL reads from a column's JSON, and NULL where the column contains none, instead of an error."""
     return case((func.json_valid(column) == 1, value))
 
 

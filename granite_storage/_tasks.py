@@ -143,7 +143,7 @@ async def repeat(
 ) -> NoReturn:
     """Run work repeatedly until the task is cancelled; an error is logged, and does not prevent the next run.
 
-    So is a CancelledError, or another `BaseException`, that was not asked for.
+    So is a CancelledError, or another `BaseException`, if nothing has cancelled the task.
 
     Args:
         work: The work.

@@ -398,17 +398,14 @@ class _Call:
 
 def _start(*descriptors: int) -> subprocess.Popen[bytes]:
     """Start a process that inherits descriptors, and whose arguments they are."""
-    try:
-        return subprocess.Popen(  # noqa: S603  # our own program
-            [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, *map(str, descriptors)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=descriptors,
-            start_new_session=True,  # a group of its own, to be killed with its children, out of reach of Ctrl-C
-        )
-    except OSError as error:
-        raise DerivationUnavailableError("no worker process can be started") from error
+    return subprocess.Popen(  # noqa: S603  # our own program
+        [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, *map(str, descriptors)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        start_new_session=True,  # a group of its own, to be killed with its children, out of reach of Ctrl-C
+    )
 
 
 class _Worker:
@@ -418,15 +415,18 @@ class _Worker:
         self.jobs = 0
         self.idle_since: float = time.monotonic()
         self._is_disposed = False
-        with ExitStack() as on_failure:
-            self._socket, channel = socket.socketpair()
-            on_failure.enter_context(self._socket)
-            with channel:
-                self._lifeline, lifeline = socket.socketpair()
-                on_failure.enter_context(self._lifeline)
-                with lifeline:
-                    self._process = _start(channel.fileno(), lifeline.fileno())
-            on_failure.pop_all()
+        try:
+            with ExitStack() as on_failure:
+                self._socket, channel = socket.socketpair()
+                on_failure.enter_context(self._socket)
+                with channel:
+                    self._lifeline, lifeline = socket.socketpair()
+                    on_failure.enter_context(self._lifeline)
+                    with lifeline:
+                        self._process = _start(channel.fileno(), lifeline.fileno())
+                on_failure.pop_all()
+        except OSError as error:
+            raise DerivationUnavailableError("no worker process can be started") from error
         self._socket.settimeout(_START_SECONDS)
         with suppress(OSError):  # it has died already, which the first call finds
             self._send({"path": [os.path.abspath(path) for path in sys.path], "idle": idle_timeout}, [])

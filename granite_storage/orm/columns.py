@@ -845,8 +845,9 @@ def json_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElement
 
 def variants_in(column: Column[Any], dialect: str) -> ColumnElement[str]:
     """Return the variants in a column's refs as JSON text, in SQL; NULL where there are none. `variant_locations` reads it."""
-    variants = json_in(column, "variants", dialect)
-    return cast(variants, Text()) if dialect == "postgresql" else variants
+    if dialect == "postgresql":  # not by `json_in`: the column of a clone may be of `json`, with numbers that no `jsonb` can have
+        return cast(column.op("->", return_type=JSONB())(literal_column("'variants'")), Text())
+    return json_in(column, "variants", dialect)
 
 
 def variant_locations(variants: str | None) -> set[str]:
@@ -902,7 +903,7 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
 
 
 def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return what SQLite finds in a column's JSON; NULL, and no error, if the value is not JSON."""
+    """Return a value that SQL reads from a column's JSON; NULL, and no error, where the column contains none."""
     return case((func.json_valid(column) == 1, value))
 
 

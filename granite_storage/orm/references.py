@@ -261,10 +261,13 @@ class Scan:
                     break
                 key = page[-1].primary_key
 
-    @asked_to_the_end
     async def count(self) -> int:
         """Return the number of these rows."""
         await self._look()
+        return await self._count()
+
+    @asked_to_the_end
+    async def _count(self) -> int:
         total = 0
         for found in self._found:
             async with self._connection(found.table) as connection:

@@ -760,15 +760,17 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             await connection.execute(nothing)
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
         except DBAPIError as error:
-            if (denied := explain_denied(error, pool.role)) is not None:
-                raise denied from error.orig
             name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
+            problem = f"the journal's table {name} is missing or is of another version: {error.orig}"
+            if (denied := explain_denied(error, pool.role)) is not None:
+                if pool.dialect == "postgresql":
+                    raise denied from error.orig
+                problem = f"{denied}; or {name} is missing, of which MariaDB says the same where the role may not use the schema"
             raise _refuse(
-                f"the journal's table {name} is missing or is of another version: {error.orig}. Create it with the models' own"
-                " (Base.metadata.create_all or a migration) after journal_tables(Base.metadata). Sessions with a"
-                " schema_translate_map of their own share one set of the journal's tables: it is where the engine that was passed"
-                " to StorageJournal finds it, with that engine's map if it has one, or in"
-                " journal_tables(Base.metadata, schema=...)"
+                f"{problem}. Create it with the models' own (Base.metadata.create_all or a migration) after"
+                " journal_tables(Base.metadata). Sessions with a schema_translate_map of their own share one set of the"
+                " journal's tables: it is where the engine that was passed to StorageJournal finds it, with that engine's map"
+                " if it has one, or in journal_tables(Base.metadata, schema=...)"
             ) from error
 
 

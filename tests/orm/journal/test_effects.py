@@ -499,6 +499,17 @@ class TestRederived:
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
 
+    async def test_workers_have_died_of_it(self, env: OrmEnvironment) -> None:
+        """A worker calls it, alone; a run calls others beside it, and is a process of the application."""
+        index = SearchIndex(env)
+        with with_effects({"search": index.effect}):
+            await env.add(Doc(id=1, file=file("x")))
+            async with env.engine.begin() as connection:
+                await connection.execute(update(journal_of(env).tables.job).values(takeovers=2))
+            assert (await rederive(env.binding)).counts == {RederivationStatus.RECORDED: 1}
+            assert index.calls == []
+            assert await verbs(env, index) == ["put"]
+
 
 def _synchronous(event: EffectEvent) -> None:
     raise AssertionError(event)

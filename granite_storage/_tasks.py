@@ -143,7 +143,7 @@ async def repeat(
 ) -> NoReturn:
     """Run work repeatedly until the task is cancelled; an error is logged, and does not prevent the next run.
 
-    So is a CancelledError, or another `BaseException`, if nothing has cancelled the task.
+    A CancelledError, or another `BaseException`, is such an error if nothing has cancelled the task.
 
     Args:
         work: The work.

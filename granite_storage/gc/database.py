@@ -673,7 +673,7 @@ def _journals_in(
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
     template = _journal_in(None)
     needed = {template.intent.name, template.reclaim.name}
-    # By any of their columns: MariaDB shows a role no others than those that it has rights on.
+    # By any of their columns: MariaDB shows a role only those that it has rights on.
     names = sorted({column.name for table in (template.intent, template.reclaim) for column in table.columns})
     found: dict[str, set[str]] = {}
     for schema, name, *_ in find_named(connection, sorted(needed), names):

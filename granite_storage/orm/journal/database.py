@@ -765,7 +765,7 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             if (denied := explain_denied(error, pool.role)) is not None:
                 if pool.dialect == "postgresql":
                     raise denied from error.orig
-                problem = f"{denied}; or {name} is missing, of which MariaDB says the same where the role may not use the schema"
+                problem = f"{denied}; or {name} is missing, which MariaDB reports alike where the role may not use the schema"
             raise _refuse(
                 f"{problem}. Create it with the models' own (Base.metadata.create_all or a migration) after"
                 " journal_tables(Base.metadata). Sessions with a schema_translate_map of their own share one set of the"

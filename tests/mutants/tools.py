@@ -57,8 +57,8 @@ MUTANTS = [
         name="alembic-unwritten-objects-stay",
         rule="Objects of a step whose rows could not be written are removed.",
         path="granite_storage/alembic/operations.py",
-        old="                    _undo(made)\n",
-        new="                    pass\n",
+        old="                unwritten.callback(_undo, made)",
+        new="                unwritten.callback(_undo, [])",
         tests=("tests/alembic/test_migration_contexts.py::test_a_row_that_cannot_be_written_leaves_no_object",),
     ),
     Mutant(

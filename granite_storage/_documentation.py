@@ -8,7 +8,7 @@ DOCUMENTATION = "https://granite-storage.readthedocs.io/en/stable/"
 
 
 class Page(Enum):
-    """A page and a heading of the documentation; each is there, or the documentation is not built."""
+    """A page and a heading of the documentation, whose build checks that each exists."""
 
     ALEMBIC = "migrations.html#journal-tables"
     ATTACHMENTS = "sqlalchemy.html#storing-and-reading"

@@ -1,4 +1,4 @@
-"""The engine: how an object is prepared, stored with a receipt or not at all, copied, read, listed and deleted.
+"""The engine that prepares, stores, copies, reads, lists and deletes objects.
 
 The manager, the ORM hooks, the garbage collector, the web and the command line all go this one way.
 """
@@ -81,7 +81,7 @@ from granite_storage.streams import (
     expected_size,
     fingerprint,
     is_upload,
-    regrouped,
+    regroup,
     require_checksum,
     require_declared_size,
     require_size,
@@ -147,14 +147,14 @@ class PreparedUpload:
 
     @property
     def preview(self) -> UploadPreview:
-        """What is known of it, as its checks see it, but for its content."""
+        """What the checks know of the upload besides its content."""
         return UploadPreview(
             self.policy.storage_key, b"", self.original_filename, declared_type=self.content_type, content_type=self.content_type
         )
 
     def judged(self, verdict: Verdict) -> PreparedUpload:
-        """Return it as its checks have let it in."""
-        return PreparedUpload(  # in half the time that replace() takes
+        """Return the upload as its checks have accepted it."""
+        return PreparedUpload(  # replace() would take twice as long
             self.policy,
             self.location,
             verdict.content_type,
@@ -171,14 +171,14 @@ class PreparedUpload:
         return replace(self, checks=replace(checks, validators=(*checks.validators, validator)))
 
     def as_copy_of(self, ref: StoredObjectRef) -> PreparedUpload:
-        """Return it with what is known of the object that it becomes a copy of, which is not judged twice under one policy."""
+        """Return the upload as a copy of an object; within one policy the checks are not repeated."""
         checks = self.checks
         if checks is not None and ref.storage_key == self.policy.storage_key and checks.were_passed_by(ref.media, ref.scan):
             checks = checks.validation
         return replace(self, checks=checks, media=ref.media, scan=ref.scan)
 
     def derived_as(self, content_type: str | None, filename: str | None, media: Mapping[str, Any] | None) -> PreparedUpload:
-        """Return a variant with what its recipe says of the content, now that it is made."""
+        """Return the variant with what its recipe says of the finished content."""
         require_content_type(content_type or None)
         kept = storable(media, "media") if media else self.media
         return replace(self, content_type=content_type or None, original_filename=clean_filename(filename), media=kept)
@@ -186,7 +186,7 @@ class PreparedUpload:
     def receipt(
         self, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None = None
     ) -> StoredObjectRef:
-        """Return the ref of the object, now that its bytes are known.
+        """Return the ref of the stored object.
 
         Args:
             size: How many they are.
@@ -237,7 +237,7 @@ def _can_be_kept(content_type: str) -> bool:
 
 
 def require_content_type(content_type: object) -> None:
-    """Refuse what cannot be kept as a media type; None is none."""
+    """Raise `InvalidReferenceError` unless the value is None or a media type that can be kept."""
     if content_type is not None and not (isinstance(content_type, str) and _can_be_kept(content_type)):
         raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")
 
@@ -263,12 +263,12 @@ class Lifecycle:
         self._lock = threading.Lock()
 
     def call(self, *, while_closing: bool = False) -> _Call:
-        """Stand around one call: refuse it where the manager is closed or, as a rule, closing, and let closing wait for it."""
+        """Guard one call: refuse it if the manager is closed or, by default, closing, and let closing wait for it."""
         return _Call(self._here(), asyncio.current_task(), while_closing)
 
     @asynccontextmanager
     async def upload(self, begin: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[None]:
-        """Stand around a call that takes a stream in; wait for room, except in a call that has room already.
+        """Guard a call that stores a stream, and wait for an upload slot, unless the enclosing call has one already.
 
         Args:
             begin: Waits for the first piece of the stream; a stream that yields nothing takes no room.
@@ -289,7 +289,7 @@ class Lifecycle:
                     state.with_room.discard(task)
 
     def track(self, reader: StoredObjectReader) -> None:
-        """Have a reader closed with the manager, if it is still open then."""
+        """Close a reader together with the manager, if it is still open then."""
         self._here().readers.add(reader)
 
     async def open(self) -> None:
@@ -331,7 +331,7 @@ class Lifecycle:
 
 
 class _Call:
-    """Stands around one call. A class, since a generator took twice as long, and an insert with a file needs four."""
+    """Guards one call. It is a class because a generator took twice as long, and an insert with a file needs four."""
 
     __slots__ = ("_state", "_task")
 
@@ -446,7 +446,7 @@ def describe_mismatch(backend_key: str, identity: str, found: str | None) -> str
 
 
 async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | None:
-    """Return whether two backends lead to the same objects; None where one of them does not tell its places."""
+    """Return whether two backends lead to the same objects; None if one of them does not name its places."""
     if backend is other:
         return True
     places, others = await places_of(backend), await places_of(other)
@@ -463,7 +463,7 @@ async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
         return None
     try:
         return tuple(await backend.identities())
-    except AccessDeniedError:  # S3 says so also where there is none, to those who may not list
+    except AccessDeniedError:  # without s3:ListBucket, S3 denies access to missing objects too
         return ()
 
 
@@ -474,7 +474,7 @@ async def places_of(backend: StorageBackend) -> set[Place] | None:
     places = set(await backend.places())
     try:
         identities = await identities_of(backend) or ()
-    except BackendError:  # it is out of reach, and only the one that is collected has to be
+    except BackendError:  # it is unreachable; only the backend that is collected must answer
         identities = ()
     for identity in identities:
         store, _, prefix = identity.partition("/")
@@ -551,7 +551,7 @@ class Engine:
         extra: Mapping[str, Any] | None = None,
         **owner: Unpack[Owner],
     ) -> PreparedUpload:
-        """Choose the location of an object, and check what is to be kept of it; nothing is stored.
+        """Choose the location of an object, and check its metadata; nothing is stored.
 
         It is for what must know the location before there is anything at it, such as a journal. It is good for one object.
         """
@@ -570,7 +570,7 @@ class Engine:
     def prepare_variant(
         self, source: str, filename: str, recipe: str, *, storage_key: str, **owner: Unpack[Owner]
     ) -> PreparedUpload:
-        """Choose the location of a variant, as `prepare` does; what clients may send does not bind it.
+        """Choose the location of a variant, as `prepare` does; the limits of client uploads do not apply.
 
         Args:
             source: The location of its original.
@@ -590,7 +590,7 @@ class Engine:
         extra: Mapping[str, Any] | None = None,
         **owner: Unpack[Owner],
     ) -> PreparedUpload:
-        """Choose the location of a copy of an object, as `prepare` does; None for the policy and the own keys of the ref."""
+        """Choose the location of a copy, as `prepare` does; None keeps the policy and the own keys of the ref."""
         with self._lifecycle.call(), self._at(ref) as source:
             # What a backend itself wrote into `extra` would be untrue of a copy elsewhere.
             own_keys = source.extra_keys if isinstance(source, SupportsExtraKeys) else frozenset[str]()
@@ -628,7 +628,7 @@ class Engine:
                     return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
                 expected = expected_size(content) if size is None else size
                 if prepared.checks.strip is None:
-                    pieces: Pieces = regrouped(stream)
+                    pieces: Pieces = regroup(stream)
                 else:  # what is declared is true of what comes in, not of what is stored
                     pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
                 gate = load_gate().Gate(pieces, prepared.checks, replace(prepared.preview, size=expected))
@@ -699,7 +699,7 @@ class Engine:
                 " StoragePolicy(..., scanner=...)"
             )
         with self._lifecycle.call():
-            async with self.open(ref, verify=True) as reader, aclosing(regrouped(aiter(reader))) as pieces:
+            async with self.open(ref, verify=True) as reader, aclosing(regroup(aiter(reader))) as pieces:
                 verdict = await scan_stored(policy.scanner, pieces)
         return type(ref).from_dict({**ref.to_dict(), "scan": verdict})
 
@@ -720,7 +720,7 @@ class Engine:
     async def list(
         self, storage_key: str, prefix: str = "", *, start_after: str | None = None
     ) -> AsyncGenerator[ObjectInfo, None]:
-        """Yield the objects of a policy whose locations go on with `prefix` after the policy's own."""
+        """Yield the objects of a policy whose locations continue with `prefix` after the policy's own prefix."""
         policy = self.policy(storage_key)
         with self._lifecycle.call():  # closing the manager waits for calls, not for an iteration that may never end
             whole = prefix if policy.key_prefix is None else f"{policy.key_prefix}/{prefix}"
@@ -742,7 +742,7 @@ class Engine:
             await backend.delete(ref.location)
 
     async def delete_many(self, backend_key: str, locations: Sequence[str]) -> Mapping[str, StorageError]:
-        """Delete what is at locations of one backend, in few requests where it can; return what could not be deleted, and why."""
+        """Delete the objects at locations of one backend, in batches if it can; return the failures with their errors."""
         for location in locations:
             check_location(location)
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
@@ -760,7 +760,7 @@ class Engine:
         return failures
 
     async def delete_upload(self, backend_key: str, location: str, upload_id: str | None = None) -> None:
-        """Delete what is at a location that no ref leads to, and what an upload there that was cut off has left.
+        """Delete the object at a location without a ref, and the remains of an interrupted upload there.
 
         Args:
             backend_key: The backend's key.
@@ -774,12 +774,12 @@ class Engine:
                 await backend.abort_upload(location, upload_id)
 
     async def identity(self, backend_key: str) -> str | None:
-        """Return the identity of a backend's store, which is given one where it has none; None where it can keep none."""
+        """Return the identity of a backend's store, created at its first use; None if the store cannot keep one."""
         with self._lifecycle.call(), self._attribute_errors(backend_key):
             return await self._current_identity(backend_key)
 
     def public_url(self, ref: StoredObjectRef) -> str:
-        """Return the URL at which anybody can read an object of a public policy."""
+        """Return the URL at which anyone can read an object of a public policy."""
         require_ref(ref)
         policy = self.policy(ref.storage_key)
         if policy.public is None:
@@ -837,7 +837,7 @@ class Engine:
     async def upload_request(
         self, prepared: PreparedUpload, *, expires_in: timedelta, min_size: int, max_size: int
     ) -> UploadRequest | None:
-        """Return a request with which a client stores an object directly in its backend; None where that signs none.
+        """Return a request with which a client stores an object directly in its backend; None if that signs none.
 
         What a client stores by it is not verified.
 
@@ -868,14 +868,14 @@ class Engine:
             await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
 
     async def _current_identity(self, backend_key: str) -> str | None:
-        """Return the identity of a store for new refs, given at its first use; no upload fails because a store keeps none."""
+        """Return the identity of a store for new refs, created at its first use; no upload fails for lack of one."""
         backend = self._identified.get(backend_key)
         if backend is None:
             return None
         try:
             return next(iter(await backend.identities(create=True)), None)
         except (BackendUnavailableError, ConfigurationError):
-            return None  # the write will meet the same, and say so
+            return None  # the write fails for the same reason, and its error says so
         except StorageError as error:
             self._identified.pop(backend_key, None)
             logger.warning(
@@ -887,13 +887,13 @@ class Engine:
             return None
 
     def _at(self, ref: StoredObjectRef) -> _AttributedErrors:
-        """Give the backend that a ref names, once the ref is found to be one that leads nowhere else."""
+        """Yield the backend that a ref names, after checking the ref and its location."""
         require_ref(ref)
         check_location(ref.location)
         return self._attribute_errors(ref.backend)
 
     def _attribute_errors(self, backend_key: str) -> _AttributedErrors:
-        """Give a backend, and put its key on the errors it raises: a backend does not know what it is called."""
+        """Yield a backend, and add its key to the errors that it raises, because a backend does not know its own key."""
         return _AttributedErrors(backend_key, self.backend(backend_key))
 
     async def _put_bytes(
@@ -919,7 +919,7 @@ class Engine:
             return await self._receipt(prepared, len(data), checksum, details, identity)
 
     async def _store(self, prepared: PreparedUpload, content: MeasuredStream, gate: Gate | None = None) -> StoredObjectRef:
-        """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
+        """Store a stream; nothing is awaited between publication and receipt, so no cancellation can separate the two."""
         key = prepared.policy.backend_key
         judged = prepared if gate is None else prepared.judged(gate.verdict)
         try:
@@ -981,12 +981,12 @@ class Engine:
             except BaseException:
                 await reader.aclose()
                 raise
-            # Iteration to the end has let go of the handle already.
+            # Iterating to the end has released the handle.
             return copy
 
 
 class _AttributedErrors:
-    """Gives a backend, and puts its key on the errors that it raises."""
+    """Yields a backend, and adds its key to the errors that it raises."""
 
     __slots__ = ("_backend", "_key")
 
@@ -1004,7 +1004,7 @@ class _AttributedErrors:
 
 @contextmanager
 def _stored_headers(prepared: PreparedUpload) -> Iterator[str | None]:
-    """Stand around a write or a copy, which stores the headers that the policy's public needs; give the media type to store."""
+    """Set the headers that a public policy stores, during a write or a copy; yield the media type to store."""
     public, content_type, headers = prepared.policy.public, prepared.content_type, None
     if public is not None:
         disposition = content_disposition(public.disposition, prepared.original_filename, content_type)
@@ -1023,13 +1023,13 @@ def _require_mapping(argument: str, value: object) -> None:
 
 
 def require_seconds(argument: str, value: object) -> None:
-    """Refuse what is no time to wait."""
+    """Raise `ConfigurationError` unless the value is a number of seconds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise ConfigurationError(f"{argument} must be a number of seconds, not {value!r}")
 
 
 def require_positive(argument: str, value: object) -> None:
-    """Refuse what is no number of things, of which there must be some."""
+    """Raise `ConfigurationError` unless the value is None or a number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{argument} must be a number of at least 1, or None, not {value!r}")
 
@@ -1061,7 +1061,7 @@ def _require_policy(key: object, policy: object, backends: Mapping[str, StorageB
 
 
 def require_ref(ref: object) -> None:
-    """Refuse what was not read back as a ref."""
+    """Raise `InvalidReferenceError` unless the value is a ref."""
     if not isinstance(ref, StoredObjectRef):
         raise InvalidReferenceError(
             f"expected a StoredObjectRef, not {type(ref).__name__}: convert a mapping with StoredObjectRef.from_dict"

@@ -1,4 +1,4 @@
-"""How an object is shown to a browser: at which URL, under which name and type, and whether in its window or as a download."""
+"""Headers for browsers: an object's URL, its name and type, and whether it is shown or downloaded."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def url_path(location: str) -> str:
 def served_type(content_type: str | None) -> str:
     """Return the Content-Type for what a writer declared.
 
-    What a page could run or style itself with, and what is no media type, becomes `application/octet-stream`: a browser ignores
+    What a page could run or style itself with, and any other text, becomes `application/octet-stream`: a browser ignores
     Content-Disposition where `<script src>` loads the object, but never runs bytes of that type under `nosniff`. Text without
     a charset is said to be UTF-8: browsers would take it for windows-1252.
     """
@@ -114,7 +114,7 @@ def served_type(content_type: str | None) -> str:
 
 
 def is_active(content_type: str) -> bool:
-    """Return whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
+    """Return whether a browser could execute the media type; a word counts at the start of any part, as in `image/svg+xml`."""
     essence = _essence(content_type)
     words = re.split(r"[/.+-]", essence)
     return essence.startswith(_ACTIVE_FAMILIES) or any(word.startswith(_ACTIVE_WORDS) for word in words)
@@ -150,7 +150,7 @@ def content_disposition(
 def safe_headers(
     content_type: str, filename: str | None, disposition: Disposition, inline_types: Collection[str] = INLINE_TYPES
 ) -> dict[str, str]:
-    """Return the headers with which a browser runs nothing of an object, by lower-case names.
+    """Return the headers that keep a browser from executing an object, by lower-case names.
 
     Args:
         content_type: The Content-Type, as `served_type` returns it.
@@ -168,7 +168,7 @@ def safe_headers(
 
 
 def require_disposition(disposition: object) -> None:
-    """Refuse what is neither way of showing an object."""
+    """Raise `ValueError` unless the disposition is `attachment` or `inline`."""
     if disposition not in ("attachment", "inline"):
         raise ValueError(f"disposition must be 'attachment' or 'inline', not {disposition!r}")
 
@@ -177,7 +177,7 @@ def require_inline_types(types: Collection[str]) -> frozenset[str]:
     """Return media types that may be shown inline, lower case.
 
     Raises:
-        ConfigurationError: One is no media type, or a browser would run what it finds in it.
+        ConfigurationError: One is not a media type, or a browser would run what it finds in it.
     """
     lowered = frozenset(one.lower() for one in types)
     for one in sorted(lowered):

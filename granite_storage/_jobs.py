@@ -101,7 +101,7 @@ ReportOnRows = TypeVar("ReportOnRows", bound=RowReport)
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which rows a job is over, and how fast it may be.
+    """Which rows a job processes, and how fast.
 
     Attributes:
         binding: The binding.
@@ -228,14 +228,14 @@ async def _wait_ended(tasks: deque[asyncio.Task[Result]]) -> None:
 
 
 def require_concurrency(concurrency: object) -> int:
-    """Return a concurrency, once it is known to be a number of at least 1."""
+    """Return the concurrency; raise `ConfigurationError` unless it is an integer of at least 1."""
     if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
         raise ConfigurationError(f"concurrency must be an integer of at least 1, not {concurrency!r}")
     return concurrency
 
 
 def require_in_force(binding: StorageBinding) -> None:
-    """Refuse a binding that another one, or none, has taken the place of."""
+    """Raise `ConfigurationError` if a binding was unbound, or replaced by another one."""
     if find_binding(binding.metadata) is not binding:
         raise ConfigurationError(
             "the binding is not active, because it was unbound or its base was bound again: pass the current one"
@@ -256,7 +256,7 @@ class Budget:
         self._free = 0.0
 
     async def spend(self, count: int) -> None:
-        """Wait as long as bytes that were just read take at the limit."""
+        """Wait for the time that the bytes which were just read take at the limit."""
         if self._rate is None:
             return
         now = asyncio.get_running_loop().time()

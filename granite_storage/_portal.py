@@ -66,7 +66,7 @@ class Portal:
 
         Raises:
             RuntimeError: The caller is on the loop itself, and would wait for itself.
-            concurrent.futures.CancelledError: The coroutine was cancelled by somebody else, as when its manager is closed.
+            concurrent.futures.CancelledError: The coroutine was cancelled by other code, as when its manager is closed.
         """
         if self.is_here:
             work.close()
@@ -82,7 +82,7 @@ class Portal:
                 self.run(undo(call.result()))
             raise
         finally:
-            del call  # or its error would hold this frame, and the frame the error
+            del call  # otherwise its error and this frame would keep each other alive
 
     async def run_here(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop for a caller on another one, and return its result."""
@@ -119,11 +119,11 @@ class Portal:
             self._is_ending = False
 
     def is_used_by(self, user: object) -> bool:
-        """Return whether somebody has used the loop, and was not released since."""
+        """Return whether a user has used the loop, and was not released since."""
         return self._loop is not None and user in self._users
 
     def release(self, user: object) -> None:
-        """Note that a user needs the loop no more; it ends some time after the last one is released."""
+        """Note that a user no longer needs the loop, which ends some time after the last release."""
         with self._lock:
             self._users.discard(user)
             self._is_ending = not self._users
@@ -312,7 +312,7 @@ class _Call(Generic[T]):
 def run_blocking(
     work: Coroutine[Any, Any, T], name: str, awaited: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None
 ) -> T:
-    """Run a coroutine for a synchronous face of the library.
+    """Run a coroutine for the synchronous API of the library.
 
     Args:
         work: The coroutine.
@@ -341,7 +341,7 @@ def require_no_loop(name: str, awaited: str) -> None:
 
 @contextmanager
 def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: str) -> Generator[T, None, None]:
-    """Enter and leave an asynchronous context for a synchronous face; what it does meanwhile runs on the loop.
+    """Enter and leave an asynchronous context manager in synchronous code; its tasks run on the loop meanwhile.
 
     The arguments and errors are those of `run_blocking`.
     """

@@ -1,4 +1,4 @@
-"""Errors as clients see them, over HTTP with any framework: a status, and words that say nothing about the server."""
+"""Errors as HTTP clients see them, with any framework: a status, and a message that reveals nothing about the server."""
 
 from __future__ import annotations
 

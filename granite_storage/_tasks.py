@@ -35,15 +35,15 @@ def is_cancellation(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
-class UnaskedEndError(RuntimeError):
-    """Code of others has raised what ends a task or a generator, though no caller asked for its end."""
+class UnexpectedExitError(RuntimeError):
+    """Foreign code raised an exception that ends a task or a generator, though no caller had requested that."""
 
 
 class contained:  # noqa: N801  # it is called as a function
-    """Turn what ends a task or a generator into an error where code of others raises it unasked, in the block.
+    """Convert an exception that ends a task or a generator into an error, if foreign code in the block raises it unasked.
 
     A CancelledError while the task is not being cancelled, a GeneratorExit while the coroutine is not being closed and any other
-    `BaseException` become an UnaskedEndError, a RuntimeError as for a StopIteration inside a generator (PEP 479).
+    `BaseException` become an UnexpectedExitError, a RuntimeError as for a StopIteration inside a generator (PEP 479).
     KeyboardInterrupt and SystemExit pass through, also out of a group of errors. The block must not contain a `yield`, at which
     a generator is closed.
 
@@ -68,7 +68,7 @@ class contained:  # noqa: N801  # it is called as a function
             raise end from error
         is_closed = isinstance(error, GeneratorExit) and _current_task() is not self._task
         if not is_closed and not is_cancellation(error):
-            raise UnaskedEndError(f"{self._what} raised {type(error).__name__}, which was not asked for") from error
+            raise UnexpectedExitError(f"{self._what} raised {type(error).__name__}, but nothing had cancelled it") from error
 
 
 def _end_of_program(error: BaseException) -> BaseException | None:
@@ -117,7 +117,7 @@ async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
         if first is not None:
             raise first
     finally:
-        del first  # or it would hold this frame, and the frame it
+        del first  # otherwise the error and this frame would keep each other alive
 
 
 @asynccontextmanager
@@ -141,9 +141,9 @@ async def repeat(
     wake: asyncio.Event | None = None,
     rest: float = 0.0,
 ) -> NoReturn:
-    """Run work again and again, until the task is cancelled; an error is logged, and the next run comes all the same.
+    """Run work repeatedly until the task is cancelled; an error is logged, and does not prevent the next run.
 
-    So is a CancelledError, or another `BaseException`, that was not asked for.
+    A CancelledError, or another `BaseException`, is such an error if nothing has cancelled the task.
 
     Args:
         work: The work.
@@ -223,7 +223,7 @@ async def shielded(
             await shielded_cleanup(undo(task.result()), "undoing the work of a cancelled caller")
         raise
     finally:
-        del task  # or its error would hold this frame, and the frame the error
+        del task  # otherwise its error and this frame would keep each other alive
 
 
 async def shielded_cleanup(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
@@ -268,7 +268,7 @@ async def _outlast(future: asyncio.Future[Any], timeout: float | None) -> asynci
 
 
 def is_async_callable(function: object) -> bool:
-    """Return whether it is an async function, a part of one, or an object with an async `__call__`."""
+    """Return whether it is an async function, a `partial` of one, or an object with an async `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
     called = getattr(type(function), "__call__", None)  # noqa: B004  # what kind of function it is

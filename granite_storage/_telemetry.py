@@ -66,14 +66,14 @@ def fields_of(subject: object = None, **known: str) -> dict[str, str]:
 
 
 def redact(text: str) -> str:
-    """Return a text without the user, password and query of each address in it, and without what is called a secret."""
+    """Return a text without the credentials and the query of each URL, and without values that are named like secrets."""
     text = _ADDRESS.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)
     text = _AUTHORIZATION.sub(r"\1...", text)
     return _NAMED.sub(r"\1...", text)
 
 
 def redact_records() -> None:
-    """Have what the library logs pass through `redact`; idempotent."""
+    """Pass the library's log records through `redact`; idempotent."""
     logging.getLogger("granite_storage").addFilter(_REDACTION)
 
 
@@ -103,7 +103,7 @@ def _complete(record: logging.LogRecord) -> None:
 
 
 def _redacted(error: BaseException, done: dict[int, BaseException]) -> BaseException:
-    """Return an error as it may be logged: itself where nothing in its chain is to be hidden, else a likeness of it.
+    """Return an error as it may be logged: itself if its chain contains no secret, otherwise a redacted copy.
 
     Args:
         error: The error.
@@ -111,7 +111,7 @@ def _redacted(error: BaseException, done: dict[int, BaseException]) -> BaseExcep
     """
     if id(error) in done:
         return done[id(error)]
-    done[id(error)] = _likeness(error, "(above)")
+    done[id(error)] = _with_message(error, "(above)")
     done[id(error)] = _redacted_copy(error, done)
     return done[id(error)]
 
@@ -131,7 +131,7 @@ def _redacted_copy(error: BaseException, done: dict[int, BaseException]) -> Base
     elif redact(words) == words and type(error).__module__.partition(".")[0] == "granite_storage":
         likeness = copy.copy(error)
     else:
-        likeness = _likeness(error, redact(words))
+        likeness = _with_message(error, redact(words))
     likeness.__cause__, likeness.__context__ = cause, context
     likeness.__suppress_context__ = error.__suppress_context__
     if notes:
@@ -139,8 +139,8 @@ def _redacted_copy(error: BaseException, done: dict[int, BaseException]) -> Base
     return likeness.with_traceback(error.__traceback__)
 
 
-def _likeness(error: BaseException, words: str) -> BaseException:
-    """Return an error that is shown as another one, but says other words."""
+def _with_message(error: BaseException, words: str) -> BaseException:
+    """Return an error that is displayed like another one, but with another message."""
     kind = type(error)
     shown: type[Exception] = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     return shown(words)
@@ -159,7 +159,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 @dataclass(frozen=True, slots=True)
 class Instruments:
-    """What records.
+    """The instruments that record spans and metrics.
 
     Attributes:
         tracer: Makes the spans.
@@ -183,7 +183,7 @@ class Instruments:
     def of(
         cls, tracer: Tracer, meter: Meter, are_recorded: Callable[[], bool] = lambda: True, *, has_locations: bool | None = None
     ) -> Self:
-        """Create the instruments; whether locations are said is what the environment says by default."""
+        """Create the instruments; by default the environment decides whether locations are recorded."""
         if has_locations is None:
             has_locations = os.environ.get("GRANITE_STORAGE_TELEMETRY_LOCATIONS", "").lower() in ("1", "true")
         return cls(
@@ -206,7 +206,7 @@ _instruments: Instruments | None = None
 
 
 def load() -> None:
-    """Load the API; for what is made before the event loop is busy, because an import waits for the disk. Idempotent."""
+    """Import the API before the event loop is busy, because an import waits for the disk. Idempotent."""
     global _instruments
     if _instruments is not None or not IS_INSTALLED:
         return
@@ -218,7 +218,7 @@ def load() -> None:
     answer, valid_until = False, 0.0
 
     def are_recorded() -> bool:
-        """Return whether one of the providers, which the application may set later, is none of the API's own."""
+        """Return whether the application has set a provider by now."""
         nonlocal answer, valid_until
         if not answer and time.monotonic() >= valid_until:  # asking takes longer than a span
             providers = (trace.get_tracer_provider(), metrics.get_meter_provider())
@@ -281,7 +281,7 @@ def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function
 
 
 def begun(operation: str, subject: object, *, is_current: bool = True) -> AbstractContextManager[_Operation | None]:
-    """Return what records a block as an operation.
+    """Return a context manager that records its block as an operation.
 
     Args:
         operation: Its name.

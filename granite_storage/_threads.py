@@ -1,4 +1,4 @@
-"""The library's own thread pool: blocking work off the event loop, of which nothing is left when its caller is cancelled.
+"""The library's thread pool for blocking work, which leaves nothing behind when its caller is cancelled.
 
 Asyncio's default executor wakes the event loop for every result, and the whole program shares it. Here a worker takes the next
 job without waking the loop, and results that are ready together are delivered together, which makes many small calls fast.
@@ -124,12 +124,12 @@ class ThreadPool:
                 logger.error("undoing a cancelled call failed: %r", job.function, exc_info=undoing.error)
 
     def submit(self, function: Callable[[], object]) -> None:
-        """Run a function in a thread some time; it must not raise. For the event loop."""
+        """Queue a function, which must not raise, for some time later. For the event loop."""
         self._submit(_Job(function, ()))
         self._mailbox().watch(self)
 
     def resubmit(self, function: Callable[[], object]) -> None:
-        """Run a function once more, after all that waits; for a job that releases its thread."""
+        """Queue a function again, behind all that waits; for a job that releases its thread."""
         self._submit(_Job(function, ()))
 
     def help(self) -> float | None:

@@ -33,7 +33,7 @@ def describe_duration(duration: timedelta) -> str:
 
 
 def require_timedelta(argument: str, value: object) -> None:
-    """Refuse what is no duration, such as a number of seconds.
+    """Raise `TypeError` unless the value is a timedelta.
 
     Raises:
         TypeError: It is none.

@@ -1,4 +1,4 @@
-"""How a location is made, and how one that comes from outside is checked.
+"""Creates locations, and checks those that come from outside.
 
 A location is `[key_prefix/]model_name/entity_id/field_name/<uuid7 as 32 hex digits>-<safe name>`. It is unique, so an object is
 never overwritten; it begins with the time, so a listing is in order of creation; and a person can read it.
@@ -93,7 +93,7 @@ def make_location(
 
 
 def check_segment(segment: object, argument: str = "segment", *, windows: bool = os.name == "nt") -> None:
-    """Refuse what cannot be one segment of a location, whatever the backend.
+    """Raise `InvalidLocationError` unless a text can be one segment of a location, whatever the backend.
 
     Args:
         segment: The value to check.
@@ -135,7 +135,7 @@ def check_location(location: object, *, windows: bool = os.name == "nt") -> None
 
 
 def matches_generated_name(location: str) -> bool:
-    """Return whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
+    """Return whether the last segment has the form that `make_location` gives; no other objects are collected."""
     return _GENERATED_NAME.fullmatch(location.rpartition("/")[2]) is not None
 
 
@@ -240,7 +240,7 @@ def _plain(text: str) -> str:
 
 
 def _shortened(name: str, max_bytes: int) -> str:
-    """Cut a name on a code point, before its extension where it has one that is not absurd."""
+    """Cut a name on a code point, before its extension if that is of a reasonable length."""
     if len(name.encode()) <= max_bytes:
         return name
     stem, dot, extension = name.rpartition(".")

@@ -6,6 +6,7 @@ import builtins
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
 from functools import wraps
+from inspect import signature
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from granite_storage._engine import Engine, Lifecycle, require_positive, require_ref, require_seconds, upload_names
@@ -502,7 +503,7 @@ class StorageManager:
 def _blocking(
     method: Callable[Concatenate[StorageManager, P], Coroutine[Any, Any, T]], *, stores: bool = False
 ) -> Callable[[Callable[..., object]], Callable[Concatenate[SyncStorage, P], T]]:
-    """Make a function, of which only the name and the docstring count, a method that waits for one of the manager.
+    """Replace a stub by a method that blocks until the manager's has returned; only its name and docstring stay.
 
     Args:
         method: The manager's method.
@@ -520,6 +521,9 @@ def _blocking(
             return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'", undo)
 
         call.__doc__, call.__qualname__ = documented.__doc__, documented.__qualname__
+        own = vars(call)
+        own["__signature__"] = signature(method)
+        del own["__wrapped__"]  # frameworks that unwrap it would find a coroutine function, and await what it returns
         return call
 
     return decorate

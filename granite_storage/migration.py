@@ -261,7 +261,7 @@ def migrate(
         concurrency: How many rows are processed at a time.
         after: The `report.key` of an earlier run, to continue after it; the rows before it are re-checked at the end.
         bytes_per_second: The most bytes that are copied per second; None for no limit.
-        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+        schemas: The schemas, by their names in the database; empty for all. Tables in a schema that is named count as the
             application's own.
 
     Returns:
@@ -270,7 +270,7 @@ def migrate(
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The policy writes to another backend, the binding has no sessions or is not active, a table has no
-            primary key, or `after` is no key of it; while it runs: a schema has none of the tables.
+            primary key, or `after` is not a key of it; while it runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: the new backend is full.
     """

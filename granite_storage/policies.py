@@ -265,7 +265,7 @@ def load_gate() -> ModuleType:
 
 
 def require_validator(owner: str, value: object) -> None:
-    """Refuse what cannot be called to validate an upload."""
+    """Raise `ConfigurationError` unless the value is a function that takes an upload."""
     if value is None:
         return
     if isinstance(value, type) or not callable(value):

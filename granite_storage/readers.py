@@ -289,7 +289,7 @@ class _RawReader(io.RawIOBase):
 
 
 def require_recorded_size(ref: StoredObjectRef, size: int) -> None:
-    """Raise `SizeMismatchError` where an object has not the size that its ref says."""
+    """Raise `SizeMismatchError` unless an object has the size that its ref says."""
     if size != ref.size:
         message = f"the object at {ref.location!r} has {size} bytes, but its ref says {ref.size}"
         raise SizeMismatchError(message, expected=ref.size, actual=size)

@@ -57,7 +57,7 @@ _TRIES = 3
 class RederivationStatus(StrEnum):
     """The outcome for a variant, or for an effect of a file.
 
-    A variant is refused where its recipe can make none of the original, which is no failure.
+    A variant is refused where its recipe can make none of the original, which is not a failure.
     """
 
     MADE = "made"
@@ -80,7 +80,7 @@ class RederivedVariant:
         primary_key: The row's primary key.
         column: The column's name.
         name: The name of the variant or of the effect; empty where the row's value cannot be read, so that none can be made.
-        ref: The original; None where the column holds something that is no ref.
+        ref: The original; None where the column holds something that is not a ref.
         message: Why it was not made.
     """
 
@@ -138,7 +138,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
     async def waiting(self) -> dict[tuple[str, str, str], int]:
         """Return the amount of pending work by column, variant or effect, and kind, without changing anything.
 
-        The name of the variant is empty for the kind `unreadable value`: rows whose values are no refs.
+        The name of the variant is empty for the kind `unreadable value`: rows whose values are not refs.
         """
         await self._find_effects()
         found: Counter[tuple[str, str, str]] = Counter()
@@ -293,15 +293,15 @@ def rederive(
 ) -> Rederivation:
     """Make the variants of existing files, while the application keeps reading and writing.
 
-    It is what a new variant, or a changed recipe, needs once every process declares it. Each variant is made, and set in its row,
-    exactly as when it is asked for: by compare-and-set on the file, so that a writer that replaces the file meanwhile wins. What
-    it takes the place of is deleted as one that was replaced: with a journal after its retention. At every moment each row shows
-    variants of its own file that exist.
+    Run it once every process declares a new variant or a changed recipe. Each variant is made, and set in its row, exactly as
+    when it is requested: by compare-and-set on the file, so a writer that replaces the file meanwhile wins. A replaced variant
+    is deleted like a replaced file: with a journal after its retention. At every moment each row shows variants of its own file
+    that exist.
 
-    Effects are called as if their files had just come to the rows: those for which no run over all rows was made yet, with
-    `"stale"` those whose version has changed since, with `"all"` all. A run that has begun at the first row and come to its end
-    is noted as one, unless it was of chosen schemas or could not see all rows. A call that fails is recorded in the journal,
-    whose worker tries it again.
+    Effects are called as if their files had just been added to the rows: those for which no run has covered all rows yet, with
+    `"stale"` also those whose version has changed since, with `"all"` all. A run from the first row to the last is recorded,
+    unless it was limited to some schemas or could not see all rows. A call that fails is recorded in the journal, whose worker
+    tries it again.
 
     The rows are those of the schema that the sessions lead to, and then of every other schema of the database that has the
     table, as those of tenants. One whose refs do not say that they are of a store of this application is left unchanged, and
@@ -311,24 +311,24 @@ def rederive(
     It may be stopped, cancelled or killed at any time; another run does what is left.
 
     Args:
-        binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
+        binding: What `bind_storage(..., session_factory=...)` returned; it must be active.
         which: `"missing"`; `"stale"`: those of another recipe than the column declares now, too; or `"all"`. One that is made
             when it is asked for (`when="request"`) and is missing is made only where `names` contains it.
-        columns: Whose files, as `table.column`; none for all.
-        names: Which variants and effects; none for all.
+        columns: The columns of the files, as `table.column`; empty for all.
+        names: The variants and effects; empty for all.
         drop_undeclared: Whether variants that their columns do not declare any more leave the rows, and are deleted.
         concurrency: How many rows are processed at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes of originals that are read per second; None for no limit.
-        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+        schemas: The schemas, by their names in the database; empty for all. Tables in a schema that is named count as the
             application's own.
 
     Returns:
         A job: `async for item in rederive(...)` yields each variant as it is processed, `await rederive(...)` returns the report.
 
     Raises:
-        ConfigurationError: No column declares what is asked for, the binding has no sessions or is not in force, a table has no
-            primary key, or `after` is no key of it; while it runs: a schema has none of the tables.
+        ConfigurationError: No column declares what is asked for, the binding has no sessions or is not active, a table has no
+            primary key, or `after` is not a key of it; while it runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: a backend is full.
     """
@@ -341,14 +341,14 @@ def rederive(
 
 
 def require_columns(binding: StorageBinding, columns: Collection[str]) -> None:
-    """Refuse what is not an attachment column of a binding, as `table.column`; raise `ConfigurationError`."""
+    """Raise `ConfigurationError` unless each is an attachment column of a binding, as `table.column`."""
     known = sorted(f"{item.table.fullname}.{item.column.name}" for item in _attachment_types(binding))
     if unknown := sorted(set(columns).difference(known)):
         raise ConfigurationError(f"{unknown[0]!r} is not an attachment column (there are: {', '.join(known) or 'none'})")
 
 
 def require_names(binding: StorageBinding, names: Collection[str], *, drop_undeclared: bool) -> None:
-    """Refuse names of variants and effects that no column declares, unless such are to be dropped; raise `ConfigurationError`."""
+    """Raise `ConfigurationError` for variants and effects that no column declares, unless such are to be dropped."""
     declared = sorted({name for item in _attachment_types(binding) for name in (*item.variants, *item.effects)})
     if (unknown := sorted(set(names).difference(declared))) and not drop_undeclared:
         raise ConfigurationError(

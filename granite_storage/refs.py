@@ -246,7 +246,7 @@ def _require_minted(value: object) -> StoredObjectRef:
 
 
 def require_scanned(ref: StoredObjectRef) -> None:
-    """Refuse to serve an object that a scanner has not judged yet, or found something in.
+    """Raise an error if a scanner has not scanned an object yet, or has found something in it.
 
     Raises:
         ScanPendingError: It is held back until it is judged.
@@ -445,7 +445,7 @@ def _size(value: object) -> int:
 
 
 def _shown(value: object) -> str:
-    """Return a value for a message; what may be nested deeply or have any number of digits is only named."""
+    """Return a value for a message; of a nested value or a long number, only its type."""
     match value:
         case str():
             return repr(value[:120])
@@ -477,14 +477,14 @@ def _timestamp(value: object) -> str | None:
 def _moment(value: object) -> datetime:
     match value:
         case bool():
-            raise ValueError("a boolean is no time")
+            raise ValueError("a boolean is not a time")
         case int() | float():
             return datetime.fromtimestamp(value, UTC)
         case str():
             moment = datetime.fromisoformat(value)
             return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         case _:
-            raise ValueError("neither text nor a number")
+            raise ValueError("neither a string nor a number")
 
 
 def canonical_timestamp(moment: datetime) -> str:

@@ -60,7 +60,7 @@ class TokenSigner:
         return self._signed(next(iter(self._keys)), _encoded(_canonical(claims)))
 
     def read(self, token: str) -> dict[str, Any] | None:
-        """Return the claims of a token; None where it is not one of ours, for whatever reason."""
+        """Return the claims of a token; None if it is invalid, for whatever reason."""
         match = _TOKEN.fullmatch(token)
         if match is None or match[1] not in self._keys:
             return None
@@ -81,7 +81,7 @@ class TokenSigner:
 
 
 def _claims(payload: str) -> dict[str, Any] | None:
-    """Read what was signed, which is still checked: who shares a key may write it in another way."""
+    """Parse what was signed, and check it all the same: another holder of the key may write it in another way."""
     try:
         content = base64.b64decode(payload + "=" * (-len(payload) % 4), altchars=b"-_", validate=True)
         claims = json.loads(content)
@@ -99,7 +99,7 @@ def _encoded(content: bytes) -> str:
 
 
 def _derived(key_id: object, secret: object, purpose: str) -> bytes:
-    """Return the key for this purpose, so that a signature made for another one is worth nothing here."""
+    """Return the key for this purpose, so that a signature for another purpose is invalid here."""
     if not isinstance(key_id, str) or not _KEY_ID.fullmatch(key_id):
         raise ConfigurationError(f"the id of a key must be 1 to 32 letters, digits, '-' or '_', not {key_id!r}")
     material = secret.encode() if isinstance(secret, str) else secret
@@ -281,7 +281,7 @@ def _window(location: str, expires_in: timedelta, stable_for: timedelta | None) 
 
 
 def _granted(claims: Mapping[str, Any]) -> SignedObject | None:
-    """Read what was signed, which is still checked: who shares a key may write it in another way."""
+    """Parse what was signed, and check it all the same: another holder of the key may write it in another way."""
     try:
         disposition, filename, expires = claims["disposition"], claims.get("filename"), claims["expires"]
         require_disposition(disposition)

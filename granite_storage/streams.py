@@ -69,7 +69,7 @@ __all__ = [
     "is_upload",
     "iter_chunks",
     "joined",
-    "regrouped",
+    "regroup",
     "size_mismatch",
     "upload_size",
     "whole",
@@ -127,7 +127,7 @@ _threads = ThreadPool("granite-source", 32, max_stuck=480)
 
 
 Claim: TypeAlias = Callable[[object], AbstractContextManager[object]]
-"""Stands around the reading of a source."""
+"""Wraps the reading of a source."""
 
 
 class _Readings:
@@ -206,17 +206,17 @@ def _claimed(source: object) -> AbstractContextManager[object]:
 
 
 def _read_on_of(source: object) -> object:
-    """Return what a limit around a stream reads on, where a second limit around that would go on where this one ends."""
+    """Return the stream inside the `SizeLimitedStream`s that pass it on, which a second limit would read on."""
     while isinstance(source, SizeLimitedStream) and source._passes_on is not None:
         source = source._passes_on
     return source
 
 
-# Sources: nothing else in the library asks what one is.
+# Sources: no other module of the library looks at their types.
 
 
 def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGenerator[BytesLike, None]:
-    """Turn whatever the caller streams from into an async iterator of bytes-like chunks, some of which may be empty.
+    """Return an async iterator of bytes-like chunks over any source of the caller; some chunks may be empty.
 
     A synchronous one is read in a thread. The caller's object is never closed; an iterator made here from it is, exactly once.
     An upload, which is a file object with a `filename`, is read from its beginning; any other file from its current position.
@@ -224,7 +224,7 @@ def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGener
     Args:
         source: A binary file object, an object with an async `read`, an async iterable or an iterable of bytes-like chunks,
             or bytes. A chunk may be a buffer that the producer uses again once the next chunk is asked for.
-        claim: Stands around the reading of a file or an iterator, from its first chunk to its end.
+        claim: Wraps the reading of a file or an iterator, from its first chunk to its end.
 
     Raises:
         TypeError: It is none of these, a text stream, a file that is only written, or a set or mapping, whose order says nothing;
@@ -244,22 +244,22 @@ def iter_chunks(source: ByteSource, *, claim: Claim = nullcontext) -> AsyncGener
     if _is_buffer(source):
         return _only(memoryview(source))
     if isinstance(source, Set | Mapping):
-        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: pass a list of its chunks")
+        raise TypeError(f"the chunks of a stream must have an order, but those of {type(source).__name__} have none: pass a list")
     if isinstance(source, Iterable):
         return _iterate_in_thread(source, claim)
     if isinstance(source, os.PathLike):
-        raise TypeError(f"a stream is read, and {type(source).__name__} only names a file: pass the file, open(path, 'rb')")
+        raise TypeError(f"{type(source).__name__} is not a stream, but only names a file: pass the file, open(path, 'rb')")
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
 
 
 def _require_readable(file: Any) -> None:
-    """Refuse what has a `read` that cannot give a stream, before anything is read."""
+    """Raise `TypeError` for an object whose `read` cannot give a stream, before anything is read."""
     kind = type(file).__name__
     if _is_only_written(file):
-        raise TypeError(f"a stream is read, but {kind} is open for writing and cannot be read: open the file with mode 'rb'")
+        raise TypeError(f"a stream must be readable, but {kind} is open for writing only: open the file with mode 'rb'")
     if not _takes_size(file.read):
         raise TypeError(
-            f"a stream is read in pieces, but read() of {kind} takes no size: pass what yields its bytes, such as"
+            f"a stream is read in chunks, but read() of {kind} takes no size: pass what yields its bytes, such as"
             " response.aiter_bytes() of httpx or response.content of aiohttp"
         )
 
@@ -336,16 +336,16 @@ class WholeFile:
 
     async def _rewind(self, was_begun: bool) -> int | None:
         """Go to the beginning; return the size to check where that is impossible and it is known."""
-        self.can_rewind = self.can_rewind and await _sought(self._readable)
+        self.can_rewind = self.can_rewind and await _seek_start(self._readable)
         if self.can_rewind:
             return None
         if was_begun:
-            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek: pass a new one")
+            raise ConsumedSourceError(f"the stream was already read, and {type(self._file).__name__} cannot seek: pass a new one")
         return _declared_size(self._file)
 
 
 class ReadOnce:
-    """A source that is no file, for one object: an iterator is read by the first who asks, and refused to all others.
+    """A source other than a file, for one object: the first reader gets its content, every other one an error.
 
     Args:
         source: The source; never closed.
@@ -373,18 +373,18 @@ class ReadOnce:
         with _readings.claim(source) as was_begun:
             if was_begun:
                 raise ConsumedSourceError(
-                    f"the stream was read already, and one {type(source).__name__} is read once: pass a new one, or bytes"
+                    f"the stream was already read, and a {type(source).__name__} can be read only once: pass a new one, or bytes"
                 )
             yield
 
 
 def whole(source: Any) -> WholeFile | ReadOnce:
-    """Return a source as one object needs it: all of it, which of some is there only once."""
+    """Return a source as one object needs it: a whole file, or a stream that can be read only once."""
     return WholeFile(source) if is_file(source) else ReadOnce(source)
 
 
 def require_synchronous(source: Any) -> None:
-    """Refuse a source that only an event loop can read, for a caller whose own loop, if it has one, waits meanwhile.
+    """Raise `TypeError` for a source that only an event loop can read, because the caller's loop, if any, waits meanwhile.
 
     An upload with an async `read`, such as Starlette's, is read through its `file`.
 
@@ -401,7 +401,7 @@ def require_synchronous(source: Any) -> None:
 
 
 def _unwrapped(source: Any) -> Any:
-    """Return what the caller gave, without what was put around it here."""
+    """Return the caller's own source, without the wrappers of this module."""
     while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
         source = source._file if isinstance(source, WholeFile) else source._source
     return source
@@ -433,19 +433,19 @@ def is_upload(source: object) -> bool:
 
 
 def is_form_upload(source: object) -> bool:
-    """Return whether something is what web frameworks make of a file in a form: it has a `filename` and a `content_type`."""
+    """Return whether a source is a web framework's upload of a form: it has a `filename` and a `content_type`."""
     return hasattr(source, "content_type") and hasattr(source, "filename")
 
 
 def is_local(source: object) -> bool:
-    """Return whether the first bytes of a source are here already, and are not sent by a client."""
+    """Return whether the first bytes of a source are here already, and not still to be sent by a client."""
     if isinstance(source, ReadOnce):
         return source.is_local
     return is_seekable(source) or isinstance(source, list | tuple | WholeFile) or _is_buffer(source)
 
 
 def size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:
-    """Return the error of content that has not its declared size; `actual` is None where it has more."""
+    """Return the error for content that does not have its declared size; `actual` is None if it has more."""
     found = "more" if actual is None else str(actual)
     return SizeMismatchError(
         f"the content was declared to have {expected} bytes, but has {found}", expected=expected, actual=actual
@@ -475,7 +475,7 @@ def upload_size(upload: object) -> int | None:
 
 
 def expected_size(source: Any) -> int | None:
-    """Return the size that a source says of itself before it is read, as uploads and bodies do; None where it says none."""
+    """Return the size that a source declares before it is read, as uploads and bodies do; None if unknown."""
     source = _unwrapped(source)
     return size_of(source) if isinstance(source, bytes | bytearray | memoryview) else _declared_size(source)
 
@@ -485,7 +485,7 @@ def _declared_size(file: object) -> int | None:
     return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
 
 
-async def _sought(file: Any) -> bool:
+async def _seek_start(file: Any) -> bool:
     """Move a file to its beginning; return whether it can seek.
 
     Raises:
@@ -516,7 +516,7 @@ _turns: weakref.WeakValueDictionary[tuple[int, int], asyncio.Lock] = weakref.Wea
 
 
 def _turn_at(file: object) -> asyncio.Lock:
-    """Return what lets one iteration at a time read a file on this event loop; an upload and the file inside it are the same."""
+    """Return the lock for reading a file on this event loop; an upload and the file inside it share one."""
     return _turns.setdefault((id(asyncio.get_running_loop()), id(_innermost(file))), asyncio.Lock())
 
 
@@ -602,7 +602,7 @@ async def _iterate_in_thread(source: Iterable[Any], claim: Claim) -> AsyncGenera
 def _take(iterator: Iterator[Any]) -> tuple[deque[BytesLike], Exception | None]:
     """Take chunks for a moment, and return them with what ended the iterator after them, if it has ended.
 
-    A chunk in a buffer that may be used again is copied, or the last one where it is large.
+    A small chunk is copied, because the iterator may use its buffer again; a large one is not, and ends the visit instead.
     """
     chunks: deque[BytesLike] = deque()
     buffered = 0
@@ -709,7 +709,7 @@ def require_size(size: int, max_size: int | None) -> None:
 
 
 def require_declared_size(size: object) -> None:
-    """Refuse a declared size that no content can have."""
+    """Raise `ValueError` unless a declared size is a number of bytes."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise ValueError(f"size must be a number of bytes, not {size!r}")
 
@@ -832,7 +832,7 @@ class MeasuredStream:
                 await aclose()
 
     async def _measure(self) -> AsyncGenerator[bytes, None]:
-        async with aclosing(regrouped(self._chunks)) as pieces:
+        async with aclosing(regroup(self._chunks)) as pieces:
             async for piece in pieces:
                 self.size += len(piece)
                 if self.declared_size is not None and self.size > self.declared_size:
@@ -934,7 +934,7 @@ class Turn:
         self._ends = time.monotonic() + self._seconds
 
 
-async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
+async def regroup(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
     """Join small chunks and cut large ones, and let other tasks run where the source never waits.
 
     A thread that hashes or writes needs the interpreter once for each piece, so few large pieces disturb the event loop less. A

@@ -221,7 +221,7 @@ def verify(
         concurrency: How many rows are checked at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
-        schemas: Which schemas, as the database calls them; none for all. Tables in a schema that is named count as the
+        schemas: The schemas, by their names in the database; empty for all. Tables in a schema that is named count as the
             application's own.
 
     Returns:
@@ -229,7 +229,7 @@ def verify(
 
     Raises:
         UnknownPolicyError: There is no such policy.
-        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it; while it
+        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is not a key of it; while it
             runs: a schema has none of the tables.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
     """

@@ -1,4 +1,4 @@
-"""Which objects have an owner already: every column of refs in the database is asked before an object is adopted."""
+"""Finds the owners of objects: before an object is adopted, every column of refs in the database is searched."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def closing(manager: StorageManager) -> Iterator[None]:
-    """Close at the end of the block what the manager has opened for it, unless the application has it open there itself."""
+    """Close the manager's connections at the end of the block, unless the application itself has opened some there."""
     is_ours = not portal.is_used_by(manager._lifecycle)
     try:
         yield

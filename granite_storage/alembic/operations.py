@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -155,14 +156,12 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
         connection = op.get_bind()
         report = ConversionReport(what.table, what.source, what.target, count(connection, table, waiting))
         for keys in key_pages(connection, table, waiting, what.rows_per_step):
-            with step():
+            with ExitStack() as unwritten, step():
                 rows = _lock_rows(connection, table, target, and_(among(table, keys), waiting))
                 made = work(connection, table, rows)
-                try:
-                    _write(connection, table, target, rows, made)
-                except BaseException:
-                    _undo(made)
-                    raise
+                unwritten.callback(_undo, made)  # after the ROLLBACK of the step
+                _write(connection, table, target, rows, made)
+                unwritten.pop_all()  # a COMMIT that fails may have happened
             report = _add_counts(report, made)
             logger.info("%s.%s -> %s: %d of %d rows", what.table, what.source, what.target, report.done, report.total)
             if progress is not None:
@@ -454,7 +453,7 @@ class _Storing:
         self._concurrency = concurrency
 
     def store(self, table: Table, rows: Sequence[Row], works: Sequence[Callable[[Place], StoreWork]]) -> list[Made]:
-        """Store an object for each row, or none of them: what its work stores at the place of the row."""
+        """Store an object for each row, or none at all; each row has its own work, which stores at the row's place."""
         named: list[tuple[str, Callable[[], StoreWork]]] = []
         for row, work in zip(rows, works, strict=True):
             place = Place(self._storage_key, table.name, _key(table, row), self._target)

@@ -113,7 +113,7 @@ async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
 
 @contextmanager
 def naming(row: str) -> Iterator[None]:
-    """Note the row that is converted at an error."""
+    """Add a note with the row to an error of its conversion."""
     try:
         yield
     except Exception as error:
@@ -213,7 +213,7 @@ class PlainPath:
     """The mapping for columns of plain paths or keys, such as those of Django's `FileField`.
 
     A path without a valid location, such as one with `..`, is copied from `folder` if it is inside of it, and refused otherwise.
-    An empty path is no file.
+    An empty path means no file.
 
     Args:
         backend: The key of the backend that has the files.

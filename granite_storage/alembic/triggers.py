@@ -11,8 +11,8 @@ from sqlalchemy import Column, Connection, MetaData, Table, inspect
 
 from granite_storage.alembic._calls import CallOp
 from granite_storage.alembic._transactions import Op, require_online
-from granite_storage.orm._interfaces import are_triggers_declared, tables_of
-from granite_storage.orm._util import group
+from granite_storage.orm._interfaces import JournalTables, are_triggers_declared, tables_of
+from granite_storage.orm._util import group, schema_on
 from granite_storage.orm.columns import attachment_tables, portable_storage_ref_type
 from granite_storage.orm.journal.tables import journal_tables
 from granite_storage.orm.journal.triggers import (
@@ -24,7 +24,7 @@ from granite_storage.orm.journal.triggers import (
     have_triggers,
     sources_of,
 )
-from granite_storage.orm.locking import resolve
+from granite_storage.orm.locking import read_catalogue
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -128,24 +128,25 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
     }
     if dropped:
         upgrade_ops.ops.insert(0, _drop(sorted(dropped)))
-    if journal is None or not columns:
-        return
-    needed = {*journal.all, *(column.table for column in found.refs())}
-    if dropped or not _are_current(connection, metadata, needed):
+    if journal is not None and columns and (dropped or not _are_current(connection, metadata, journal)):
         tables, plain = _by_table(columns), _by_table(column for column in found.refs() if column not in set(columns))
         undo, schema = partial(_drop, list(tables), _LEFT_TO_DO), journal.intent.schema
         upgrade_ops.ops.append(CallOp("create_storage_triggers", tables, undo=undo, plain=plain, journal_schema=schema))
 
 
-def _are_current(connection: Connection, metadata: MetaData, needed: Iterable[Table]) -> bool:
-    """Return whether the tables are there and have their triggers, whose SQL names each column that the models have."""
-    return all(resolve(connection, table) for table in needed) and all(
-        source.is_current(connection) for source in sources_of(connection, metadata)
+def _are_current(connection: Connection, metadata: MetaData, journal: JournalTables) -> bool:
+    """Return whether the tables and columns are there, and have their triggers: without a column its index is missing, too."""
+    refs = attachment_tables(metadata).refs()
+    catalogue = read_catalogue(connection, refs, journal.all)
+    return (
+        all(catalogue.table(schema_on(connection, table), table.name) for table in journal.all)
+        and all(catalogue.place(schema_on(connection, column.table), column) for column in refs)
+        and all(source.is_current(connection) for source in sources_of(connection, metadata))
     )
 
 
 def _named(metadata: MetaData, others: Iterable[str]) -> dict[str, Table]:
-    """Return the tables of the models, and others by their names, which may be in no model any more."""
+    """Return the tables of the models, and others by name, which may no longer be in any model."""
     scratch = MetaData()
     return {**{name: _table(scratch, name) for name in others}, **metadata.tables}
 

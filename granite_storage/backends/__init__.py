@@ -1,1 +1,1 @@
-"""Where bytes live: the Protocol in `base`, and one module for each backend, imported only when it is asked for."""
+"""Storage backends: the protocols in `base`, and one module for each backend, imported when it is needed."""

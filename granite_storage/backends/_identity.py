@@ -1,4 +1,4 @@
-"""Which store a backend leads to: by the marker in it, which holds its identities, and by the names of its place."""
+"""Identifies the store of a backend: by the identities in its marker, and by the names of its place."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa:
 
 
 def identities_in(marker: bytes) -> tuple[str, ...]:
-    """Return the identities that a marker holds, the one for new objects first; what is no identity is passed over."""
+    """Return the identities that a marker holds, the one for new objects first; all other lines are skipped."""
     lines = (line.strip() for line in marker.splitlines())
     return tuple(dict.fromkeys(line.decode() for line in lines if _IDENTITY.fullmatch(line)))
 
@@ -79,7 +79,7 @@ async def _found(read: Callable[[], Awaitable[bytes]]) -> tuple[str, ...]:
 async def _found_or_created(read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[object]]) -> tuple[str, ...]:
     try:
         found = await _found(read)
-    except AccessDeniedError:  # S3 says so of what is not there, to those who may not list
+    except AccessDeniedError:  # without s3:ListBucket, S3 denies access to missing objects too
         found = ()
     if found:
         return found
@@ -126,7 +126,7 @@ def web_place(url: str) -> Place:
 
 
 def _server(endpoint: str, bucket: str) -> str:
-    """Return what a server is called whatever the spelling of its URL; nothing for Amazon's, which share their buckets' names."""
+    """Return a server's canonical name; empty for Amazon's servers, across which bucket names are unique."""
     parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
     host = (parts.hostname or "").rstrip(".").lower()
     if host.endswith(AMAZON_DOMAINS):

@@ -34,10 +34,10 @@ _key_of = itemgetter(0)
 
 
 class _Store(Protocol):
-    """A store, as it is walked."""
+    """What a walk needs of a store."""
 
     async def in_order(self, folder: str) -> AsyncIterator[Item] | None:
-        """Return all that is below a folder in byte order, None where that takes a walk."""
+        """Return everything below a folder in byte order; None if that requires a walk."""
         ...
 
     def children(self, folder: str) -> AsyncIterator[Item]:

@@ -83,13 +83,13 @@ _path_of = itemgetter(0)
 _WRITE_SIZE = 512 * 1024
 """In bytes. For a write of 1 MiB Linux may need that much memory in one piece, which took three times as long when measured."""
 _RENAME_NOREPLACE = 1
-_CLOSED = -1  # never a descriptor, while the number of one that was closed may be another file's
+_CLOSED = -1  # no descriptor, because the system reuses the number of a closed one
 _CLAIM_ATTEMPTS = 200
 _CLAIM_PAUSE = 0.01
 
 
 def temporary_stem(name: str) -> str:
-    """Return how the names of all temporary files begin that are made for a file beside them.
+    """Return the beginning of the names of all temporary files for the file of a name.
 
     Some volumes tell neither case nor the composition of letters apart, so the names of one file there have one stem.
     """
@@ -107,7 +107,7 @@ def _opened(path: str | Path, flags: int, mode: int = 0o777, *, parent: int | No
 
 
 def _open_directory(path: str | Path, parent: int | None = None) -> AbstractContextManager[int]:
-    """Open a directory: one in an open directory by its name there, and not through a link."""
+    """Open a directory, by its name in an open one if given, without following links."""
     return _opened(path, DIRECTORY | (NO_LINK if parent is not None else 0), parent=parent)
 
 
@@ -220,7 +220,7 @@ def _entries(directory: int, folder: str) -> list[_Entry]:
         if not name.isascii():
             if names is None:
                 names = {other.name for other in entries if not other.name.isascii()}
-            name = _composed(entry, directory, names)
+            name = _compose_name(entry, directory, names)
         path = folder + name
         if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
             continue
@@ -232,8 +232,8 @@ def _entries(directory: int, folder: str) -> list[_Entry]:
     return found
 
 
-def _composed(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
-    """Return the name by which a file was stored, where the file system lists another one for it.
+def _compose_name(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
+    """Return the name by which a file was stored, if the file system lists it in another Unicode form.
 
     HFS+, and what a Mac shares, decompose letters: `é` is listed as `e` and U+0301, and found under either spelling.
     """
@@ -265,8 +265,8 @@ def _is_temporary(name: str) -> bool:
 # The errors of the file system, translated.
 
 _ERRORS: dict[int, tuple[type[BackendError], str]] = {
-    errno.ENOENT: (ObjectNotFoundError, "there is no object"),
-    errno.EEXIST: (ObjectExistsError, "there is something already"),
+    errno.ENOENT: (ObjectNotFoundError, "no object exists"),
+    errno.EEXIST: (ObjectExistsError, "something already exists"),
     errno.EACCES: (AccessDeniedError, "the file system refused permission"),
     errno.EPERM: (AccessDeniedError, "the file system refused permission"),
     errno.EROFS: (AccessDeniedError, "the file system is read-only"),
@@ -301,11 +301,11 @@ _STEPS: dict[str, tuple[str, frozenset[int], str]] = {
 def translated(
     location: str | None, *, reading: bool = False, root: Path | None = None, step: str | None = None
 ) -> Iterator[None]:
-    """Turn the system's errors into the library's, which are no `OSError`.
+    """Convert errors of the system to the library's, which are not `OSError`s.
 
     Args:
         location: What the call is about; None for the store as a whole.
-        reading: Whether a part of the path that is no directory, or a link, means that there is no object.
+        reading: Whether a part of the path that is not a directory, or a link, means that there is no object.
         root: The root directory, for the message; its owner is looked up, so not on an event loop.
         step: One of the steps that messages tell apart: `chmod`, `fsync`, `link` or `mkdir`.
     """
@@ -364,7 +364,7 @@ class Tree:
         self._syncs_directories = True
 
     def translated(self, location: str | None, *, reading: bool = False, step: str | None = None) -> AbstractContextManager[None]:
-        """Turn the system's errors into the library's, which name the root; see `translated`."""
+        """Convert errors of the system to the library's, which name the root; see `translated`."""
         return translated(location, reading=reading, root=self.root, step=step)
 
     def is_mounted(self) -> bool:
@@ -392,7 +392,7 @@ class Tree:
     def identify(self) -> tuple[str, ...]:
         """Return the identities that the marker holds; write the marker, and one into it, where there is none."""
         with translated(None), self._directory([], writing=True) as root:
-            self._mark(root)  # again, where somebody has removed it since
+            self._mark(root)  # again, because it was removed since
             found = _identities_of(root) or self._add_identity(root)
             self._identified = self._known_root, found
         return found
@@ -416,7 +416,7 @@ class Tree:
             return datetime.now(UTC)
 
     def open(self, location: str) -> tuple[int, ObjectInfo]:
-        """Open a regular file for reading; a link, a directory or a device is no object."""
+        """Open a regular file for reading; a link, a directory or a device is not an object."""
         *folder, name = location.split("/")
         with self.translated(location, reading=True), self._directory(folder) as directory:
             descriptor = os.open(name, READ, dir_fd=directory)
@@ -660,7 +660,7 @@ class Tree:
                 self.synchronise_directory(parent)
 
     def _recognise(self, descriptor: int, writing: bool) -> None:
-        """Refuse a root that is not the one it was, and one that may be what lies below a disk that is not mounted."""
+        """Refuse a root that was replaced, or that may be the mount point of a disk that is not mounted."""
         found = os.fstat(descriptor)
         identity = (found.st_dev, found.st_ino)
         if identity == self._known_root:
@@ -766,7 +766,7 @@ class AtomicFile:
 
     @classmethod
     def create(cls, tree: Tree, location: str, content: bytes) -> None:
-        """Create an object in one visit.
+        """Create an object in one visit to a thread.
 
         Without fsync the file has no temporary name where the system can do that: the directory is changed once instead of three
         times, which took a third off the processor's time for an object of 4 KiB.
@@ -834,7 +834,7 @@ class AtomicFile:
     def _give_name(self, name: str) -> None:
         if self._temporary is None:
             if not self._unnamed:
-                raise ValueError("the file has a name already")
+                raise ValueError("the file already has a name")
             self._link_unnamed(name)
             return
         try:
@@ -889,7 +889,7 @@ Way = Callable[[str, str, int], None]
 
 
 class ExclusiveNames:
-    """Names files in the first of three ways that a file system knows, and remembers which."""
+    """Names files in the first of three ways that the file system supports, and remembers which one."""
 
     def __init__(self) -> None:
         self._ways: list[Way] = [_link, _rename, _claim]
@@ -912,7 +912,7 @@ class ExclusiveNames:
             else:
                 self._ways = ways[position - 1 :]
                 return way is not _link
-        raise AssertionError("the last way returns or raises")
+        raise AssertionError("unreachable: the last way to name a file returns or raises")
 
 
 def _link(temporary: str, name: str, directory: int) -> None:

@@ -107,7 +107,7 @@ _SAID_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)\Z")
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What an error of obstore's tells, without anything that a caller or a server can put into its text.
+    """What an error of obstore says, without any text that a caller or a server controls.
 
     Attributes:
         status: The status of the service's answer.
@@ -149,11 +149,11 @@ def translate(error: Exception, operation: str, *, store: str, location: str | N
 
 _REASONS: dict[type[BackendError], str] = {
     AccessDeniedError: "was refused: the credentials do not allow it",
-    BackendUnavailableError: "failed: the service did not answer, or not now",
-    ObjectExistsError: "was refused: an object is there already",
+    BackendUnavailableError: "failed: the service did not answer, or is unavailable at the moment",
+    ObjectExistsError: "was refused: an object already exists",
     ObjectNotFoundError: "found no object",
-    ObjectStoreConfigurationError: "cannot work: check the bucket or container and its region, or the store lacks the ability",
-    StorageFullError: "failed: the store has no room left",
+    ObjectStoreConfigurationError: "cannot succeed: check the bucket or container, its region, and the abilities of the store",
+    StorageFullError: "failed: the store is full",
 }
 
 
@@ -175,13 +175,13 @@ def _kind_of(error: Exception, facts: _Facts) -> type[BackendError]:
 
 
 def _facts_of(error: Exception, paths: Sequence[str]) -> _Facts:
-    """Read an error: by what Rust prints of its structure, or by its words where there is no more than those."""
+    """Parse an error: Rust's debug output of its structure, or its text if there is nothing else."""
     _, found, structure = str(error).rpartition(_DEBUG)
     return _facts_of_structure(structure) if found else _facts_of_words(structure, paths)
 
 
 def _facts_of_structure(structure: str) -> _Facts:
-    """Read what Rust prints of an error: what others wrote is in strings with escapes, or in addresses, which have no blank."""
+    """Parse Rust's debug output of an error: foreign text is in escaped strings, or in URLs, which have no spaces."""
     strings: list[str] = []
 
     def number(match: re.Match[str]) -> str:
@@ -205,7 +205,7 @@ def _facts_of_structure(structure: str) -> _Facts:
 
 
 def _facts_of_words(words: str, paths: Sequence[str]) -> _Facts:
-    """Read what obstore's writer raises, which is a text alone: from its beginning, word for word, past the object's own name."""
+    """Parse an error of obstore's writer, which is only text: match it from its beginning, past the object's name."""
     path = "|".join(re.escape(path) for path in paths)
     about = rf"(?:Object at location|Request precondition failure for path|The operation lacked [a-z ]+ for path) (?:{path})"
     beginning = re.match(rf"(?:Generic \w+ error: |{about}[a-z ]*: |Error performing [a-z ]+: )*(?:{_SENT})?", words)
@@ -342,7 +342,7 @@ def plain_name(store: Any) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def connected(store: Any, options: Mapping[str, Any]) -> StoreClient:
+def make_client(store: Any, options: Mapping[str, Any]) -> StoreClient:
     """Return the client for a store that was passed in ready-made, or that a URL and options describe.
 
     Raises:
@@ -461,7 +461,7 @@ class StoreClient:
             self._store = None
 
     async def call(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
-        """Make one call of the store, which a cancellation does not cut off at once; see `answered`.
+        """Make one call of the store, which a cancellation does not cut off at once; see `wait_for_answer`.
 
         Args:
             operation: What it is called in messages.
@@ -471,7 +471,7 @@ class StoreClient:
         Raises:
             BackendError: The store's error, translated.
         """
-        return await answered(self.make(operation, location, request))
+        return await wait_for_answer(self.make(operation, location, request))
 
     async def make(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
         """Make one call of the store in a task that is not cancelled before the answer is there; other callers use `call`."""
@@ -491,7 +491,7 @@ class StoreClient:
                 await self.require_bucket()
             raise problem
         finally:
-            del problem  # or its traceback would hold this frame, and the frame the store
+            del problem  # otherwise its traceback would keep this frame alive, and with it the store
 
     def translated(self, error: Exception, operation: str, location: str | None) -> BackendError:
         """Return the error that callers see for one of the store's."""
@@ -553,13 +553,13 @@ class StoreClient:
         for attempt in range(1, _DELETES + 1):
             try:
                 await self.call("delete", location, lambda store: store.delete_async(location))
-                await answered(self.require_bucket())
+                await wait_for_answer(self.require_bucket())
             except ObjectNotFoundError:  # some stores say so
                 return
             except BackendUnavailableError:  # its answer may be lost, and obstore asks again for what only reads
                 if attempt == _DELETES:
                     raise
-            except BackendError:  # a folder of a local disk is no object, but is refused in other words
+            except BackendError:  # a folder of a local disk is not an object, but is refused in other words
                 if self.kind.over_network or await self.exists(location):
                     raise
                 return
@@ -572,7 +572,7 @@ class StoreClient:
 
         url = await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
         if self.kind.signs_plain_names_only and "%" in urlsplit(url).path:
-            message = f"obstore cannot sign a URL for {location!r} on {self.kind.name}: a character of it is escaped in URLs"
+            message = f"obstore cannot sign a URL for {location!r} on {self.kind.name}: it has a character that URLs escape"
             raise ObjectStoreConfigurationError(message, location=location)
         return url
 
@@ -646,7 +646,7 @@ class _StreamBody:
             self._coming = self._stream.__anext__()
 
 
-async def answered(request: Awaitable[T]) -> T:
+async def wait_for_answer(request: Awaitable[T]) -> T:
     """Await an answer of obstore's; a cancelled caller waits for it, at most a second.
 
     An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it
@@ -669,7 +669,7 @@ def _require_threads_of_obstore() -> None:
 
 @atexit.register
 def _outlast_obstore() -> None:
-    """Wait until no thread of obstore's is in Python: one that is when the interpreter ends aborts the process.
+    """Wait until no thread of obstore runs Python code: one that does when the interpreter ends aborts the process.
 
     Such a thread wakes the event loop with an answer, and may still be on its way back when the program, with that answer, is at
     its end. obstore's threads are not Python's own, so they are the ones with a frame that `threading` does not know.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any, TypeAlias
 
 from granite_storage.backends._obstore_client import OWNER, StoreClient
@@ -59,7 +58,7 @@ class ObjectWriter(RemoteWriter):
         """Store a stream: by one request where it fits in a part, else by a multipart upload."""
         first: list[Piece] = []
         size = 0
-        async with aclosing(_gathered(stream)) as pieces:
+        async with aclosing(_gather(stream)) as pieces:
             async for piece in pieces:
                 first.append(piece)
                 size += len(piece)
@@ -154,9 +153,13 @@ class ObjectWriter(RemoteWriter):
             size: The size of the object, in bytes.
             attempts: How often it is made where the service is not available.
         """
+
+        async def send() -> Receipt:
+            # Each by itself: for a caller that was cancelled none is made again.
+            return await self._answered(self._client.make(operation, self._location, request))
+
         try:
-            send = partial(self._client.make, operation, self._location, request)
-            return await self._answered(self._create(send, size, attempts=attempts))
+            return await self._create(send, size, attempts=attempts)
         except asyncio.CancelledError:
             await self._clean_up(self._withdraw())
             raise
@@ -179,7 +182,7 @@ async def slices(content: bytes) -> AsyncIterator[Piece]:
         yield view[start : start + _SLICE]
 
 
-async def _gathered(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
+async def _gather(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
     """Join short chunks: to hand one to obstore costs as much as to copy a few hundred KiB."""
     slivers: list[Piece] = []
     pending = 0

@@ -1,4 +1,4 @@
-"""What backends on a network service share: its readers, and the answers that callers never see."""
+"""What the backends of network services share: readers, and writes whose response was lost."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_key(location: str, prefix: str) -> None:
 
 
 def require_expiry(expires_in: timedelta) -> None:
-    """Refuse a life of a signature that no service grants."""
+    """Raise `ValueError` unless a signature's lifetime is from one second to seven days."""
     require_timedelta("expires_in", expires_in)
     if not timedelta(seconds=1) <= expires_in <= _MAX_EXPIRY:
         raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
@@ -110,7 +110,7 @@ async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitabl
 
 
 class Body(Protocol):
-    """The bytes of one answer; whatever it raises, it is over."""
+    """The body of one response; after any error nothing more can be read."""
 
     async def read(self, size: int, /) -> bytes:
         """Return up to `size` bytes, nothing only at the end; a cancelled read loses none.
@@ -143,7 +143,7 @@ class Opened:
 
 
 class Service(Protocol):
-    """What a reader asks.
+    """What a reader needs of a service.
 
     Attributes:
         attempts: How often in a row a body may be cut off without a byte, and one more.
@@ -349,7 +349,7 @@ class Found:
 
 
 class RemoteWriter:
-    """One write of one object, of which it is known at its end whether it has created the object.
+    """One write of one object, which knows at its end whether it has created the object.
 
     The object carries an id of the write in its metadata. So where an answer was lost, and the same request made again is refused
     because the object exists, a HEAD tells whether it is this write's own. ETags are never compared: they are an MD5 of the bytes
@@ -396,7 +396,7 @@ class RemoteWriter:
             self._created = not task.cancelled() and task.exception() is None and task.result() is not None
             raise
         finally:
-            del task  # or its error would hold this frame, and the frame the error
+            del task  # otherwise its error and this frame would keep each other alive
 
     async def _create(
         self,

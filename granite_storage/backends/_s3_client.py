@@ -102,7 +102,7 @@ class Lease:
                 self._pool.serve_overdue()
 
     def release(self) -> None:
-        """Let the next one have it, a new one where bytes are still to come on it; idempotent."""
+        """Return the connection to the pool, which replaces it if bytes are still to come on it; idempotent."""
         pool, self._pool = self._pool, None
         if pool is not None:
             self.idle_since = None
@@ -198,7 +198,7 @@ class ConnectionPool:
         self._timer = loop.call_later(_CHECK_SECONDS, self._take_idle) if self._waiting else None
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Wait no more, and pass on the connection that came at the same moment."""
+        """Stop waiting, and pass on a connection that arrived at the same moment."""
         if waiter in self._waiting:
             self._waiting.remove(waiter)
         elif not waiter.turn.cancelled():
@@ -218,7 +218,7 @@ class _Waiter(NamedTuple):
 
 
 class ServerTraits:
-    """What is known of the server behind a backend: some ignore a condition or a checksum without a word.
+    """What is known of the server behind a backend: some silently ignore a condition or a checksum.
 
     Args:
         bucket: The bucket's name, for the log.
@@ -253,7 +253,7 @@ class ServerTraits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class S3Settings:
-    """What `S3StorageBackend` was given, checked; its docstring tells the meanings."""
+    """The checked arguments of `S3StorageBackend`, whose docstring describes them."""
 
     bucket: str
     prefix: str
@@ -347,7 +347,7 @@ class S3Client:
                         raise problem from error
                     retries += 1
                 finally:
-                    del problem  # or its traceback would hold this frame, and the frame the request's body
+                    del problem  # otherwise its traceback would keep this frame alive, and with it the body
             except BaseException:
                 lease.release()
                 raise
@@ -400,7 +400,7 @@ class S3Client:
         return urls
 
     async def _own_signer(self) -> tuple[QuerySigner, Credentials] | None:
-        """Return what signs as the SDK does, with its credentials of now; None where nothing does."""
+        """Return a signer that signs as the SDK does, with its current credentials; None if there is none."""
         held = getattr(getattr(self.signer, "_request_signer", None), "_credentials", None)
         if held is None:
             return None
@@ -435,7 +435,7 @@ class S3Client:
         return url
 
     def end_of_credentials(self) -> datetime | None:
-        """Return when the credentials end by which was signed last; None where they do not, or the SDK does not know."""
+        """Return when the credentials that signed last expire; None if they do not, or the SDK does not know."""
         credentials = getattr(getattr(self.signer, "_request_signer", None), "_credentials", None)
         end: datetime | None = getattr(credentials, "_expiry_time", None)
         return end
@@ -559,7 +559,7 @@ class S3Clients:
             raise translate(error, "open", bucket=self._settings.bucket) from error
 
     def _prepare(self) -> tuple[Any, Any]:
-        """Do what takes long, once for all loops: import the SDK and read its models, which it keeps."""
+        """Do the slow work once for all loops: import the SDK and read its models, which it caches."""
         with self._preparing:
             if self._session is None:
                 self._session = _new_session()

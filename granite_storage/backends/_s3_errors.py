@@ -1,4 +1,4 @@
-"""What went wrong at an S3 server, in the library's own words: the one place that reads the SDK's errors.
+"""Converts the errors of the S3 SDK to the library's; no other module reads the SDK's errors.
 
 No message repeats what the server or the SDK said: it may quote a key or a token. Their error is the `__cause__`.
 """
@@ -31,7 +31,7 @@ class S3ConfigurationError(ConfigurationError, BackendError):
 
 
 class ExpiredCredentialsError(AccessDeniedError):
-    """The credentials were good once."""
+    """The credentials have expired."""
 
 
 class ConflictError(BackendUnavailableError):
@@ -81,7 +81,7 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
 
     target = _target(bucket, location)
     if isinstance(error, sdk.ClientError):
-        return answered(error.response, operation, bucket=bucket, location=location)
+        return translate_response(error.response, operation, bucket=bucket, location=location)
     if isinstance(error, (sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError)):
         return AccessDeniedError(
             f"no usable credentials were found for {target}: configure them in the environment, or pass a session",
@@ -100,8 +100,8 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
     return BackendError(f"{operation} of {target} failed: {type(error).__name__}", location=location)
 
 
-def answered(response: Mapping[str, Any], operation: str, *, bucket: str, location: str | None = None) -> BackendError:
-    """Return the error for an answer that says that something went wrong.
+def translate_response(response: Mapping[str, Any], operation: str, *, bucket: str, location: str | None = None) -> BackendError:
+    """Return the error for a response that reports a failure.
 
     Args:
         response: What the SDK made of the answer; its `Error` has the `Code`.

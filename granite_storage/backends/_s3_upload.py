@@ -166,7 +166,7 @@ class PartSource:
         self._room = room
 
     async def take(self, size: int) -> Body:
-        """Return the next `size` bytes, fewer only where they end; who takes them drops them."""
+        """Return the next `size` bytes, fewer only at the end; the caller drops them."""
         pieces: list[Piece] = []
         left = size
         room: asyncio.Semaphore | None = None
@@ -341,7 +341,7 @@ class MultipartUpload:
             await self._abort_strays()
 
     async def _abort_strays(self) -> None:
-        """Abort the uploads of our key whose creation the server may have made without our hearing of it."""
+        """Abort uploads of the key that the server may have created although its response was lost."""
         await _abort_all(self._client, self._client.settings.key(self._location), but=self._id)
 
 

@@ -1,4 +1,4 @@
-"""Presigned URLs of S3, signed here: it costs a fraction of what the SDK needs for it, which decides all again for each URL.
+"""Presigned URLs of S3, signed at a fraction of the SDK's cost, because the SDK resolves everything anew for each URL.
 
 Which host, path, region and credentials a URL has is the SDK's to decide: an own endpoint, a style of addressing, an access point
 and whatever an application has hooked into its client. So the SDK signs one URL for a key of its own, and `QuerySigner` learns
@@ -72,7 +72,7 @@ class QuerySigner:
 
     @classmethod
     def learn(cls, url: str, key: str, credentials: Credentials) -> Self | None:
-        """Return what signs as the SDK has signed a URL, for a key that needs no encoding; None where it would differ."""
+        """Return a signer that signs as the SDK has signed a URL, for a key that needs no encoding; None if it would differ."""
         address, _, query = url.partition("?")
         found = _QUERY.fullmatch(query)
         if found is None or not address.endswith(f"/{key}"):

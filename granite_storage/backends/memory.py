@@ -148,7 +148,7 @@ class MemoryStorageBackend:
 
     @contextmanager
     def _claim(self, location: str) -> Iterator[Callable[[int], None]]:
-        """Count a write's bytes as they come, and give them back where it fails."""
+        """Reserve room for a write's bytes as they arrive, and release it if the write fails."""
         check_location(location)
         claimed = 0
 
@@ -156,7 +156,7 @@ class MemoryStorageBackend:
             nonlocal claimed
             with self._lock:
                 if self._max_total_size is not None and self._total_size + size > self._max_total_size:
-                    raise StorageFullError(f"the store holds at most {self._max_total_size} bytes", location=location)
+                    raise StorageFullError(f"the store is full: it holds at most {self._max_total_size} bytes", location=location)
                 self._total_size += size
             claimed += size
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
-from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, connected
+from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, make_client
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
 from granite_storage.backends._remote import RemoteBackend, check_key, delete_each, read_beginning, require_expiry
 from granite_storage.backends._resuming import open_resuming
@@ -42,7 +42,7 @@ class ObjectStoreBackend(RemoteBackend):
     A reader holds a connection until it is closed or read to its end. What is cut off is opened again by `StoredObjectReader`,
     with the same version of the object or not at all.
 
-    A killed process cannot abort its upload, nor can anybody who does not know its id: give an S3 or Google bucket a lifecycle
+    A killed process cannot abort its upload, and no other program knows its id: give an S3 or Google bucket a lifecycle
     rule for incomplete multipart uploads. Azure drops parts that were never joined after a week.
 
     It satisfies `SupportsCopy` and `SupportsBatchDelete`. Over HTTP it only reads: whatever would write or delete is refused.
@@ -52,9 +52,9 @@ class ObjectStoreBackend(RemoteBackend):
             `az://container`, `https://host/folder`, `memory:///` or `file:///folder`.
         config: The store's own options, for a URL, as obstore has them, such as `{"region": "eu-central-1"}`; those of the HTTP
             client are refused here.
-        client_options: Of the HTTP client, for a URL: timeouts, proxies, `{"allow_http": True}`. Beside what is given, a
-            connection is waited for 10 seconds, and bytes for 60.
-        retry_config: For a URL: which failures are tried again, and how. Beside what is given, 4 times within 60 seconds.
+        client_options: Options of the HTTP client, for a URL: timeouts, proxies, `{"allow_http": True}`. By default it waits 10
+            seconds for a connection, and 60 for bytes.
+        retry_config: For a URL: which failures are retried, and how; by default 4 times within 60 seconds.
         credential_provider: For a URL: a callable of yours that gives credentials.
         part_size: The size of the parts in bytes, at least 5 MiB. An object has 10,000 parts at the most, 78 GiB by default.
         part_concurrency: The most parts of one write in flight at a time; two more are in memory.
@@ -95,7 +95,7 @@ class ObjectStoreBackend(RemoteBackend):
             "retry_config": retry_config,
             "credential_provider": credential_provider,
         }
-        self._client = self._service = connected(store, options)
+        self._client = self._service = make_client(store, options)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)

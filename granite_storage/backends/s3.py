@@ -24,7 +24,7 @@ from granite_storage.backends._remote import (
     require_expiry,
 )
 from granite_storage.backends._s3_client import S3Client, S3Clients, S3Settings, is_installed, version_of
-from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
+from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, translate, translate_response
 from granite_storage.backends._s3_upload import (
     LARGEST_PART,
     PROBE_PREFIX,
@@ -51,7 +51,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.locations import check_segment
-from granite_storage.streams import MeasuredStream, regrouped, require_size
+from granite_storage.streams import MeasuredStream, regroup, require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
@@ -81,7 +81,7 @@ _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 
 
 def _require_presignable(settings: S3Settings) -> None:
-    """Refuse the parameters with which no client can store, or nothing could be made of what it has stored.
+    """Raise `S3ConfigurationError` for parameters that presigned uploads do not support.
 
     Raises:
         S3ConfigurationError: There are some.
@@ -171,7 +171,7 @@ def _info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
 
 
 class _Service:
-    """A bucket, as a reader asks it; see `Service`."""
+    """A bucket for readers; see `Service`."""
 
     def __init__(self, clients: S3Clients, attempts: int) -> None:
         self.attempts = attempts
@@ -215,9 +215,9 @@ class S3StorageBackend(RemoteBackend):
     """Stores each object under one key of a bucket.
 
     A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
-    one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A request that fails for a
-    passing reason is retried; where its answer was lost, a HEAD tells what became of it. A write that fails or is
-    cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
+    one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A transient
+    failure is retried; if the response to a write was lost, a HEAD tells its outcome. A write that fails or is cancelled leaves
+    no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
     A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
     What is cut off, or lost its connection, is opened again by `StoredObjectReader`, with the same version of the object or not
@@ -233,7 +233,7 @@ class S3StorageBackend(RemoteBackend):
 
     Args:
         bucket: The bucket's name; it must exist.
-        prefix: Whole segments, such as `app/uploads`, under which everything is kept; no location shows them.
+        prefix: Whole segments, such as `app/uploads`, before every key; locations do not contain them.
         session: An `aioboto3.Session` or an `aiobotocore.session.AioSession`, which stays yours; None makes one from the
             environment, of aioboto3 where both are installed.
         endpoint_url: The server, where it is not Amazon's.
@@ -383,7 +383,7 @@ class S3StorageBackend(RemoteBackend):
         """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
         self._check(location)
         size = stream.declared_size if isinstance(stream, MeasuredStream) else None
-        async with aclosing(regrouped(stream)) as pieces:
+        async with aclosing(regroup(stream)) as pieces:
             return await self._write(location, pieces, content_type, size)
 
     async def delete(self, location: str) -> None:
@@ -476,7 +476,7 @@ class S3StorageBackend(RemoteBackend):
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield objects in byte order; see `StorageBackend.iter_objects`.
 
-        What other programs have put under keys that are no valid locations is yielded too.
+        What other programs have put under keys that are not valid locations is yielded too.
 
         Raises:
             S3ConfigurationError: The server lists in another order than S3.
@@ -560,7 +560,7 @@ class S3StorageBackend(RemoteBackend):
         failures: dict[str, BackendError] = {}
         for entry in answer.get("Errors", ()):
             location = keys[entry["Key"]]
-            failure = answered({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
+            failure = translate_response({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
             if not isinstance(failure, ObjectNotFoundError):
                 failures[location] = failure
         return failures
@@ -594,7 +594,7 @@ def _checked_prefix(prefix: str) -> str:
 
 
 def _checked_endpoint(url: str | None) -> str | None:
-    """Refuse what cannot be the address of a server, whose path and query S3 has for itself."""
+    """Return the address of a server; raise `ConfigurationError` for anything else."""
     if url is None:
         return None
     parts = urlsplit(url)

@@ -219,7 +219,8 @@ _ABILITIES: dict[type, str] = {
 @cache
 def _class_with(cls: Any, abilities: tuple[str, ...]) -> type[WrappedBackend]:
     base = type("_Abilities", (WrappedBackend,), {name: vars(_Abilities)[name] for name in abilities})
-    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    bases = (base,) if issubclass(base, cls) else (cls, base)
+    return type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _wrap_reader(inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> ObjectReader:

@@ -85,7 +85,7 @@ def _show_waiting(context: CommandContext, records: Sequence[Mapping[str, Any]],
 
 
 def _show_unseen(context: CommandContext, report: RowReport) -> None:
-    """Show what could not be read, which a report of JSON has anyway."""
+    """Show what could not be read; a JSON report contains it anyway."""
     if not context.output.as_json:
         for said in report.unseen:
             context.output.line(f"not seen: {in_options(said)}", "red")
@@ -194,7 +194,7 @@ async def recover_command(context: CommandContext, retry_dead_letters: bool, yes
     It deletes uploads that no transaction has kept, and objects that rows have released; it has held files scanned, makes
     variants and calls effects. Without --yes it shows what is due now and later, and asks where something is due now.
 
-    The exit code is 1 while something has failed. A file of which a recipe can make no variant is no failure: the run that finds
+    The exit code is 1 while something has failed. A file that a recipe refuses is not a failure: the run that finds
     it says so, and no later one does.
     """
     journal = context.binding.journal
@@ -484,10 +484,22 @@ def _may_start(context: CommandContext, report: RowReport, waiting: Sequence[obj
 # derive
 
 
+def _require_one(context: click.Context, option: click.Parameter, is_given: bool) -> bool:
+    """Refuse a second one of the flags that exclude each other, before the application is loaded."""
+    if is_given and context.meta.setdefault(__name__, option) is not option:
+        raise click.UsageError("--only-missing, --stale and --all exclude each other: pass one of them", context)
+    return is_given
+
+
 @command("derive")
-@click.option("--only-missing", is_flag=True, help="Make what is missing.  [default]")
-@click.option("--stale", is_flag=True, help="Also replace what another recipe, or version of an effect, has made.")
-@click.option("--all", "everything", is_flag=True, help="Make everything again.")
+@click.option("--only-missing", is_flag=True, callback=_require_one, expose_value=False, help="Make what is missing.  [default]")
+@click.option(
+    "--stale",
+    is_flag=True,
+    callback=_require_one,
+    help="Also replace what another recipe, or version of an effect, has made.",
+)
+@click.option("--all", "everything", is_flag=True, callback=_require_one, help="Make everything again.")
 @click.option("--column", "columns", multiple=True, metavar="TABLE.COLUMN", help="Only this column; may be repeated.")
 @click.option("--variant", "names", multiple=True, metavar="NAME", help="Only this variant or effect; may be repeated.")
 @click.option("--drop-undeclared", is_flag=True, help="Also delete variants that their columns no longer declare.")
@@ -497,7 +509,6 @@ def _may_start(context: CommandContext, report: RowReport, waiting: Sequence[obj
 @JSON
 async def derive_command(
     context: CommandContext,
-    only_missing: bool,
     stale: bool,
     everything: bool,
     columns: Sequence[str],
@@ -513,8 +524,6 @@ async def derive_command(
     --drop-undeclared variants leave their rows and are deleted as files that were replaced: without --yes the command shows what
     there is to do, and asks. The rate counts the bytes of the originals.
     """
-    if only_missing + stale + everything > 1:
-        raise click.UsageError("--only-missing, --stale and --all exclude each other: pass one of them")
     which: Which = "all" if everything else "stale" if stale else "missing"
     with usage_of("--column"):
         require_columns(context.binding, columns)

@@ -65,7 +65,7 @@ async def load_binding(name: str) -> StorageBinding:
         name: The name.
 
     Raises:
-        ConfigurationError: It cannot be imported, or is no binding; the message says where, the cause is the error itself.
+        ConfigurationError: It cannot be imported, or is not a binding; the message says where, the cause is the error itself.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
@@ -276,7 +276,7 @@ def in_options(text: str) -> str:
 
 @contextmanager
 def usage_of(option: str) -> Iterator[None]:
-    """Report an error in the block as one of the command's usage: an option, or an argument, has a value that cannot be."""
+    """Report an error in the block as a usage error: an option or an argument has an impossible value."""
     try:
         yield
     except (ConfigurationError, InvalidLocationError) as error:

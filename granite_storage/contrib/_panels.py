@@ -50,7 +50,7 @@ def require_preview(attribute: Any, preview: str | None) -> None:
         UnknownVariantError: It declares no such variant.
     """
     if not is_attached(attribute):
-        raise ConfigurationError(f"{attribute} has no attachments that {preview!r} could be a preview of")
+        raise ConfigurationError(f"{attribute} is not an attribute of attachments, so it has no preview {preview!r}")
     if preview is not None and preview not in attribute.type.variants:
         known = ", ".join(attribute.type.variants) or "none"
         raise UnknownVariantError(f"{attribute} declares no variant {preview!r} to show as its preview (there are: {known})")
@@ -241,7 +241,7 @@ def readable() -> Iterator[None]:
         raise RefusedError(f"The database refuses this row: {reason}") from error
 
 
-def blame(model: Any, fields: Sequence[Any], refusal: Exception) -> str:
+def find_field(model: Any, fields: Sequence[Any], refusal: Exception) -> str:
     """Return the name of the field whose attribute, or its column, a refusal names; of the first one otherwise."""
 
     def is_named(name: str) -> bool:
@@ -277,7 +277,7 @@ async def existing(finding: Awaitable[T]) -> T:
 def _reason_of(error: Exception) -> str | None:
     """Return why a database, or its driver, refuses a value; None where something else has failed.
 
-    An error of the bound values is no DBAPIError, and asyncpg's are of no class of their own, but have an SQLSTATE: 22 is a value
+    An error of the bound values is not a DBAPIError, and asyncpg's have no class of their own, but an SQLSTATE: 22 is a value
     that the type cannot take, 23 a constraint that a row violates.
     """
     if not isinstance(error, DBAPIError):
@@ -311,7 +311,7 @@ class FormFile(_Form):
         if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
         if len(self.uploads) > 1:
-            return "Choose one file: there is room for no more."
+            return "Choose only one file."
         if self.action is not FileAction.REPLACE and self.uploads:
             return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
         if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and self.value is None)):

@@ -57,14 +57,14 @@ _ENCODERS: Mapping[Any, Any] = {
 }
 
 
-class _Itself:
-    """Is what a DTO makes the type of a collection from; a list of rows has no type of its elements in its annotation."""
+class _CollectionType:
+    """Gives a DTO the type of a collection, whose annotation does not name the type of its elements."""
 
     def __getitem__(self, _: Any) -> type[AttachmentList]:
         return AttachmentList  # as which no request can be decoded, not even an empty list, which would delete all files
 
 
-safe_generic_origin_map[AttachmentList] = _Itself()
+safe_generic_origin_map[AttachmentList] = _CollectionType()
 instantiable_type_mapping[AttachmentList] = list
 
 

@@ -160,7 +160,7 @@ def _query(view: ModelView, query: Callable[..., Any], request: Request) -> Any:
     return query(request).options(*(selectinload(getattr(view.model, name)) for name in names))
 
 
-async def _say(view: ModelView, call: Callable[..., Any], request: Request, argument: Any) -> Any:
+async def _show_refusal(view: ModelView, call: Callable[..., Any], request: Request, argument: Any) -> Any:
     """Call a method of a view, and let the form, or the list, say what the storage or the database refuses."""
     try:
         with _panels.readable():
@@ -168,12 +168,14 @@ async def _say(view: ModelView, call: Callable[..., Any], request: Request, argu
     except _panels.RefusedError as refusal:
         if request.state.action in (RequestAction.ACTION, RequestAction.ROW_ACTION):
             raise ActionFailed(str(refusal)) from refusal
-        name = _panels.blame(view.model, view.get_fields_list(request), refusal)
+        name = _panels.find_field(view.model, view.get_fields_list(request), refusal)
         raise FormValidationError({name: str(refusal)}) from refusal
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = {"find_by_pk": _find_by_pk, "find_by_pks": _find_by_pks}
-_WRAPPERS |= dict.fromkeys(("delete", "handle_exception"), _say) | dict.fromkeys(("get_list_query", "get_detail_query"), _query)
+_WRAPPERS |= dict.fromkeys(("delete", "handle_exception"), _show_refusal) | dict.fromkeys(
+    ("get_list_query", "get_detail_query"), _query
+)
 
 
 class AttachmentPlugin(BasePlugin):

@@ -122,7 +122,7 @@ def _to_continuous(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode in ("I", "F"):
-        raise DerivationRefusedError("the image has numbers in place of colours")
+        raise DerivationRefusedError("the pixels of the image are 32-bit numbers, not colours")
     if image.has_transparency_data:
         return image.convert("RGBA")
     if image.mode in ("P", "1"):

@@ -97,7 +97,7 @@ def plan(size: tuple[int, int], box: tuple[int, int], crop: bool) -> tuple[tuple
 
 
 def make_placeholder(size: tuple[int, int], shrink: Callable[[tuple[int, int], int], bytes]) -> str | None:
-    """Return the data URL of a tiny image; None where each is too long.
+    """Return the data URL of a tiny image; None if each one is too long.
 
     Args:
         size: The size of the whole image.

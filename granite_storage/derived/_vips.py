@@ -47,7 +47,7 @@ def render(file: BinaryIO, **arguments: Any) -> Derivation:
         if width * height > wanted.max_pixels:
             raise DerivationRefusedError(f"the image has more than {wanted.max_pixels} pixels")
         if image.format not in _DEPTHS:
-            raise DerivationRefusedError("the image has numbers in place of colours")
+            raise DerivationRefusedError("the pixels of the image are 32-bit numbers, not colours")
         if image.get_typeof("orientation") and image.get("orientation") >= 5:
             width, height = height, width
         size, _ = plan((width, height), wanted.box, wanted.crop)

@@ -150,7 +150,7 @@ def _limits(request: dict[str, Any]) -> Iterator[None]:
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_FSIZE: request["max_size"],
         resource.RLIMIT_DATA: request["max_memory"],
-        # Shared mappings are no data; a library may reserve far more of these, and of private ones, than it uses.
+        # Shared mappings are not data; a library may reserve far more of these, and of private ones, than it uses.
         resource.RLIMIT_AS: 2 * request["max_memory"] + (1 << 30),
     }
     try:

@@ -76,7 +76,7 @@ class Recipe(Protocol):
         """Return what identifies the recipe under this name of a variant, `sha256:` and 32 hex digits.
 
         It is the same in every process and on every Python, and another one where anything differs that decides the content:
-        then the file is to be made again. `when`, `missing` and the limits are no part of it.
+        then the file is to be made again. `when`, `missing` and the limits are not part of it.
         """
         ...
 
@@ -148,10 +148,10 @@ class Effect:
     def __post_init__(self) -> None:
         for argument in ("put", "remove"):
             if not is_async_callable(handler := getattr(self, argument)):
-                found = "a synchronous function" if callable(handler) else "no function"
+                found = "a synchronous function" if callable(handler) else "not a function"
                 raise ConfigurationError(
-                    f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}, which is {found}:"
-                    " declare it with 'async def'",
+                    f"{argument} of an effect must be an async function that takes an EffectEvent, not {handler!r}, which is"
+                    f" {found}: declare it with 'async def'",
                     see=Page.EFFECTS,
                 )
         if isinstance(self.version, bool) or not isinstance(self.version, int | str):

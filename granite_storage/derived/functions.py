@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from granite_storage._documentation import Page
-from granite_storage._tasks import UnaskedEndError, contained
+from granite_storage._tasks import UnexpectedExitError, contained
 from granite_storage.derived.base import (
     Derivation,
     DerivationSource,
@@ -51,7 +51,7 @@ class Derived:
             have no such variant, and one of unknown type is shown to the function. None for all.
         version: Another number or text makes all files again: change it with the function's code.
         timeout: The longest that it may take, in seconds, and in a process the most processor time.
-        max_memory: The most private memory of its process, in bytes. One that needs more fails and is no refusal: the limit is
+        max_memory: The most private memory of its process, in bytes. One that needs more fails and is not a refusal: the limit is
             the application's, not the file's, and may be raised.
         max_source: The largest original, in bytes; a larger one is refused.
         max_size: The largest result, in bytes, and the largest file that the function may write.
@@ -125,7 +125,7 @@ class Derived:
                     value = await function(source)
         except StorageError:
             raise
-        except UnaskedEndError as error:
+        except UnexpectedExitError as error:
             raise DerivationFailedError(f"the derivation failed: {error}") from error
         except Exception as error:  # its message may have the secrets of the service that it calls
             what = f"took longer than {limits.timeout:g} s" if limit.expired() else f"raised {type(error).__name__}"
@@ -163,7 +163,7 @@ def _identify(function: Any) -> str:
     """Return `module:qualname` of a function that another process can import."""
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not callable(function) or not module or not qualname or inspect.ismethod(function):
-        problem = "it is no plain function"
+        problem = "it is not a plain function"
     elif "<" in qualname:
         problem = "it is a lambda or is defined inside another function"
     elif module == "__main__" and not inspect.iscoroutinefunction(function):

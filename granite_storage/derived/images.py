@@ -40,15 +40,15 @@ _PLACEHOLDER = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]{1,377}")
 class ImageVariant:
     """An image in another size and format, made in a worker process.
 
-    An image is never made larger, is turned upright, and is in sRGB. It carries nothing else of the original: no place, no
-    camera, no comment, no colour profile.
+    An image is never enlarged, is turned upright, and is converted to sRGB. It has no metadata of the original: no location,
+    camera, comment or colour profile.
 
     ======================================  ==============================================================================
     Original                                Result
     ======================================  ==============================================================================
     JPEG, PNG, GIF, WebP, AVIF, BMP, TIFF   made, by the decoder that the first bytes name; of several images the first
     HEIC, anything else that is an image    refused; no library looks at it
-    PDF, SVG, anything that is no image     has no such variant, and is stored without it; see `accept`
+    PDF, SVG, anything but an image         has no such variant, and is stored without it; see `accept`
     more than `max_pixels`                  refused before it is decoded
     cut off or damaged                      refused
     takes more memory or time than allowed  fails, and may be tried again
@@ -60,7 +60,7 @@ class ImageVariant:
     transparent                             stays so; put on `background` if there is one, and for JPEG on white
     palette, black and white                full colours, grey
     16 bits a channel                       the upper 8 bits
-    32 bits a channel (TIFF)                refused: integers and floating point are no colours
+    32 bits a channel (TIFF)                refused: integers and floating point are not colours
     animated GIF, WebP, PNG or AVIF         the first frame; with `animated=True` all of them, with their times
     animated, `max_pixels` in all frames    the first frame, where all frames together have more pixels
     ======================================  ==============================================================================
@@ -76,7 +76,7 @@ class ImageVariant:
         quality: From 1 to 100; by default 80 for WebP, 82 for JPEG and 60 for AVIF. PNG has none.
         when: When it is made: `flush`, `later` or `request`.
         accept: The media types of the originals that have the variant; those of other types are stored without it. None for all.
-            An original of unknown type is looked at, and refused where it is no image.
+            An original of unknown type is examined, and refused if it is not an image.
         background: The colour behind a transparent image, `#rrggbb`; None keeps it transparent where the format can.
         animated: Whether an animation stays one, in WebP.
         placeholder: Whether the receipt's `media` gets a `placeholder`: a tiny WebP as a data URL of at most 400 bytes.

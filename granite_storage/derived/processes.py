@@ -1,4 +1,4 @@
-"""Worker processes, in which functions look at hostile files: one that dies, hangs or eats memory costs one derivation.
+"""Worker processes for functions that read hostile files: one that crashes, hangs or eats memory costs one derivation.
 
 Each call has a thread of this process, which waits for the worker's answer; so the processes serve all event loops together, and
 depend on none. Cancelling a call kills its process. The alternatives were weighed in 2026:
@@ -8,7 +8,7 @@ depend on none. Cancelling a call kills its process. The alternatives were weigh
   unpickles what comes back: a decoder that a hostile file has taken over could run code in the application. So does the former.
 - `asyncio.create_subprocess_exec` ties a process to one event loop, which may be closed before the next call.
 
-The processes are no sandbox. They run as the same user, with the same environment and network; put the application into a
+The processes are no sandbox: they run as the same user, with the same environment and network; put the application into a
 container where decoders must not see more than their files.
 """
 
@@ -284,7 +284,7 @@ def limit_processes(max_processes: int | None = None, *, idle_timeout: float = 6
         idle_timeout: After how many seconds without work a process ends.
 
     Raises:
-        ConfigurationError: One is no positive number.
+        ConfigurationError: One is not a positive number.
     """
     global _processes
     before, _processes = _processes, WorkerProcesses(max_processes, idle_timeout)
@@ -398,17 +398,14 @@ class _Call:
 
 def _start(*descriptors: int) -> subprocess.Popen[bytes]:
     """Start a process that inherits descriptors, and whose arguments they are."""
-    try:
-        return subprocess.Popen(  # noqa: S603  # our own program
-            [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, *map(str, descriptors)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=descriptors,
-            start_new_session=True,  # a group of its own, to be killed with its children, out of reach of Ctrl-C
-        )
-    except OSError as error:
-        raise DerivationUnavailableError("no worker process can be started") from error
+    return subprocess.Popen(  # noqa: S603  # our own program
+        [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, *map(str, descriptors)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        start_new_session=True,  # a group of its own, to be killed with its children, out of reach of Ctrl-C
+    )
 
 
 class _Worker:
@@ -418,15 +415,18 @@ class _Worker:
         self.jobs = 0
         self.idle_since: float = time.monotonic()
         self._is_disposed = False
-        with ExitStack() as on_failure:
-            self._socket, channel = socket.socketpair()
-            on_failure.enter_context(self._socket)
-            with channel:
-                self._lifeline, lifeline = socket.socketpair()
-                on_failure.enter_context(self._lifeline)
-                with lifeline:
-                    self._process = _start(channel.fileno(), lifeline.fileno())
-            on_failure.pop_all()
+        try:
+            with ExitStack() as on_failure:
+                self._socket, channel = socket.socketpair()
+                on_failure.enter_context(self._socket)
+                with channel:
+                    self._lifeline, lifeline = socket.socketpair()
+                    on_failure.enter_context(self._lifeline)
+                    with lifeline:
+                        self._process = _start(channel.fileno(), lifeline.fileno())
+                on_failure.pop_all()
+        except OSError as error:
+            raise DerivationUnavailableError("no worker process can be started") from error
         self._socket.settimeout(_START_SECONDS)
         with suppress(OSError):  # it has died already, which the first call finds
             self._send({"path": [os.path.abspath(path) for path in sys.path], "idle": idle_timeout}, [])
@@ -438,17 +438,17 @@ class _Worker:
             self._send(request, descriptors)
             size = _worker.HEADER.unpack(self._receive(_worker.HEADER.size, deadline))[0]
             if size > _worker.MOST_ANSWER:
-                raise ValueError(f"an answer of {size} bytes")
+                raise ValueError(f"the answer has {size} bytes, more than {_worker.MOST_ANSWER}")
             answer = json.loads(self._receive(size, deadline))
             if not isinstance(answer, dict):
-                raise ValueError("an answer that is no object")
+                raise ValueError("the answer is not a JSON object")
         except TimeoutError:
             return {"error": f"{request['function']} took longer than {request['timeout']:g} s", "is_worn": True}
         except (OSError, EOFError, ValueError, RecursionError):
-            return {"error": f"the process of {request['function']} {self._say_end()}", "is_worn": True}
+            return {"error": f"the process of {request['function']} {self._describe_end()}", "is_worn": True}
         return answer
 
-    def _say_end(self) -> str:
+    def _describe_end(self) -> str:
         try:
             status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:

@@ -85,7 +85,7 @@ _KINDS = (AttachmentType, StoredObjectRefType)
 _COLUMNS_IN_A_STATEMENT = 100
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY, ILLEGIBLE = range(5)
 """What a reference leads to: an object of another backend; one of the collected backend; a backend that no manager has; another
-store than its backend leads to now; nothing, because it is no reference. From the third on a run ends."""
+store than its backend leads to now; nothing, because it is not a reference. From the third on a run ends."""
 
 # The statements: every reference in the byte order of its location, and the first value that is none.
 
@@ -113,7 +113,7 @@ class RefColumn:
 
 
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select location and kind of all references in the byte order of the locations; what is none is `ILLEGIBLE`.
+    """Select location and kind of all references in the byte order of the locations; any other value is `ILLEGIBLE`.
 
     A ref that nests variants is as many references; one whose variants cannot be read is none.
 
@@ -133,7 +133,7 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind.
 
-    For `ILLEGIBLE` it is a row whose value is no reference, or has variants that cannot be read.
+    For `ILLEGIBLE` it is a row whose value is not a reference, or has variants that cannot be read.
     """
     ref = column.column
     found: list[Select[*tuple[Any, ...]]] = []
@@ -411,7 +411,7 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"
     if other.session_factory is None:
-        return f"{what}, and it has no sessions to read its references with: pass sessions= to bind_storage()"
+        return f"{what}, and it has no sessions to read its references with: pass session_factory= to bind_storage()"
     return f"{what}, in another database, which cannot be read in the same snapshot: pass iter_references, which reads both"
 
 
@@ -673,8 +673,10 @@ def _journals_in(
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
     template = _journal_in(None)
     needed = {template.intent.name, template.reclaim.name}
+    # By any of their columns: MariaDB shows a role only those that it has rights on.
+    names = sorted({column.name for table in (template.intent, template.reclaim) for column in table.columns})
     found: dict[str, set[str]] = {}
-    for schema, name, *_ in find_named(connection, sorted(needed), []):
+    for schema, name, *_ in find_named(connection, sorted(needed), names):
         found.setdefault(schema, set()).add(name)
     return [_journal_in(schema) for schema, has in sorted(found.items()) if schema in schemas and needed <= has]
 
@@ -754,8 +756,8 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, 
     if gap is not None:
         raise CollectionRefusedError(
             f"no worker of the journal was running for {describe_duration(gap)}: the database may have been restored from a"
-            " backup, and objects without a row may belong to rows that are still to be restored. Once you are sure that it is"
-            " the right one, pass allow_restored_database=True"
+            " backup, and objects without a row may belong to rows that are still to be restored. Once you are sure that this"
+            " is the right database, pass allow_restored_database=True"
         )
 
 

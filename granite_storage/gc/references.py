@@ -28,7 +28,7 @@ class ReferenceSource:
         raise NotImplementedError
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
-        """Refuse what could not be relied on; by default nothing.
+        """Raise `CollectionRefusedError` if the references cannot be relied on; by default they can.
 
         Raises:
             CollectionRefusedError: The message says what, and what to do.
@@ -38,7 +38,7 @@ class ReferenceSource:
         """Yield pages of all references, whatever backend they name, in the byte order of their locations; one may come twice.
 
         Raises:
-            CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
+            CollectionRefusedError: While they are read: a value is not a reference, or names an unknown backend or store.
         """
         raise NotImplementedError
 

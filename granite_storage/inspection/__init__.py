@@ -1,4 +1,4 @@
-"""Uploads are judged before they are kept: by type, by inspectors such as `ImageLimits`, and by a virus scanner."""
+"""Checks of uploads before they are stored: by type, by inspectors such as `ImageLimits`, and by a virus scanner."""
 
 from __future__ import annotations
 

@@ -38,13 +38,13 @@ _TCP_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]@]+)):(\
 class ClamdScanner:
     """Scans uploads with clamd, each over a separate connection, as a stream.
 
-    An upload is clean only where clamd says so of the whole of it. Every wait for clamd is bounded, and an answer is read to a
-    few KiB only. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
+    An upload is clean only if clamd has received all of it and says so. Every wait for clamd is bounded, and at most a few KiB
+    of an answer are read. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
     processes that are forked; nothing is opened when it is made.
 
-    Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. Of
-    what is over `MaxFileSize`, `MaxScanSize` or `MaxRecursion` it says OK without having looked at all of it, unless it has
-    `AlertExceedsMax yes`, which makes that a finding. The connection is neither encrypted nor authenticated.
+    Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. It
+    reports content over `MaxFileSize`, `MaxScanSize` or `MaxRecursion` as clean without scanning all of it, unless
+    `AlertExceedsMax yes` makes that a finding. The connection is neither encrypted nor authenticated.
 
     Args:
         address: Where clamd listens: `host:port`, `[::1]:3310`, or a unix socket, as an absolute path or as `unix:/path`.
@@ -101,7 +101,7 @@ class ClamdScanner:
             content: The content, which is not read on once clamd has answered; its maker closes it.
 
         Raises:
-            ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or said what is no verdict.
+            ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or gave no verdict.
         """
         async with self._room():
             with closing(await self._connect(self._timeout)) as connection:
@@ -115,7 +115,7 @@ class ClamdScanner:
         """Check that clamd answers, and return its version, such as `clamd 1.4.2/27500`.
 
         Raises:
-            ScannerUnavailableError: It is not, or what answers is no clamd.
+            ScannerUnavailableError: clamd does not answer, or another program does.
         """
         answer, error = await self._ask(b"zPING\0", self._timeout)
         if answer != b"PONG\0":
@@ -123,7 +123,7 @@ class ClamdScanner:
         return await self._describe()
 
     async def _pace(self, content: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """Yield the content, unless it keeps clamd and the others that wait for it waiting."""
+        """Yield the content, and end the scan if the content pauses for too long, because other uploads wait for clamd."""
         while True:
             limit = asyncio.timeout(self._content_timeout)
             try:
@@ -148,12 +148,12 @@ class ClamdScanner:
         if answer == _CLEAN and is_whole:
             return None
         if answer == _CLEAN:
-            reason = "said that the content is clean before it had the whole of it: check what listens there"
+            reason = "called the content clean before it had received all of it: check what listens there"
         elif b"size limit exceeded" in answer:
             reason = "takes no content of this size: set StreamMaxLength in clamd.conf above the largest upload"
         elif b"READ TIMED OUT" in answer:
             reason = (
-                "waited in vain for the rest of the content: set ReadTimeout in clamd.conf above the longest pause of an upload"
+                "timed out before the rest of the content came: set ReadTimeout in clamd.conf above the longest pause of uploads"
             )
         else:
             reason = self._explain(answer, error)
@@ -161,7 +161,7 @@ class ClamdScanner:
 
     def _explain(self, answer: bytes, error: OSError | None) -> str:
         if answer:
-            return f"answered {_printable(answer)!r}, which is no verdict: see clamd's log"
+            return f"answered {_printable(answer)!r}, which is not a verdict: see clamd's log"
         if isinstance(error, TimeoutError):
             return f"neither read nor answered for {self._timeout:g} s: check whether it is overloaded, or set a longer timeout"
         return "closed the connection without an answer: see clamd's log, and whether the content is over its StreamMaxLength"

@@ -34,7 +34,7 @@ class ImageLimits(HeadInspector):
 
     It looks at the header, of at most 1 MiB. JPEG, PNG, GIF, WebP, AVIF, HEIC and icons need no more than that; bitmaps,
     TIFF, JPEG 2000, Photoshop's files and unusual JPEGs are shown to Pillow's reader of that one format, in a thread. An image
-    whose header cannot be read there is refused. SVG has no size in pixels and is let through, as is what is no image.
+    whose header cannot be read there is refused. SVG has no size in pixels and is let through, as is what is not an image.
 
     The ref's `media` has `width` and `height` in pixels, as they are stored; `orientation` where the EXIF header of a JPEG, PNG
     or TIFF turns the image (2 to 8); and `frames` of a moving PNG. Those of a GIF or WebP would take all of the file to count.
@@ -45,7 +45,7 @@ class ImageLimits(HeadInspector):
         min_side: The fewest pixels of each side.
 
     Raises:
-        ConfigurationError: A limit is no number of pixels.
+        ConfigurationError: A limit is not a number of pixels.
         MissingDependencyError: Pillow is not installed; `granite-storage[inspect]` has it.
 
     Example:

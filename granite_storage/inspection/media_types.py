@@ -14,7 +14,7 @@ None may be asked alone: each takes a program with a mark at byte 128 or 257 for
 take text for a bitmap or a sound. Text, markup, programs, PDF, zip archives and compound files are therefore recognised here,
 by rules that can be read, and `filetype` knows the signatures of all others. With those out of its way, it alone is fast enough
 for the checks of a 4 KiB upload. It is also the easiest to read: a signature is a function of five lines. It stands still, but
-so do most formats; `_BRANDS` has what it lacks. The last row is no measurement of quality, since the module was written with
+so do most formats; `_BRANDS` has what it lacks. The last row is not a measurement of quality, since the module was written with
 the corpus; of 40,574 files with known extensions on a developer's machine it refused 157, each of them rightly.
 """
 
@@ -229,7 +229,7 @@ def judge_type(
 
     Args:
         head: The first bytes of the content, all of them or 64 KiB.
-        declared: The Content-Type that the client gave; None, nothing, `application/octet-stream` and what is no media type
+        declared: The Content-Type that the client gave; None, nothing, `application/octet-stream` and what is not a media type
             count as none.
         filename: The name that the client gave; its extension tells which text a text is, if nothing else does.
         accept: What is accepted, as `check_accept` returns it.
@@ -354,7 +354,7 @@ class _Judge:
         return self._keep(OPAQUE, OPAQUE)
 
     def _is_taken_on_trust(self, stated: str) -> bool:
-        """Return whether the detector has no say in this type, and the policy names it."""
+        """Return whether the detector does not know the type, and the policy names it."""
         return not _is_known(stated) and stated in map(canonical, self.accept)
 
     def _text_types(self) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def explain_missing(error: BaseException | None, *, sidecar: str | None = None) 
     return ConfigurationError(
         f"{named} from the database: if it was renamed, rename it back; if it was dropped, create it, by"
         " Base.metadata.create_all or a migration after journal_tables(Base.metadata), and run the garbage collector, which finds"
-        " the objects that its rows were about. On PostgreSQL a search_path may lead the connection past it",
+        " the objects that its rows named. On PostgreSQL the table may exist in a schema outside the connection's search_path",
         see=Page.JOURNAL,
     )
 
@@ -89,8 +89,8 @@ def explain_sidecar(error: BaseException, path: str) -> StorageError | None:
         return damaged_sidecar(original, path)
     if code in _OUT_OF_ORDER or (isinstance(original, OSError) and original.errno in _OUT_OF_ORDER_TOO):
         return BackendUnavailableError(
-            f"the journal's sidecar {path} cannot be written ({original}), so that nothing is stored: make room on its disk, or"
-            " repair that. The transaction may be tried again then"
+            f"the journal's sidecar {path} cannot be written ({original}), so nothing is stored: make room on its disk, or repair"
+            " the disk; then the transaction may be tried again"
         )
     if code in _NOT_WRITABLE or isinstance(original, OSError):
         return ConfigurationError(

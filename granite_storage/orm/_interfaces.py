@@ -304,7 +304,7 @@ class Sidecar(Protocol):
     tables: JournalTables
 
     def looking(self) -> AbstractAsyncContextManager[tuple[str, AsyncConnection]]:
-        """Give the name of the file, and a connection that sees one moment of it."""
+        """Yield the name of the file, and a connection that sees one moment of it."""
         ...
 
     async def require_beat(self, main: AsyncConnection, tables: JournalTables, error: type[StorageError]) -> None:

@@ -239,7 +239,7 @@ def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Await
                 if codes_of(error).isdisjoint(_DEADLOCKS) or attempt == _TRIES - 1:
                     raise
             await asyncio.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311  # not a secret
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     return retried
 

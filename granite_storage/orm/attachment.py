@@ -541,7 +541,8 @@ class _StoredFile:
 
         Raises:
             StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
-                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
+                or has been deleted; known only if `bind_storage` was given a `session_factory`. Load
+                the row again.
             StorageError: As `StorageManager.get`.
         """
         try:
@@ -668,7 +669,7 @@ class Attachment(_StoredFile):
                 " an Attachment as it is, and read an object by its ref with StorageManager.open"
             )
         if not isinstance(content, bytes | bytearray | memoryview):
-            iter_chunks(content)  # raises where it is no stream; nothing is read
+            iter_chunks(content)  # raises where it is not a stream; nothing is read
             if _is_left_empty(content):
                 raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
             own_filename, own_content_type = upload_names(content)
@@ -1045,7 +1046,7 @@ class _SyncStoredFile(Generic[F]):
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read it until it expires; see `Attachment.url`."""
+        """Return a URL with which anyone can read it until it expires; see `Attachment.url`."""
         work = self._file.url(expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
         return self._run(work, "url")
 

@@ -18,7 +18,7 @@ from granite_storage.orm._interfaces import active_bindings, find_binding
 from granite_storage.orm._util import TRANSLATE_MAP, executed_statement, written_within
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
+from granite_storage.orm.locking import RowRef, are_there, find_cascaded, lock_rows, lock_statement, still_referenced
 
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
@@ -49,7 +49,7 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
         held, keys = lock_statement(
             connection, table, columns, statement.whereclause, parameters, deleting=True, source=_source(statement, table)
         )
-        reached.append((connection, [*held, *cascaded(connection, tables, table, keys)]))
+        reached.append((connection, [*held, *find_cascaded(connection, tables, table, keys)]))
         known += len(keys)
     result = _displacing(state, reached)
     _require_known(result, known, parameters)

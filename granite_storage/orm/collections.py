@@ -599,7 +599,7 @@ def attachments(
 
 
 def declared_collection(attribute: object) -> _Declared | None:
-    """Return the declaration of an attribute such as `Album.photos`; None where it is no collection of attachments."""
+    """Return the declaration of an attribute such as `Album.photos`; None where it is not a collection of attachments."""
     found = getattr(attribute, "declared_collection", None)
     return found if isinstance(found, _Declared) else None
 

@@ -482,7 +482,7 @@ def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> dict[s
 
 
 def _require_names(column: str, declared: object, several: str, one: str, values: str) -> None:
-    """Refuse what does not map names, such as those of variants, to what they stand for."""
+    """Raise `ConfigurationError` unless a mapping maps valid names to what they stand for, such as variants."""
     if not isinstance(declared, Mapping):
         raise ConfigurationError(f"{several} of {column} must map names to {values}, not be a {type(declared).__name__}")
     for name in declared:
@@ -845,8 +845,9 @@ def json_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElement
 
 def variants_in(column: Column[Any], dialect: str) -> ColumnElement[str]:
     """Return the variants in a column's refs as JSON text, in SQL; NULL where there are none. `variant_locations` reads it."""
-    variants = json_in(column, "variants", dialect)
-    return cast(variants, Text()) if dialect == "postgresql" else variants
+    if dialect == "postgresql":  # not by `json_in`: the column of a clone may be of `json`, with numbers that no `jsonb` can have
+        return cast(column.op("->", return_type=JSONB())(literal_column("'variants'")), Text())
+    return json_in(column, "variants", dialect)
 
 
 def variant_locations(variants: str | None) -> set[str]:
@@ -861,7 +862,7 @@ def variant_locations(variants: str | None) -> set[str]:
         found = json.loads(variants)
         locations = set() if found is None else {variant["location"] for variant in found.values()}
         if not all(isinstance(location, str) for location in locations):
-            raise TypeError("a location is a text")
+            raise TypeError("a location is a string")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidReferenceError(f"a row has variants that cannot be read: {variants[:120]!r}") from error
     return locations
@@ -877,7 +878,7 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
     """Return the variants in a column's refs as a table in SQL, its JSON values, and the criterion that a row has any.
 
     Each is that of a variant's ref, which `value_in` and `is_legible` read like that of any other. A value that is none is
-    something else or NULL; where the variants are no mapping at all, there is no row.
+    something else or NULL; where the variants are not a mapping at all, there is no row.
 
     The criterion is true of every row from which the table takes something. As that of a join it spares the others the call of
     the function, which takes longer than the rest of a scan.
@@ -902,7 +903,7 @@ def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValu
 
 
 def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    """Return a value that SQL reads from a column's JSON; NULL, and no error, where the column contains none."""
     return case((func.json_valid(column) == 1, value))
 
 

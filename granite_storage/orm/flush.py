@@ -39,7 +39,7 @@ from granite_storage.orm._util import (
 )
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
-from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows, refers
+from granite_storage.orm.locking import CountedDeletes, RowRef, find_cascaded, lock_rows, read_refs, read_rows, refers
 from granite_storage.orm.transactions import (
     UNKNOWN,
     Change,
@@ -639,7 +639,9 @@ def _locked_refs(
             elif any(rows.columns_by_key[key] for key in missing):  # of another row SQLAlchemy will say that it is gone
                 unit.flush.has_missed_rows = True
             if deleting:
-                reached = partial(cascaded, connection, attachment_tables(rows.table.metadata), rows.table, rows.columns_by_key)
+                reached = partial(
+                    find_cascaded, connection, attachment_tables(rows.table.metadata), rows.table, rows.columns_by_key
+                )
                 cascading = reached()
                 if cascading:
                     require_transactions(connection)

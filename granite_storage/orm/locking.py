@@ -225,7 +225,7 @@ def still_referenced(connection: Connection, held: Sequence[RowRef]) -> set[tupl
     return found
 
 
-def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[RowRef]:
+def find_cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[RowRef]:
     """Return the refs of rows that `ON DELETE CASCADE` will delete along with rows of `table`.
 
     Foreign keys are followed row by row, also those of a table that refers to itself.
@@ -733,6 +733,10 @@ _MARIADB_NAMED = text("""
         AND table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
     ORDER BY 1, 2, 3
 """).bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
+_MARIADB_TABLE = text("""
+    SELECT table_schema, table_name FROM information_schema.tables
+    WHERE table_name = :name AND table_schema = COALESCE(:schema, DATABASE())
+""")
 _MARIADB_TEMPORARY = "SHOW SESSION STATUS LIKE 'Com_create_temporary_table'"
 
 
@@ -868,14 +872,17 @@ class Catalogue:
     """
 
     def __init__(self, connection: Connection, columns: Iterable[Column[Any]], found: Iterable[tuple[Any, ...]]) -> None:
-        self._preparer = connection.dialect.identifier_preparer
-        self._is_postgresql = connection.dialect.name == "postgresql"
+        dialect: Any = connection.dialect
+        self._preparer = dialect.identifier_preparer
+        self._is_postgresql = dialect.name == "postgresql"
+        # MariaDB's `lower_case_table_names` is 0 on Linux: `Doc` and `doc` are two tables there, and two databases.
+        self._has_exact_tables = dialect.name in ("mysql", "mariadb") and dialect._casing == 0
         self._columns = list(columns)
         self._tables: dict[tuple[str, str], dict[str, Place]] = {}
         self._names: dict[tuple[str, str], tuple[str, str]] = {}
         self._default: dict[str, str] = {}
         for schema, table, name, is_default, obstacle, form in found:
-            key = self._known(schema), self._known(table)
+            key = (schema, table) if self._has_exact_tables else (self._known(schema), self._known(table))
             self._names[key] = schema, table
             named = self._tables.setdefault(key, {})
             if name is not None:
@@ -897,7 +904,7 @@ class Catalogue:
     def namesakes(self) -> dict[Place, Column[Any]]:
         """Return all columns with the names of a model's column and table that may contain refs, in all schemas."""
         places: dict[Place, Column[Any]] = {}
-        by_table = group(self._columns, lambda item: self._folded(item.table.name))
+        by_table = group(self._columns, lambda item: self._table_name(item.table.name))
         for (_, name), named in self._tables.items():
             for wanted in by_table.get(name, ()):
                 place = self._place(named, wanted)
@@ -906,8 +913,8 @@ class Catalogue:
         return places
 
     def _key(self, schema: str | None, name: str) -> tuple[str, str] | None:
-        table_name = self._folded(name)
-        schema_name = self._default.get(table_name) if schema is None else self._folded(schema)
+        table_name = self._table_name(name)
+        schema_name = self._default.get(table_name) if schema is None else self._table_name(schema)
         return None if schema_name is None else (schema_name, table_name)
 
     def _place(self, named: Mapping[str, Place], wanted: Column[Any]) -> Place | None:
@@ -918,6 +925,10 @@ class Catalogue:
     def _known(self, name: str) -> str:
         """Return a name of the database in a form that can be compared."""
         return name if self._is_postgresql else name.lower()
+
+    def _table_name(self, name: str) -> str:
+        """Return the name of a model's table or schema as the database has it."""
+        return str(name) if self._has_exact_tables else self._folded(name)
 
     def _folded(self, name: str) -> str:
         """Return a name of a model as the database has it: PostgreSQL folds one that is not quoted."""
@@ -977,7 +988,14 @@ def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
 
     It blocks: call it with `AsyncConnection.run_sync`.
     """
-    return read_catalogue(connection, [], [table]).table(schema_on(connection, table), table.name)
+    schema = schema_on(connection, table)
+    found = read_catalogue(connection, [], [table]).table(schema, table.name)
+    if found is None and connection.dialect.name in ("mysql", "mariadb"):
+        # The catalogue has no columns of a table for a role that may change it and not use it.
+        names = {"name": table.name, "schema": schema}
+        row = connection.execute(_MARIADB_TABLE, names, execution_options=UNTRANSLATED).first()
+        found = None if row is None else (str(row[0]), str(row[1]))
+    return found
 
 
 def _spelled(connection: Connection, name: str) -> str:

@@ -219,10 +219,10 @@ class Scan:
             self._columns.setdefault(column.table, []).append(column)
         for table in self._columns:
             if not len(table.primary_key):
-                raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
+                raise ConfigurationError(f"the table {table.fullname} has no primary key to identify its rows: give it one")
 
     def require_key(self, key: str) -> None:
-        """Refuse what is not the key of a row.
+        """Raise `ConfigurationError` unless a text is the key of a row.
 
         Raises:
             ConfigurationError: It is none of this base's.
@@ -261,10 +261,13 @@ class Scan:
                     break
                 key = page[-1].primary_key
 
-    @asked_to_the_end
     async def count(self) -> int:
         """Return the number of these rows."""
         await self._look()
+        return await self._count()
+
+    @asked_to_the_end
+    async def _count(self) -> int:
         total = 0
         for found in self._found:
             async with self._connection(found.table) as connection:

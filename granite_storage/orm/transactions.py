@@ -551,10 +551,10 @@ def expect_end(session: Session, transaction: SessionTransaction) -> None:
     unit = known_unit(session)
     if unit is not None and in_greenlet():
         loop = asyncio.get_running_loop()
-        unit.watchdog = loop.call_soon(_look_after, loop, session, transaction, unit, getcurrent())
+        unit.watchdog = loop.call_soon(_conclude_later, loop, session, transaction, unit, getcurrent())
 
 
-def _look_after(
+def _conclude_later(
     loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: UnitOfWork, committing: Any
 ) -> None:
     """Conclude a transaction whose commit is over, as its greenlet tells; check again later where it is not."""
@@ -562,7 +562,7 @@ def _look_after(
     if known_unit(session) is not unit:
         return
     if not committing.dead:
-        unit.watchdog = loop.call_later(_PAUSE, _look_after, loop, session, transaction, unit, committing)
+        unit.watchdog = loop.call_later(_PAUSE, _conclude_later, loop, session, transaction, unit, committing)
         return
     task = loop.create_task(greenlet_spawn(conclude, session, transaction))
     _concluding.add(task)
@@ -588,7 +588,7 @@ def conclude(session: Session, transaction: SessionTransaction, *, is_dropped: b
     for item in spans:
         item.sessions.discard(session)
     outer = next((item for item in spans if item.is_open), None)
-    if outer is not None and (frame.committed or _goes_on(transaction)):
+    if outer is not None and (frame.committed or _is_left_open(transaction)):
         outer.joined.append(_Joined(unit, frame, spans[outer]))
         return
     if outer is not None:
@@ -637,7 +637,7 @@ def unlisten_all() -> None:
     _engines.clear()
 
 
-def _goes_on(transaction: SessionTransaction) -> bool:
+def _is_left_open(transaction: SessionTransaction) -> bool:
     """Return whether closing a session left the transaction alone that it was joined to, and with it the session's rows."""
     reference = _begun.get(transaction)
     joined = None if reference is None else reference()
@@ -672,7 +672,7 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
 
 
 def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
-    """Take a PREPARE back, which was answered, so that nothing is in doubt."""
+    """Roll back a prepared transaction: its PREPARE was answered, so nothing is in doubt."""
     if (found := _watches.get(connection)) is not None:
         found.refused = True
     _on_rollback(connection)
@@ -782,7 +782,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     Returns:
         The error to raise instead; None for the database's own.
     """
-    _see_refused_commit(context)
+    _note_refused_commit(context)
     error, connection = context.sqlalchemy_exception, context.connection
     refused = refused_ref(error) if connection in _of_sessions else None
     if refused is None and connection is not None and (connection in _of_sessions or connection in _watches):
@@ -809,8 +809,8 @@ def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
 _CONFLICTS = ("23503", "40001")
 
 
-def _see_refused_commit(context: ExceptionContext) -> None:
-    """See a COMMIT that the server answered with an error: it has not committed. One that it did not answer has said nothing.
+def _note_refused_commit(context: ExceptionContext) -> None:
+    """Note a COMMIT that the server has refused: it has not committed. Without an answer the outcome stays unknown.
 
     SQLite keeps a transaction open whose COMMIT it has refused, and SQLAlchemy returns the connection to the pool like that, for
     the next one to commit what this one could not.

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Self
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._tasks import (
-    UnaskedEndError,
+    UnexpectedExitError,
     contained,
     run_bounded,
     shielded,
@@ -79,7 +79,7 @@ def remove_now(
     if not can_wait(is_async=is_async):
         for item in plain:
             logger.warning(
-                "the object %r is left to the garbage collector: its session was not closed by an await",
+                "the object %r is left to the garbage collector: its session was not closed with an await",
                 item.ref.location,
                 extra=fields_of(item.ref),
             )
@@ -481,7 +481,7 @@ def _recipe_errors(declared: DeclaredVariant) -> Iterator[None]:
     try:
         with contained(f"the recipe of the variant {declared.name!r}"):
             yield
-    except UnaskedEndError as error:
+    except UnexpectedExitError as error:
         raise DerivationFailedError(f"the derivation failed: {error}") from error
 
 

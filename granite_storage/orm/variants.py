@@ -91,14 +91,14 @@ class Holding:
         return found
 
     def wants(self, name: str, recipe: str | None) -> bool:
-        """Return whether the column declares a variant of this original by a recipe, and the row does not have it so."""
+        """Return whether the column declares a variant of this original, and the row does not have it by this recipe."""
         declared, found = self.column_type.variants.get(name), self.variants.get(name)
         if declared is None or declared.digest != recipe or (found is not None and found.get("recipe") == recipe):
             return False
         return declared.accept is None or declared.is_for(self.ref)
 
     def takes(self, name: str, made: MadeVariant) -> bool:
-        """Return whether the row is to have a variant that was made, where it holds what was seen before."""
+        """Return whether the row still holds what was seen before, and is to have the variant that was made."""
         declared = self.column_type.variants.get(name)
         is_forced = made.replaces_same and declared is not None and declared.digest == made.ref.recipe
         return is_forced or self.wants(name, made.ref.recipe)
@@ -300,7 +300,7 @@ def _forget(in_progress: dict[Hashable, _Shared], key: Hashable, entry: _Shared)
 # Without a journal: the object is deleted again unless its row has it; where that is unknown, it is kept.
 
 
-class _Fate(Enum):
+class _Outcome(Enum):
     UNSET = auto()
     IN_DOUBT = auto()
     SET = auto()
@@ -350,11 +350,11 @@ async def make_without_journal(
         await make_variant(manager, held, prepared, declared, stored.append)
         await shielded(setting.run({declared.name: MadeVariant(stored[0], seen, which == "all")}))
     finally:
-        if setting.fate is _Fate.IN_DOUBT:
+        if setting.outcome is _Outcome.IN_DOUBT:
             logger.warning(
                 "it is unknown whether a row has the variant %r, which stays", prepared.location, extra=fields_of(prepared)
             )
-        elif setting.fate is _Fate.UNSET and stored:
+        elif setting.outcome is _Outcome.UNSET and stored:
             await shielded_cleanup(setting.remove_unless_taken(stored), "deleting a variant that no row has taken")
     if setting.held is None or declared.name not in (setting.held.variants or {}):
         raise not_committed(source)
@@ -372,7 +372,7 @@ async def drop_without_journal(
     """
     setting = _Setting(_require_sessions(binding), column_type, column_type.manager_in(binding), source, name, options)
     await shielded(setting.run({}))
-    return setting.fate is _Fate.SET
+    return setting.outcome is _Outcome.SET
 
 
 def _require_sessions(binding: Binding) -> async_sessionmaker[AsyncSession]:
@@ -408,7 +408,7 @@ class _Setting:
         name: The name of the variant.
         options: The execution options of the connection, which lead to the table of the rows.
         has_written: Whether rows were written.
-        fate: Whether rows have it.
+        outcome: Whether rows have it.
         held: What a row holds now.
     """
 
@@ -419,7 +419,7 @@ class _Setting:
     name: str
     options: Mapping[str, Any]
     has_written: bool = False
-    fate: _Fate = _Fate.UNSET
+    outcome: _Outcome = _Outcome.UNSET
     held: StoredObjectRef | None = None
 
     async def read(self) -> list[Holding]:
@@ -445,9 +445,9 @@ class _Setting:
                     raise
                 raise locked_for_long(self.source.location, time.monotonic() - began) from error
             if is_set:
-                self.fate = _Fate.IN_DOUBT
+                self.outcome = _Outcome.IN_DOUBT
                 await session.commit()
-                self.fate = _Fate.SET
+                self.outcome = _Outcome.SET
 
     async def _connect(self, session: AsyncSession) -> AsyncConnection:
         return await session.connection(bind_arguments=self._leading, execution_options=dict(self.options) or None)

@@ -73,8 +73,8 @@ class BackendConformance(
             unfinished writes are found by their location alone. It counts only where `supports_abort` is declared.
         keeps_etag: `stat` gives an etag; off: it always gives None.
         nests_objects: `a` and `a/b` can both be objects; off: the second of them may be refused.
-        settles_races_in_parts: Of several writes in parts to one location at a time exactly one is made; off: the service looks
-            at the location and joins the parts in two steps, so more than one may be told that it was.
+        settles_races_in_parts: Of several multipart uploads to one location at a time exactly one creates the object; off: the
+            service checks the location and joins the parts in two steps, so more than one may be told that it did.
         settles_races_of_copies: The same of copies; off: the service knows no condition for them.
         checks_signatures: The service behind signed URLs and requests checks them; off for a stand-in that takes any.
         has_pages: A listing is fetched in pages, whose size `with_page_size` sets.

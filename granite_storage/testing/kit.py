@@ -121,7 +121,7 @@ class bound_storage:  # noqa: N801  # it is called as a function
     A table in a schema is created in a database of that name, another SQLite file that each connection attaches.
 
     Raises:
-        ConfigurationError: The policies are no mapping, `bind_storage` refuses the base with them, the engine is not of the kind
+        ConfigurationError: The policies are not a mapping, `bind_storage` refuses them, the engine is not of the kind
             of the block, or `with` is used where an event loop runs.
 
     Example:

@@ -32,6 +32,7 @@ _DATE = re.compile(
     rf"|{_LONG_WEEKDAY}, [0-9]{{2}}-{_MONTH}-[0-9]{{2}} {_CLOCK} GMT"
     rf"|{_WEEKDAY} {_MONTH} [ 0-9][0-9] {_CLOCK} [0-9]{{4}}"
 )
+_YEAR = re.compile(r"\b[0-9]{4}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def http_date(text: str | None) -> datetime | None:
         return None
     year, month, day, hour, minute, second = parsed[:6]
     try:
-        year = _full_year(year % 100) if "-" in text else year
+        # To parsedate the years 0 to 99 are of this century or the last one; a client without a date may send the year 1.
+        year = int(found[0]) if (found := _YEAR.search(text)) else _full_year(year % 100)
         return datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError:
         return None

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from granite_storage._engine import is_media_type
 from granite_storage.exceptions import ConfigurationError, ConsumedSourceError
 from granite_storage.streams import BytesLike, Turn
-from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
+from granite_storage.web.errors import MalformedRequestError, RequestError, RequestTooLargeError, UnsupportedRequestError
 
 # What a request may bring.
 
@@ -283,7 +283,7 @@ class PartHead(NamedTuple):
 
     Attributes:
         name: The name of its field.
-        filename: The name of its file, which may be empty; None where it is no file.
+        filename: The name of its file, which may be empty; None where it is not a file.
         content_type: Its media type.
     """
 
@@ -380,6 +380,7 @@ class MultipartParser:
         self._has_ended = False
         self._padding = self._files = self._fields = 0
         self._events = self._read()
+        self._error: RequestError | None = None
 
     def feed(self, piece: bytes | None) -> None:
         """Take the next piece of the body, None at its end; for when there is no event in the pieces before it."""
@@ -391,8 +392,16 @@ class MultipartParser:
         self._position = 0
 
     def next_event(self) -> _Event | None:
-        """Return the head of a part, data of it, or an end; None where more of the body is needed."""
-        return next(self._events)
+        """Return the head of a part, data of it, or an end; None where more of the body is needed.
+
+        Once it has raised an error, it raises the same one again: what stores a file may have caught the first.
+        """
+        if self._error is None:
+            try:
+                return next(self._events)
+            except RequestError as error:
+                self._error = error
+        raise self._error
 
     def _read(self) -> Generator[_Event | None, None, None]:
         after = yield from self._read_preamble()
@@ -505,7 +514,7 @@ class MultipartParser:
         return after
 
     def _is_open(self, after: re.Match[bytes]) -> bool:
-        """Return whether more of the body must say if it is a delimiter."""
+        """Return whether it depends on more of the body if this is a delimiter."""
         return after["open"] is not None and not self._is_last(after)
 
     def _is_last(self, after: re.Match[bytes]) -> bool:

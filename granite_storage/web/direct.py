@@ -127,7 +127,7 @@ class DirectUploads:
     """Lets clients upload files directly to the storage, and checks them before a row takes them.
 
     `begin` returns a signed request for one file. The client sends it: to S3 itself, to any other backend through this object,
-    which is an ASGI application for that. `finish` copies what has arrived to where no client can write, checks the copy, and
+    which is an ASGI application for that. `finish` copies the file to a location that no client can write, checks the copy, and
     returns an attachment for a row to take. Sending the file again later changes nothing that a row refers to.
 
     With a journal, uploads that are never finished or arrive late are deleted by it. Without one they are left to the garbage
@@ -221,7 +221,7 @@ class DirectUploads:
         Raises:
             ContentTooLargeError: `size` is more than the policy allows, or than the backend takes in one request (413).
             MalformedRequestError: `size`, `checksum` or `content_type` is not valid (400).
-            ConfigurationError: The attribute is no attachment of this binding, neither its policy nor this call has a
+            ConfigurationError: The attribute is not an attachment of this binding, neither its policy nor this call has a
                 `max_size`, or its backend signs no requests and there is no `base_url`.
             ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
@@ -232,14 +232,14 @@ class DirectUploads:
         _require_owner(owner)
         least, most = _resolve_sizes(column_type, policy, size, min_size, max_size)
         content_type = _media_type(content_type)
-        draft = self._draft(column_type, content_type)
+        prepared = self._prepare_staging(column_type, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         upload_token = UploadToken(
             audience=self._audience,
             table=column_type.table.fullname,
             column=column_type.field_name,
             backend=policy.backend_key,
-            location=draft.location,
+            location=prepared.location,
             content_type=content_type,
             filename=clean_filename(filename),
             min_size=least,
@@ -250,7 +250,7 @@ class DirectUploads:
             expires=expires,
             ends=expires + int(self._finish_within.total_seconds()),
         )
-        request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        request = await self._manager._engine.upload_request(prepared, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
         token = (await self._record_intent(upload_token, expires_in)).sign(self._to_finish)
@@ -283,7 +283,7 @@ class DirectUploads:
             InfectedContentError: The policy's scanner found something in it (422).
             ContentTooLargeError: It has more bytes than announced, or than the policy allows now (413).
             StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
-            ConfigurationError: The attribute is no attachment of this binding.
+            ConfigurationError: The attribute is not an attachment of this binding.
             BackendError: The storage could not copy or read it.
         """
         wanted = self._column_type_of(attribute)
@@ -324,7 +324,7 @@ class DirectUploads:
         upload_token = None if token is None else UploadToken.read(self._to_send, token, self._longest)
         if upload_token is None or upload_token.expires <= time.time():
             raise UploadTokenError(_INVALID_URL)
-        draft, limits = self._staging_draft(upload_token), UploadLimits(max_size=upload_token.max_size)
+        prepared, limits = self._staged_upload(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
         body = RequestBody(request, limits)
@@ -336,7 +336,7 @@ class DirectUploads:
                 aclosing(body.chunks()) as chunks,
                 aclosing(_require_whole(chunks, upload_token.min_size)) as content,
             ):
-                await self._manager._engine.put(draft, content)
+                await self._manager._engine.put(prepared, content)
         except ObjectExistsError as error:
             message = "the file was received already, so the upload is complete; finish it"
             raise _ReceivedAlreadyError(message) from error
@@ -434,23 +434,23 @@ class DirectUploads:
             raise UploadTokenError(_INVALID)
         return column_type
 
-    def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
+    def _staged_upload(self, upload_token: UploadToken) -> PreparedUpload:
         """Return what a client may upload."""
         policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
             raise UploadTokenError(_INVALID_URL)
         return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
+    def _prepare_staging(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client uploads to: the location says nothing of the file, and the garbage collector recognises it."""
-        draft = self._manager._engine.prepare(
+        prepared = self._manager._engine.prepare(
             storage_key=column_type.storage_key,
             model_name=column_type.model_name,
             entity_id=uuid7_hex(),
             field_name=column_type.field_name,
         )
-        location = f"{draft.location.removesuffix(safe_name(None))}{STAGED_NAME}"
-        return replace(draft, location=location, content_type=content_type)
+        location = f"{prepared.location.removesuffix(safe_name(None))}{STAGED_NAME}"
+        return replace(prepared, location=location, content_type=content_type)
 
     def _require_life(self, expires_in: timedelta) -> None:
         require_timedelta("expires_in", expires_in)

@@ -106,7 +106,7 @@ def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) ->
     """Make a Starlette or FastAPI application answer the library's errors with problem details.
 
     Errors of the server (5xx) are logged with the details that the client does not get. A client that disconnects while it sends
-    is no error: nothing is answered or logged. The OpenAPI document of a FastAPI application shows the bodies that `upload_form`
+    is not an error: nothing is answered or logged. A FastAPI application's OpenAPI document shows the bodies that `upload_form`
     and `upload_body` receive.
 
     Args:

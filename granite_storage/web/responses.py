@@ -308,7 +308,7 @@ class Offload:
             raise ConfigurationError(f"roots of an Offload must be a mapping of backend keys to paths, not {self.roots!r}")
         for key, root in self.roots.items():
             if not isinstance(key, str) or not key:
-                raise ConfigurationError(f"the roots of an Offload are by the keys of backends, which {key!r} cannot be")
+                raise ConfigurationError(f"the keys of roots of an Offload must be non-empty strings, not {key!r}")
             if not isinstance(root, str) or not root.startswith("/") or not root.isprintable():
                 raise ConfigurationError(
                     f"the root of {key!r} must be a path that begins with a slash and has no control characters, not {root!r}"
@@ -320,8 +320,8 @@ class Offload:
         if unknown:
             known = ", ".join(sorted(manager.backends))
             raise ConfigurationError(
-                f"the Offload has roots of {', '.join(map(repr, unknown))}, which is no backend of the manager (there are:"
-                f" {known}): name the backends of its own manager only"
+                f"roots of an Offload names {', '.join(map(repr, unknown))}, but the manager has no such backend (there are:"
+                f" {known}): name only backends of this manager"
             )
 
     def target_of(self, ref: StoredObjectRef) -> str | None:

@@ -119,7 +119,7 @@ def _resolve_targets(files: Mapping[str, FileTarget], limits: UploadLimits) -> d
 
 
 def require_target(target: object, field: str | None = None) -> None:
-    """Refuse what nothing can be stored in, before a body is read; a function may return something to await without `async`."""
+    """Raise `TypeError` unless a file can be stored in a target, before a body is read; a function may return an awaitable."""
     if (
         isinstance(target, PolicyTarget)
         or _column_type_of(target) is not None
@@ -458,7 +458,7 @@ class _Form:
         """Return the form once it has arrived; raise `MissingFieldError` where it lacks something."""
         if self._required:
             filled = {name for name, value in self.fields if value}
-            # A text under the name of a file is no file.
+            # A text under the name of a file is not a file.
             present = filled.difference(self._targets).union(name for name, _ in self.files)
             if missing := tuple(name for name in self._required if name not in present):
                 raise MissingFieldError(f"the form lacks {', '.join(map(repr, missing))}", names=missing)
@@ -567,7 +567,7 @@ def upload_form(
 
 
 def require_names(argument: str, names: object) -> None:
-    """Refuse one text where several are meant: its characters would be the names."""
+    """Raise `TypeError` for one string where several names are meant: its characters would be the names."""
     if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"{argument} takes names of fields, such as ['avatar'], not {names!r}")
 

@@ -128,9 +128,9 @@ class PublicFiles:
     which never gets another object. A URL that is written otherwise than `public_url` writes it, or has a query, is answered with
     404, because a cache would keep it by itself, and no purge would find it there.
 
-    What is served is decided by the location alone, so the locations of public policies must be no others': a configuration in
-    which they are not is refused. What clients have stored directly and the application has not taken yet is not served, nor is
-    anything whose name is not of the library's making.
+    The location alone decides what is served, so a public policy must not share its locations with another policy; a
+    configuration in which it would is refused. Direct uploads that are not finished are not served, nor are objects whose names
+    the library has not generated.
 
     The media type is that which the backend keeps, and on a local disk that of the extension. It is sent as a download of type
     `application/octet-stream` where a browser might run it.
@@ -141,8 +141,8 @@ class PublicFiles:
 
     Raises:
         ConfigurationError: No policy is public; or another policy may have objects where those of a public one are: it has the
-            same or an overlapping `key_prefix`, or one of the two has none, and they share a backend. Where they share the place
-            of two backends, the first request raises it, and each one after that.
+            same or an overlapping `key_prefix`, or one of the two has none, and they share a backend. If two backends lead to
+            the same place, each request raises it.
 
     Example:
         ```python

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def test_a_synchronous_migration_inside_of_a_coroutine_does_not_wait_for_itself(
     """In a process of its own: waiting in a coroutine, which is what it is about, is watched for in this one."""
     in_new_process(f"""
 import asyncio
+import sqlite3
 import sqlalchemy as sa
 from tests.alembic.test_migration_contexts import MemoryStorageBackend, contents, convert, create, manager_on
 
@@ -139,6 +142,29 @@ def test_a_row_that_cannot_be_written_leaves_no_object(tmp_path: Path) -> None:
         with pytest.raises(sa.exc.IntegrityError, match="not this one"):
             convert(connection, manager)
         assert asyncio.run(contents(manager)) == set()
+    engine.dispose()
+
+
+def test_objects_are_removed_after_the_rollback(tmp_path: Path) -> None:
+    """Until then rows that refer to them may be locked, for as long as the store takes."""
+
+    def write_from_elsewhere() -> None:
+        with closing(sqlite3.connect(tmp_path / "app.db", timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")
+
+    class Backend(MemoryStorageBackend):
+        async def delete(self, location: str) -> None:
+            await asyncio.to_thread(write_from_elsewhere)
+            await super().delete(location)
+
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/app.db")
+    manager = manager_on(Backend())
+    with engine.connect() as connection:
+        create(connection)
+        refuse_the_third(connection)
+        with pytest.raises(sa.exc.IntegrityError, match="not this one"):
+            convert(connection, manager)
+    assert asyncio.run(contents(manager)) == set()
     engine.dispose()
 
 

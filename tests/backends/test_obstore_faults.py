@@ -279,6 +279,27 @@ class TestOneRequest:
             await task
         await place.require_nothing()
 
+    async def test_cancelled_and_its_request_lost(self, place: Place) -> None:
+        """It is not made again: a request that arrives after the clean-up would leave an object."""
+        requests = 0
+        gate = Gate()
+
+        async def lose_later(request: Request) -> None:
+            nonlocal requests
+            requests += 1
+            await request.read_body()
+            await gate.pass_through()
+
+        place.proxy.on("PutObject", lose_later, times=ALWAYS)
+        task = asyncio.ensure_future(place.backend.put_bytes("object", SMALL))
+        await gate.reached()
+        task.cancel()
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert requests == 2, "obstore itself makes it again once"
+        await place.require_nothing()
+
     async def test_a_clean_up_that_fails_is_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
         place.proxy.on("DeleteObjects", read_first(answer(403, "AccessDenied")), times=ALWAYS)
         with caplog.at_level(logging.ERROR, "granite_storage"):
@@ -302,6 +323,24 @@ class TestCopies:
             gate.open()
         await place.require_nothing()
         assert await read(place.direct, "source") == SMALL
+
+    async def test_cancelled_while_another_copy_is_there(self, place: Place) -> None:
+        """Both carry the id of their source, so the clean-up cannot tell whose it is, and leaves it."""
+        await place.direct.put_bytes("source", SMALL)
+        gate = Gate()
+
+        async def lose_later(request: Request) -> None:
+            await gate.pass_through()
+
+        place.proxy.on("CopyObject", lose_later, times=ALWAYS)
+        task = asyncio.ensure_future(place.backend.copy("source", "object"))
+        await gate.reached()
+        await place.direct.copy("source", "object")
+        task.cancel()
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await read(place.direct) == SMALL
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -11,7 +11,7 @@ import pytest
 from granite_storage.backends.base import SupportsCleanup, SupportsCopy, SupportsPresign
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend, WrappedBackend
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -20,6 +20,13 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.testing import FaultInjectingBackend
+
+
+class Poor:
+    """A backend of an application's own, as far as it is used here."""
+
+    async def exists(self, location: str) -> bool:
+        return False
 
 
 @pytest.mark.case("POL-03")
@@ -59,6 +66,13 @@ async def test_errors_say_our_name() -> None:
         with pytest.raises(ObjectNotFoundError) as caught:
             await call
         assert caught.value.location == "x"
+
+
+@pytest.mark.parametrize("inner", [MemoryStorageBackend(), Poor()], ids=["abilities", "none"])
+async def test_a_wrapper_that_changes_nothing(inner: Any) -> None:
+    wrapped = WrappedBackend(inner)
+    assert await wrapped.exists("nothing") is False
+    assert isinstance(wrapped, SupportsCopy) is isinstance(inner, SupportsCopy)
 
 
 async def test_others_errors_are_left_alone() -> None:

@@ -52,6 +52,12 @@ def test_what_cannot_be(plain_shop: Shop, command: str, said: str) -> None:
     assert len(plain_shop.files("old")) == 1
 
 
+def test_flags_that_exclude_each_other_without_an_application(plain_shop: Shop) -> None:
+    answer = plain_shop.run("--app", "nothing:binding", "derive", "--stale", "--all")
+    assert (answer.code, answer.out) == (2, "")
+    assert "exclude each other" in answer.err
+
+
 def test_prefixes_of_characters(plain_shop: Shop) -> None:
     plain_shop.fill(1)
     for prefix in ("shop", "shop_document/", "shop_document/1/file/0"):

@@ -73,7 +73,7 @@ class TestForms:
     async def test_two_files_for_one(self, panel: Panel) -> None:
         files = [("avatar", png("a.png")), ("avatar", png("b.png"))]
         page = await panel.send(panel.path("create"), False, files, name="Ada")
-        assert "Choose one file" in page.text
+        assert "Choose only one file" in page.text
         assert await panel.check() == []
 
     async def test_replace_without_a_file(self, panel: Panel) -> None:

@@ -269,5 +269,5 @@ class TestPreviews:
         class Unknown(AttachmentAdmin, model=Note):
             attachment_previews: ClassVar[dict[str, str]] = {name: "thumb"}
 
-        with pytest.raises(ConfigurationError, match=rf"{name} has no attachments that 'thumb' could be a preview of"):
+        with pytest.raises(ConfigurationError, match=rf"{name} is not an attribute of attachments, so it has no preview 'thumb'"):
             Unknown()

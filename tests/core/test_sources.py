@@ -266,7 +266,7 @@ class TestNoStreamOfBytes:
 
     @pytest.mark.parametrize("source", [{b"a"}, frozenset({b"a"}), set(), {b"a": 1}, {b"a": 1}.keys()], ids=repr)
     async def test_chunks_without_an_order_are_refused(self, manager: StorageManager, source: Any) -> None:
-        with pytest.raises(TypeError, match=rf"a stream has an order, but {type(source).__name__} has none.*list"):
+        with pytest.raises(TypeError, match=rf"must have an order, but those of {type(source).__name__} have none.*list"):
             await manager.put_stream(**SLOT, stream=source)
         with pytest.raises(TypeError):
             Attachment(source)
@@ -282,16 +282,16 @@ class TestNoStreamOfBytes:
     ) -> None:
         file: Any
         with (tmp_path / "x").open(mode, buffering=buffering) as file:
-            with pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+            with pytest.raises(TypeError, match=r"must be readable.*'rb'"):
                 await manager.put_stream(**SLOT, stream=file)
-            with pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+            with pytest.raises(TypeError, match=r"must be readable.*'rb'"):
                 Attachment(file)
-        with gzip.open(tmp_path / "z", "wb") as file, pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+        with gzip.open(tmp_path / "z", "wb") as file, pytest.raises(TypeError, match=r"must be readable.*'rb'"):
             Attachment(file)
-        with tempfile.NamedTemporaryFile("wb") as temporary, pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+        with tempfile.NamedTemporaryFile("wb") as temporary, pytest.raises(TypeError, match=r"must be readable.*'rb'"):
             Attachment(temporary)
         async with aiofiles.open(tmp_path / "y", "wb") as handle:
-            with pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+            with pytest.raises(TypeError, match=r"must be readable.*'rb'"):
                 await manager.put_stream(**SLOT, stream=handle)
         assert await listed(manager) == []
 
@@ -621,7 +621,7 @@ class TestRegrouping:
         content = [kinds[kind](bytes([number % 256]) * size) for number, (size, kind) in enumerate(chunks)]
 
         async def regroup() -> list[bytes]:
-            return [piece async for piece in streams.regrouped(iter_chunks(content))]
+            return [piece async for piece in streams.regroup(iter_chunks(content))]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streams, "CHUNK_SIZE", 64)
@@ -640,7 +640,7 @@ class TestRegrouping:
         async def regroup() -> bytes:
             nonlocal most
             content = b""
-            async for piece in streams.regrouped(chunks_of(*[b"x" * 100] * 40)):
+            async for piece in streams.regroup(chunks_of(*[b"x" * 100] * 40)):
                 content += piece
                 most = max(most, streams._Group._all_sizes)
             return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import multiprocessing
@@ -72,6 +73,15 @@ def test_every_verb(manager: StorageManager) -> None:
         storage.get(ref)
     assert storage.delete_many([streamed, copied]) == {}
     assert locations(manager) == []
+
+
+@pytest.mark.parametrize("verb", ["put_bytes", "put_stream", "get", "url", "delete", "copy"])
+def test_frameworks_do_not_await_it(manager: StorageManager, verb: str) -> None:
+    """FastAPI unwraps a dependency to learn whether it is to be awaited."""
+    method = getattr(manager.sync, verb)
+    assert not inspect.iscoroutinefunction(inspect.unwrap(method))
+    assert inspect.signature(method) == inspect.signature(getattr(manager, verb))
+    assert inspect.get_annotations(method, eval_str=True).keys() == getattr(manager, verb).__annotations__.keys()
 
 
 def test_url(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import anyio
 import pytest
 
-from granite_storage._tasks import UnaskedEndError, background, contained, is_cancellation, repeat, run_bounded
+from granite_storage._tasks import UnexpectedExitError, background, contained, is_cancellation, repeat, run_bounded
 from tests.core.support import eventually
 
 
@@ -93,13 +93,13 @@ class TestEndsThatWereNotAskedFor:
         "error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x"), BaseExceptionGroup("g", [GeneratorExit()])]
     )
     async def test_they_are_errors(self, error: BaseException) -> None:
-        problem = f"the recipe raised {type(error).__name__}, which was not asked for"
-        with pytest.raises(UnaskedEndError, match=problem) as caught, contained("the recipe"):
+        problem = f"the recipe raised {type(error).__name__}, but nothing had cancelled it"
+        with pytest.raises(UnexpectedExitError, match=problem) as caught, contained("the recipe"):
             raise error
         assert caught.value.__cause__ is error
 
     async def test_a_task_that_others_cancel(self) -> None:
-        with pytest.raises(UnaskedEndError, match="CancelledError"), contained("the recipe"):
+        with pytest.raises(UnexpectedExitError, match="CancelledError"), contained("the recipe"):
             await await_what_others_cancel()
 
     @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(3)])
@@ -119,7 +119,7 @@ class TestEndsThatWereNotAskedFor:
             with contained("the function"):
                 raise asyncio.CancelledError
 
-        with pytest.raises(UnaskedEndError):
+        with pytest.raises(UnexpectedExitError):
             await asyncio.to_thread(call)
 
     async def test_cancellations_of_the_caller(self) -> None:
@@ -165,7 +165,7 @@ class TestEndsThatWereNotAskedFor:
                 await await_what_others_cancel()
             await asyncio.sleep(3600)
 
-        with pytest.raises(UnaskedEndError):
+        with pytest.raises(UnexpectedExitError):
             await asyncio.wait_for(run_bounded(range(3), work, 3), 20)
 
 
@@ -183,7 +183,7 @@ async def test_an_end_that_was_not_asked_for_does_not_end_the_repetition(
 
     async with background(repeat(work, 0.001, "looking")):
         await eventually(lambda: count >= 4)
-    assert f"looking raised {type(error).__name__}, which was not asked for" in caplog.text
+    assert f"looking raised {type(error).__name__}, but nothing had cancelled it" in caplog.text
 
 
 class Runs:

@@ -59,11 +59,11 @@ class TestDeclaration:
         [
             (lambda file: file.read(), "a lambda or is defined inside another function"),
             (local_function(), "a lambda or is defined inside another function"),
-            (functions.Holder().method, "no plain function"),
-            (functools.partial(functions.shout), "no plain function"),
+            (functions.Holder().method, "not a plain function"),
+            (functools.partial(functions.shout), "not a plain function"),
             (of_the_main_module, "in the program that runs"),
-            ("tests.derived.functions:shout", "no plain function"),
-            (None, "no plain function"),
+            ("tests.derived.functions:shout", "not a plain function"),
+            (None, "not a plain function"),
         ],
         ids=["lambda", "nested", "method", "partial", "main", "text", "nothing"],
     )
@@ -198,7 +198,7 @@ class TestCoroutineFunctions:
             raise error
 
         local.__qualname__ = "local"
-        with pytest.raises(DerivationFailedError, match=f"test_functions:local raised {type(error).__name__}, which was not"):
+        with pytest.raises(DerivationFailedError, match=f"test_functions:local raised {type(error).__name__}, but nothing"):
             await derive(recipe(local), b"")
 
     async def test_a_cancelled_caller(self) -> None:

@@ -197,7 +197,7 @@ class TestColours:
     @engines
     @pytest.mark.parametrize("mode", ["I", "F"])
     async def test_32_bits_are_refused(self, engine: str, mode: str) -> None:
-        with pytest.raises(DerivationRefusedError, match="numbers in place of colours"):
+        with pytest.raises(DerivationRefusedError, match="32-bit numbers, not colours"):
             await variant(saved(Image.new(mode, (40, 40), 7), "TIFF"), engine=engine)
 
     @engines

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -171,6 +173,26 @@ class TestFailures:
         monkeypatch.setattr(sys, "executable", "/bin/true")
         with pytest.raises(DerivationFailedError, match="ended with status 0"):
             await call(pool, functions.shout)
+
+    @pytest.mark.parametrize("pairs", [0, 1])
+    async def test_no_socket_is_left_for_a_process(
+        self, pool: WorkerProcesses, monkeypatch: pytest.MonkeyPatch, pairs: int
+    ) -> None:
+        made: list[socket.socket] = []
+        make = socket.socketpair
+
+        def make_some() -> tuple[socket.socket, socket.socket]:
+            if len(made) == 2 * pairs:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            made.extend(make())
+            return made[-2], made[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socketpair", make_some)
+            with pytest.raises(DerivationUnavailableError, match="no worker process can be started"):
+                await call(pool, functions.shout)
+        assert {one.fileno() for one in made} <= {-1}
+        assert await call(pool, functions.shout) == b"ABC"
 
     async def test_no_room_for_temporary_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tempfile.tempdir", "/nonexistent")

@@ -41,6 +41,13 @@ async def postgres_only(request: pytest.FixtureRequest) -> AsyncIterator[Databas
         yield found
 
 
+@pytest.fixture(scope="session")
+async def mariadb_only(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """MariaDB, for what is about its catalogue."""
+    async with new_database(request, "mariadb") as found:
+        yield found
+
+
 @pytest.fixture
 async def journaled_env(postgres_only: Database) -> AsyncIterator[GcEnvironment]:
     """Empty tables, an empty backend and a journal on PostgreSQL."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Table, event, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker, create_async_engine
 
-from granite_storage import Attachment, StoragePolicy, StoredObjectRef
+from granite_storage import Attachment, StoragePolicy, StoredObjectRef, bind_storage
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import database as gc_database
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.orm import references
 from granite_storage.orm.journal.tables import clock
-from tests.gc.environment import AgedBackend, Crate, GcEnvironment, file, gc_environment
-from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
+from tests.gc.environment import AgedBackend, Base, Crate, GcEnvironment, file, gc_environment
+from tests.orm.databases import Database, crash_postgres, mariadb_admin, postgres, postgres_database
 
 Step = Callable[[], Awaitable[None]]
 
@@ -96,6 +98,41 @@ async def test_what_the_journal_knows_of_is_the_workers(journaled_env: GcEnviron
     env.age()
     report = await env.collect()
     assert (report.referenced_on_recheck, report.orphaned) == (1, 0)
+
+
+async def test_a_journal_of_which_a_role_may_read_some_columns(mariadb_only: Database) -> None:
+    """The catalogue of MariaDB shows no others to that role."""
+    async with gc_environment(mariadb_only, journaled=True) as env:
+        await env.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+        for name in ("delete", "delete_many"):
+            env.store.fail(name, times=1000)
+        async with env.sessions.begin() as session:
+            await session.delete(await session.get_one(Crate, 2))
+        env.age()
+        journal = dict.fromkeys(("granite_storage_intent", "granite_storage_reclaim"), "(backend, location)")
+        async with limited_role(mariadb_only, {"gc_crate": "", "gc_drum": "", **journal}) as engine:
+            binding = bind_storage(Base, env.manager, session_factory=async_sessionmaker(engine))
+            report = await env.collector(binding=binding).collect(storage_key="docs")
+            binding.unbind()
+        assert (report.referenced_on_recheck, report.orphaned) == (1, 0)
+
+
+@contextlib.asynccontextmanager
+async def limited_role(database: Database, columns: Mapping[str, str]) -> AsyncIterator[AsyncEngine]:
+    """Give an engine of a role that may read some columns of some tables, and nothing else."""
+    role, admin = f"collector_{uuid.uuid4().hex[:12]}", create_async_engine(mariadb_admin())
+    engine = replace(database, url=database.url.set(username=role, password="x"), loop=None).engine()
+    grants = [f"GRANT SELECT {some} ON {database.url.database}.{table} TO {role}" for table, some in columns.items()]
+    try:
+        async with admin.begin() as connection:
+            for statement in (f"CREATE USER {role} IDENTIFIED BY 'x'", *grants):
+                await connection.execute(text(statement))
+        yield engine
+    finally:
+        await engine.dispose()
+        async with admin.begin() as connection:
+            await connection.execute(text(f"DROP USER IF EXISTS {role}"))
+        await admin.dispose()
 
 
 async def test_a_row_that_comes_while_the_storage_is_listed(env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,18 +290,18 @@ class TestPlaces:
 
 SMALL = (b"a harmless file",)
 LIES: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"\0", "is no verdict"),
+    "nothing": (b"\0", "is not a verdict"),
     "a web server": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "answered 'HTTP/1.1 400 Bad Request"),
     "no NUL": (b"stream: OK", "answered 'stream: OK', which"),
-    "half of it": (b"stream: O", "is no verdict"),
-    "a line": (b"stream: OK\n", "is no verdict"),
-    "two verdicts": (b"stream: OK\0stream: Eicar FOUND\0", "is no verdict"),
-    "more after OK": (b"stream: OK\0?", "is no verdict"),
-    "more before OK": (b"stream: stream: OK\0", "is no verdict"),
-    "OK of a file": (b"/tmp/file: OK\0", "is no verdict"),
-    "small letters": (b"stream: ok\0", "is no verdict"),
-    "nothing found": (b"stream:  FOUND\0", "is no verdict"),
-    "bytes": (b"\xff\xfe\x01\0", "is no verdict"),
+    "half of it": (b"stream: O", "is not a verdict"),
+    "a line": (b"stream: OK\n", "is not a verdict"),
+    "two verdicts": (b"stream: OK\0stream: Eicar FOUND\0", "is not a verdict"),
+    "more after OK": (b"stream: OK\0?", "is not a verdict"),
+    "more before OK": (b"stream: stream: OK\0", "is not a verdict"),
+    "OK of a file": (b"/tmp/file: OK\0", "is not a verdict"),
+    "small letters": (b"stream: ok\0", "is not a verdict"),
+    "nothing found": (b"stream:  FOUND\0", "is not a verdict"),
+    "bytes": (b"\xff\xfe\x01\0", "is not a verdict"),
     "error": (b"stream: Can't open file or directory ERROR\0", "Can't open file or directory ERROR"),
     "unknown command": (b"UNKNOWN COMMAND\0", "UNKNOWN COMMAND"),
     "timed out": (b"COMMAND READ TIMED OUT\n", "ReadTimeout in clamd.conf"),
@@ -332,13 +332,13 @@ class TestFaults:
         async with ClamdServer(faults={step: say(answer)}).listening() as server:
             error = await refused(server, after_the_fault(server, b"two", EICAR))
         if answer.endswith(b"\0"):
-            assert "before it had the whole" in str(error)
+            assert "before it had received all" in str(error)
         assert server.streams == []
 
     async def test_clean_as_the_content_ends(self) -> None:
         """The answer is there when the last chunk was sent, and the end of the stream was not."""
         async with ClamdServer(faults={"middle": say(b"stream: OK\0")}).listening() as server:
-            assert "before it had the whole" in str(await refused(server, after_the_fault(server)))
+            assert "before it had received all" in str(await refused(server, after_the_fault(server)))
 
     @pytest.mark.parametrize("step", ["accepted", "command", "middle", "end"])
     @pytest.mark.parametrize("fault", [hang, stop_reading, trickle])

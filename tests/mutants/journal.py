@@ -315,7 +315,7 @@ MUTANTS = [
         name="scan-job-goes-without-a-second-look",
         rule="A job goes only where no row holds its object unjudged, as a new statement says.",
         path="granite_storage/orm/journal/scans.py",
-        old="            if await self._find_reference(connection, job) is not None:\n                raise StillHeldError\n",
+        old="            if await self._find_reference(connection, job) is not None:\n                raise StillNeededError\n",
         new="",
         tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_moved_while_the_verdict_is_written[asyncpg]",),
     ),

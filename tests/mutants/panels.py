@@ -167,8 +167,8 @@ MUTANTS = [
         name="panels-deletes-that-are-refused",
         rule="What the database says to a delete is shown in the list.",
         path="granite_storage/contrib/starlette_admin.py",
-        old='dict.fromkeys(("delete", "handle_exception"), _say)',
-        new='{"handle_exception": _say}',
+        old='dict.fromkeys(("delete", "handle_exception"), _show_refusal)',
+        new='{"handle_exception": _show_refusal}',
         tests=("tests/contrib/test_refused_deletes.py::test_several",),
     ),
 ]

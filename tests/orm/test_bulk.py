@@ -1,4 +1,4 @@
-"""Statements that hit many rows at once, past the session's instances."""
+"""Statements that hit many rows at once, without the session's instances."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ async def test_a_commit_of_which_nothing_is_known(database: Database, monkeypatc
 
             async def lose(self: variants_module._Setting, variant: object) -> None:
                 await run(self, variant)  # type: ignore[arg-type]
-                self.fate = variants_module._Fate.IN_DOUBT
+                self.outcome = variants_module._Outcome.IN_DOUBT
                 raise BackendUnavailableError("the connection is lost")
 
             monkeypatch.setattr(variants_module._Setting, "run", lose)

@@ -1,4 +1,4 @@
-"""Rows that SQL past the session has made share an object: it stays until the last of them lets it go."""
+"""Rows that SQL without the session has made share an object: it stays until the last of them lets it go."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import delete, event, text, update
+from sqlalchemy import MetaData, delete, event, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -20,8 +20,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, locking, uploads
-from granite_storage.orm.columns import attachment_tables
+from granite_storage.orm.columns import attachment_tables, generated_location, location_column_name
 from granite_storage.orm.locking import read_catalogue
+from granite_storage.orm.references import find_location_columns
 from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite
@@ -472,6 +473,33 @@ class TestSchemas:
                 await way(session)
                 await session.commit()
             await env.check(file_1="a")
+
+    @pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+    @pytest.mark.parametrize("holder", ["_cloned", "_CLONED"])
+    async def test_clones_whose_names_differ_in_case(self, env: OrmEnvironment, holder: str) -> None:
+        """On Linux they are two databases, each with the rows and the generated columns of its own."""
+        await env.add(Doc(id=1, file=file("a")))
+        (kept,) = await env.objects()
+        name = env.database.url.database
+        column = f"{location_column_name('file')} {generated_location('file')}"
+        async with cloned(env), env.engine.connect() as connection:
+            if not await connection.scalar(text("SELECT @@lower_case_table_names = 0")):
+                pytest.skip("this server has one database for both names")
+            await env.sql(f"CREATE SCHEMA {name}_CLONED")
+            try:
+                await env.sql(f"CREATE TABLE {name}_CLONED.doc LIKE doc")
+                await env.sql(f"INSERT INTO {name}_CLONED.doc SELECT * FROM doc")  # noqa: S608
+                await env.sql(f"DELETE FROM {name}{holder.swapcase()}.doc")  # noqa: S608
+                await env.sql(f"ALTER TABLE {name}{holder}.doc ADD COLUMN {column}")
+                tables = [Doc.__table__.to_metadata(MetaData(), schema=f"{name}{case}") for case in ("_cloned", "_CLONED")]  # type: ignore[attr-defined]
+                found = await connection.run_sync(find_location_columns, [table.c.file for table in tables])
+                assert [column.table.schema for column in found] == [f"{name}{holder}"]
+                async with env.sessions.begin() as session:
+                    await delete_one(session)
+                assert await env.objects() == {kept}
+            finally:
+                await env.sql(f"DROP SCHEMA {name}_CLONED")
+        await env.backend.delete(kept)
 
     async def test_clone_of_the_same_transaction(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))

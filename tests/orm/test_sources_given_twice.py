@@ -137,14 +137,14 @@ class TestOnce:
             assert first.file is not None
             assert await first.file.read() == CONTENT
             session.add(Document(file=Attachment(source)))
-            with pytest.raises(ConsumedSourceError, match=r"read already|already read"):
+            with pytest.raises(ConsumedSourceError, match="already read"):
                 await session.commit()
         assert await locations(manager) == set()
 
     async def test_again_after_the_commit(self, sessions: Sessions, manager: StorageManager, make: Callable[[], Any]) -> None:
         source = make()
         await add(sessions, Document(file=Attachment(source)))
-        with pytest.raises(ConsumedSourceError, match="read already"):
+        with pytest.raises(ConsumedSourceError, match="already read"):
             await add(sessions, Document(file=Attachment(source)))
         assert len(await locations(manager)) == 1
 
@@ -156,7 +156,7 @@ class TestOnce:
         with contextlib.suppress(ContentTooLargeError):
             await add(sessions, Document(thumbnail=Attachment(source)))
         gc.collect()
-        with pytest.raises(ConsumedSourceError, match="read already"):
+        with pytest.raises(ConsumedSourceError, match="already read"):
             await add(sessions, Document(file=Attachment(source)))
         assert await locations(manager) == set()
 
@@ -168,7 +168,7 @@ class TestOnce:
             await session.flush()
             await session.rollback()
             session.add(Document(file=Attachment(source)))
-            with pytest.raises(ConsumedSourceError, match=r"read already|already read"):
+            with pytest.raises(ConsumedSourceError, match="already read"):
                 await session.commit()
         assert await locations(manager) == set()
 

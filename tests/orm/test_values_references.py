@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable
 from contextlib import aclosing
+from typing import Any
 
 import psutil
 import pytest
@@ -11,7 +13,7 @@ from sqlalchemy import insert
 
 from granite_storage import ConfigurationError, StoredObjectRef
 from granite_storage.exceptions import InvalidReferenceError
-from granite_storage.orm import Attachment, bind_storage, iter_model_storage_refs
+from granite_storage.orm import Attachment, bind_storage, iter_model_storage_refs, references
 from tests.orm.values import (
     Base,
     Document,
@@ -82,6 +84,25 @@ async def test_an_iteration_that_ends_early_lets_go(sessions: Sessions) -> None:
         async with aclosing(iter_model_storage_refs(session, Receipt, "ref")) as refs:
             assert await anext(refs) == a_ref(0)
         await add(sessions, Receipt())
+
+
+async def test_cancelled_count_waits_once(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statements that do not end are cut off after a time, which one wait inside another would double."""
+    depths = [0]
+
+    async def shielded(work: Awaitable[Any], *, timeout: float) -> Any:
+        depths.append(depths[-1] + 1)
+        try:
+            return await work
+        finally:
+            depths.append(depths[-1] - 1)
+
+    monkeypatch.setattr(references, "shielded", shielded)
+    binding = bind_storage(Base, make_manager(), session_factory=sessions)
+    await add(sessions, Document(file=Attachment(b"a")))
+    assert await references.Scan(binding).count() == 1
+    assert max(depths) == 1
+    binding.unbind()
 
 
 async def test_memory_stays_flat(sessions: Sessions) -> None:

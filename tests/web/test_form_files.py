@@ -21,6 +21,7 @@ from granite_storage.orm import Attachment
 from granite_storage.web import (
     FileList,
     FilePart,
+    MalformedRequestError,
     MissingFieldError,
     UploadForm,
     UploadLimits,
@@ -36,6 +37,13 @@ Serve = Callable[..., httpx.AsyncClient]
 
 def iter_nothing(_: FilePart) -> Iterator[None]:
     yield
+
+
+async def read_if_whole(file: FilePart) -> bytes | None:
+    try:
+        return b"".join([bytes(chunk) async for chunk in file])
+    except MalformedRequestError:
+        return None
 
 
 @pytest.fixture
@@ -294,6 +302,14 @@ class TestMissing:
         assert (await client.post("/", content=b"x", headers=FORM)).status_code == 400
         assert (await client.post("/", json={})).status_code == 415
         assert (await client.post("/", data={"a": "x" * (2 << 20)})).status_code == 413
+
+    async def test_a_malformed_form_is_refused_though_a_function_has_caught_it(self, serve: Serve) -> None:
+        async def receive(request: Request) -> None:
+            await stream_upload(request, {"file": read_if_whole})
+
+        file = part("file", b"content", filename="a.txt") + f"\r\n--{BOUNDARY} x\r\n".encode()
+        response = await post(serve(receive), file)
+        assert (response.status_code, response.json()["detail"][:10]) == (400, "A boundary")
 
     async def test_it_is_a_key_error_to_the_application(self, serve: Serve) -> None:
         async def look(form: UploadForm) -> list[Any]:

@@ -57,7 +57,7 @@ async def test_other_servers(manager: StorageManager) -> None:
 async def test_a_root_of_a_backend_that_the_manager_does_not_have(manager: StorageManager) -> None:
     scope = {"type": "http", "method": "GET", "headers": []}
     misspelled = Offload("X-Accel-Redirect", {"locl": "/stored"})
-    with pytest.raises(ConfigurationError, match=r"'locl', which is no backend of the manager \(there are: local, memory\)"):
+    with pytest.raises(ConfigurationError, match=r"'locl', but the manager has no such backend \(there are: local, memory\)"):
         StoredObjectResponse(await put(manager), Request(scope), manager=manager, offload=misspelled)
 
 

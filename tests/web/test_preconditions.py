@@ -137,5 +137,8 @@ def test_dates() -> None:
     assert http_date("Sunday, 06-Nov-94 08:49:37 GMT") == datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)
     soon = datetime.now(UTC).year + 10
     assert http_date(f"Sunday, 06-Nov-{soon % 100:02} 08:49:37 GMT") == datetime(soon, 11, 6, 8, 49, 37, tzinfo=UTC)
+    assert http_date("Mon, 01 Jan 0001 00:00:00 GMT") == datetime(1, 1, 1, tzinfo=UTC)  # what a client sends that has no date
+    assert http_date("Thu Jan  1 00:00:00 0099") == datetime(99, 1, 1, tzinfo=UTC)
+    assert http_date("Sat, 01 Jan 0000 00:00:00 GMT") is None
     assert http_date("Sun, 06 Nov 1994 08:49:61 GMT") is None
     assert http_date("Sun, \u0660\u0666 Nov 1994 08:49:37 GMT") is None

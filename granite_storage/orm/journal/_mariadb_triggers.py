@@ -313,7 +313,7 @@ class MariaDBTriggers(TableTriggers):
         return [_quoted(name) for name in self.table.columns]
 
     def _nominate(self, old: str, new: str | None = None) -> str:
-        """Return what records that the objects of a ref are to be deleted, except those that another has as well.
+        """Return the SQL that records that the objects of a ref are to be deleted, except those that another ref has as well.
 
         The first condition is that of nearly all rows: that there are no variants, and that an earlier row has found out when
         objects of the policy are due. Each further statement would cost them more than any expression does.
@@ -350,7 +350,7 @@ class MariaDBTriggers(TableTriggers):
         )
 
     def _find_due(self, value: str) -> str:
-        """Return what finds when the objects of a ref are due, without a lock.
+        """Return the SQL that finds when the objects of a ref are due, without a lock.
 
         It is looked up once for many rows: variables of the connection have the answer for the policy of one journal, and for
         the moment when the statement began.
@@ -375,7 +375,7 @@ class MariaDBTriggers(TableTriggers):
         ON DUPLICATE KEY UPDATE due = GREATEST(due, VALUES(due));"""
 
     def _nominate_below(self, path: Path) -> str:
-        """Return what nominates the files of the rows that a delete reaches by one way of cascades."""
+        """Return the SQL that records the files of the rows that a delete reaches by one way of cascades."""
         columns = [f"t.{name} AS g_value_{number}" for number, name in enumerate(self._columns)]
         nominated = "\n".join(self._nominate(f"g_row.g_value_{number}") for number in range(len(columns)))
         return f"""  FOR g_row IN ({_Below(path, self._own, self._keys[self._place]).select(columns)}) DO
@@ -387,7 +387,7 @@ class MariaDBTriggers(TableTriggers):
     def _guard(self, *, is_update: bool) -> str:
         """Return what locks the evidence for each location that has come into the row, those of variants last, or refuses it.
 
-        A row is no evidence for what it has brought in itself; an update may give a column what any had before.
+        A row is not evidence for what it has brought in itself; an update may give a column what any had before.
         """
         new, old = self._chosen("NEW"), self._chosen("OLD")
         original = _value_of(new, "location")
@@ -432,7 +432,7 @@ class MariaDBTriggers(TableTriggers):
         return f"CASE {_COLUMN} {cases} END" if len(self._columns) > 1 else f"{row}.{self._columns[0]}"
 
     def _look(self, *, is_update: bool, is_variant: bool) -> str:
-        """Return what looks whether the location needs no evidence, or locks another row that holds it."""
+        """Return the SQL that checks whether the location needs no evidence, or locks another row that holds it."""
         known = [
             f"{_LOCATION} IS NULL",
             f"COALESCE(LOCATE(CONCAT(CHAR(10), {_LOCATION}, CHAR(10)), CONVERT(@granite_storage_claimed USING utf8mb4)"
@@ -448,7 +448,7 @@ class MariaDBTriggers(TableTriggers):
           END;"""
 
     def _look_at(self, number: int, holder: Holder, is_variant: bool) -> str:
-        """Return what finds a row of a column that holds the location, or as a variant of the same original, and locks it."""
+        """Return the SQL that finds and locks a row of a column with the location, or with it as a variant of the original."""
         place, names = holder.place, self._keys[holder.place]
         variables = [f"@{_PREFIX}key_{number}_{position}" for position in range(len(names))]
         keys = ", ".join(f"t.{_quoted(name)}" for name in names)
@@ -468,9 +468,9 @@ class MariaDBTriggers(TableTriggers):
             END IF;"""
 
     def _lock_intents(self) -> str:
-        """Return what locks every pending intent of the location, and sees afterwards that it is not fenced.
+        """Return the SQL that locks every pending intent of the location, and then checks that it is not fenced.
 
-        An intent of it as a variant of another original, or as no variant, is no evidence: its worker would not look for the
+        An intent of it as a variant of another original, or as no variant, is not evidence: its worker would not look for the
         object where it is now.
         """
         is_of_it = f"i.location = {_LOCATION} AND {_exactly('i.location')} = {_LOCATION}"
@@ -645,7 +645,7 @@ def _require_mariadb(connection: Connection) -> None:
     if not getattr(connection.dialect, "is_mariadb", False):
         raise ConfigurationError(
             "storage_triggers are for MariaDB, and this is MySQL, which no journal supports either: leave the call out there, and"
-            " let the garbage collector find what SQL past the sessions leaves behind",
+            " let the garbage collector find what SQL that bypasses the sessions leaves",
             see=Page.JOURNAL,
         )
 
@@ -750,7 +750,7 @@ def _drop_unused_indexes(connection: Connection, schema: str) -> None:
 
 @contextmanager
 def _sql_mode(connection: Connection) -> Iterator[None]:
-    """Let triggers be created that work alike whatever the mode of the connection is, which MariaDB keeps with them."""
+    """Set the SQL mode for triggers that are created, because MariaDB keeps the connection's mode with them."""
     usual = ask(connection, text("SELECT @@sql_mode")).scalar_one()
     run(connection, "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_BACKSLASH_ESCAPES'")
     try:

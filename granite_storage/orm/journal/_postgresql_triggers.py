@@ -6,7 +6,7 @@ is locked, and looks for rows that refer to an object after it has fenced it; so
 
 Why an INSERT is guarded when its rows are there already. Transition tables cost a third of what a trigger for each row costs. But
 rows that no guard has seen yet must not be evidence, neither for themselves nor for others that the same statement writes. So the
-statements that insert are counted while they run. Meanwhile what this transaction has written itself is no evidence. The last
+statements that insert are counted while they run. Meanwhile what this transaction has written itself is not evidence. The last
 guard of the statement accepts rows that were written by earlier statements of the transaction: those with a lower command id.
 
 Triggers and functions of the application may change or delete such a row before its guard has seen it. Then what it held is
@@ -52,7 +52,7 @@ CLAIMED = "granite_storage.claimed"
 """The setting of a transaction with the locations that the library has claimed for it already, each between line feeds."""
 
 _TRUNCATED = "granite_storage.truncated"
-"""The setting of a transaction above READ COMMITTED that has truncated a table: what it has nominated itself is no evidence."""
+"""The setting of a transaction above READ COMMITTED that has truncated a table: what it has nominated itself is not evidence."""
 
 _INSERTING = "granite_storage.inserting"
 _RETENTION = "granite_storage.retention"
@@ -442,8 +442,8 @@ END"""
         """Return the body of the function that locks the evidence for one location, or refuses it.
 
         Its arguments are the location, that of its original if it is a variant, and the command id from which on the rows that
-        this transaction has written are no evidence; NULL where all of them are. Below zero its intents are none either. An
-        intent of the location as a variant of another original, or as no variant, is no evidence: its worker would not look for
+        this transaction has written are not evidence; NULL where all of them are. Below zero its intents are none either. An
+        intent of the location as a variant of another original, or as no variant, is not evidence: its worker would not look for
         the object where it is now.
         """
         by_location = [self._lock_holder(item, _at(item, "wanted")) for item in self.table.holders]

@@ -104,7 +104,7 @@ class SQLiteTriggers(TableTriggers):
         others = {schema, *(holder.schema for holder in table.holders)} - {table.schema}
         if others:
             raise ConfigurationError(
-                f"the triggers of {table.name} reach no other database than {table.schema}, and not {', '.join(sorted(others))}:"
+                f"the triggers of {table.name} reach only the database {table.schema}, and not {', '.join(sorted(others))}:"
                 " keep the rows with files, and the journal, in one file",
                 see=Page.JOURNAL_ON_SQLITE,
             )
@@ -298,7 +298,7 @@ class SQLiteTriggers(TableTriggers):
     def _guard(self, new: str, message: str) -> str:
         """Return the SELECT that fails if an object that a column gets may be gone, or is about to go.
 
-        An intent of the object as a variant of another one is no evidence: its worker looks for it in the rows of that one only.
+        An intent of the object as a variant of another one is not evidence: its worker looks for it in the rows of that one only.
         """
         holders = [
             f"EXISTS (SELECT 1 FROM {quoted(item.table)} t WHERE {_at(item, 'w.location')})" for item in self.table.holders
@@ -375,7 +375,7 @@ def _ref(ref: str) -> str:
 
 
 def _variants(ref: str, beside: str = "") -> str:
-    """Return the SELECT of the variants of a ref, as `_nominate` takes it; what is no ref has no location.
+    """Return the SELECT of the variants of a ref, as `_nominate` takes it; what is not a ref has no location.
 
     Args:
         ref: The ref.
@@ -389,7 +389,7 @@ def _variants(ref: str, beside: str = "") -> str:
 
 
 def _variant_field(variant: str, key: str) -> str:
-    """Return a text of a row of `json_each`; a JSON function would fail on a value that is no object."""
+    """Return a text of a row of `json_each`; a JSON function would fail on a value that is not an object."""
     return f"CASE {variant}.type WHEN 'object' THEN {_field(f'{variant}.value', key)} END"
 
 

@@ -197,7 +197,7 @@ def describe_gone(gone: Iterable[tuple[str, str]], consequence: str) -> list[str
         consequence: What follows from it.
     """
     return [
-        f"the triggers of {', '.join(dict.fromkeys(table for _, table in tables))} name {what}, which is gone, so that"
+        f"the triggers of {', '.join(dict.fromkeys(table for _, table in tables))} name {what}, which is gone, so"
         f" {consequence}. {RENAME_BACK}"
         for what, tables in sorted(group(gone, itemgetter(0)).items())
     ]

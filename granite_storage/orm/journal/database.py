@@ -98,7 +98,7 @@ class JournalPool:
         return as_async_engine(inner)
 
     def _bring_events(self, inner: Engine) -> None:
-        """Let the application's own events come along; the library's are those of its sessions."""
+        """Copy the listeners of the application's engine to the journal's."""
         copy_listeners(self._outer, inner)
 
     @property
@@ -130,7 +130,7 @@ class JournalPool:
         return tables
 
     async def open(self) -> object:
-        """Make ready what a session could not wait for, once the tables were found to be fit."""
+        """Prepare what a session could not wait for, once the tables have passed their checks."""
 
     async def forget_uploads(self, locations: Sequence[str]) -> None:
         """Delete the intents of uploads that outlive the COMMIT of their rows, once these objects are gone."""
@@ -166,7 +166,7 @@ class JournalPool:
         return self.dialect == "postgresql"
 
     def within(self, seconds: float) -> Self:
-        """Return the same pool for callers that hold a connection already: whose transactions must not wait without end.
+        """Return the same pool for callers that already hold a connection, so that their transactions wait only so long.
 
         Raises:
             BackendUnavailableError: From then on, by a transaction of it that has not ended in time.
@@ -177,16 +177,16 @@ class JournalPool:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction whose commit need not be durable."""
+        """Yield a connection in a transaction whose commit need not be durable."""
         async with self._in_time(), self._engine.begin() as connection:
             yield connection
 
     def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a transaction that writes, whose commit need not be durable."""
+        """Yield a connection in a transaction that writes, whose commit need not be durable."""
         return self.reading()
 
     def deciding(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection whose transaction sees which objects rows refer to, before the others are deleted."""
+        """Yield a connection whose transaction sees which objects rows refer to, before the others are deleted."""
         return self.reading()
 
     async def make_durable(self, connection: AsyncConnection) -> None:
@@ -198,15 +198,15 @@ class JournalPool:
             await put_barrier(connection)
 
     async def may_find(self, statement: Select[Any]) -> bool:
-        """Return False where a look that waits for no lock shows that a statement finds nothing now."""
+        """Return False if a read that waits for no lock shows that a statement finds nothing now."""
         return True
 
     def fencing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a durable transaction that fences intents."""
+        """Yield a connection in a durable transaction that fences intents."""
         return self.durable()
 
     def durable(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Give a connection in a transaction whose commit survives a crash of the database."""
+        """Yield a connection in a transaction whose commit survives a crash of the database."""
         return self._synchronous()
 
     @asynccontextmanager
@@ -256,8 +256,8 @@ class JournalPool:
         pool = self._engine.sync_engine.pool
         pool_timeout = pool._timeout if isinstance(pool, QueuePool) else 0.0
         return (
-            f"the journal had no answer from the database within {self._timeout or pool_timeout:g} s, so that nothing"
-            " is stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
+            f"the journal had no answer from the database within {self._timeout or pool_timeout:g} s, so nothing is"
+            " stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
             " pool_size connections, in the database and in a connection pooler before it. Behind a pooler, pass"
             " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
         )
@@ -760,15 +760,17 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             await connection.execute(nothing)
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
         except DBAPIError as error:
-            if (denied := explain_denied(error, pool.role)) is not None:
-                raise denied from error.orig
             name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
+            problem = f"the journal's table {name} is missing or is of another version: {error.orig}"
+            if (denied := explain_denied(error, pool.role)) is not None:
+                if pool.dialect == "postgresql":
+                    raise denied from error.orig
+                problem = f"{denied}; or {name} is missing, which MariaDB reports alike where the role may not use the schema"
             raise _refuse(
-                f"the journal's table {name} is missing or is of another version: {error.orig}. Create it with the models' own"
-                " (Base.metadata.create_all or a migration) after journal_tables(Base.metadata). Sessions with a"
-                " schema_translate_map of their own share one set of the journal's tables: it is where the engine that was passed"
-                " to StorageJournal finds it, with that engine's map if it has one, or in"
-                " journal_tables(Base.metadata, schema=...)"
+                f"{problem}. Create it with the models' own (Base.metadata.create_all or a migration) after"
+                " journal_tables(Base.metadata). Sessions with a schema_translate_map of their own share one set of the"
+                " journal's tables: it is where the engine that was passed to StorageJournal finds it, with that engine's map"
+                " if it has one, or in journal_tables(Base.metadata, schema=...)"
             ) from error
 
 

@@ -50,7 +50,7 @@ class Finished:
     Attributes:
         ref: The published copy, where there is one that a row holds or may still take.
         note: What the intent says, by which to tell whether it has changed since.
-        is_claimed: Whether somebody makes a copy just now.
+        is_claimed: Whether a process is making a copy now.
         verdict: What its last copy or its first bytes were found to be, where that was refused.
     """
 
@@ -122,11 +122,11 @@ class Staging:
         return await shielded(Claim(self, staging_id, seen.note).begin(), undo=_release)
 
     async def publish(self, staging_id: UUID, seen: str, intent_id: UUID, ref: StoredObjectRef) -> bool:
-        """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
+        """Commit durably which copy of a staging object counts; return False if that was decided by another caller."""
         return await self.write(staging_id, seen, json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
 
     async def write(self, staging_id: UUID, seen: str | None, note: str | None) -> bool:
-        """Commit, durably, what is said of a staging object, if it is what the caller has seen; return whether it is."""
+        """Commit durably what is noted of a staging object, if it is what the caller has seen; return whether it is."""
         as_seen = self._intent.c.upload_id.is_not_distinct_from(seen)
         async with self._pool.durable() as connection:
             written = await connection.execute(update(self._intent).where(self._is(staging_id), as_seen).values(upload_id=note))
@@ -176,7 +176,7 @@ class Claim:
         return self
 
     async def publish(self, intent_id: UUID, ref: StoredObjectRef) -> bool:
-        """Commit, durably, that this copy counts; return whether that still was for the caller to say."""
+        """Commit durably that this copy counts; return False if that was decided by another caller."""
         await self._stop_renewing()
         if self._note is None:
             return False

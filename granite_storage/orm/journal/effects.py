@@ -42,6 +42,7 @@ from granite_storage.orm._util import again_after_deadlock
 from granite_storage.orm.journal.database import put_values
 from granite_storage.orm.journal.jobs import (
     EFFECT,
+    LEFT_IN_COMPANY,
     PAUSE_FOR_OTHERS,
     JobQueue,
     Lease,
@@ -138,13 +139,15 @@ class EffectJobs(JobQueue):
         """Call an effect for a file now, as if it had just come to its row.
 
         Returns:
-            Whether that has succeeded; None where another worker is processing the job, and will call it.
+            Whether that has succeeded; None where another worker is processing the job, or several have died of it: it is left
+            to a worker then.
         """
         column, key = column_type.column, effect_key(name)
         async with self._pool.durable() as connection:
             await connection.run_sync(enqueue_effects, self._job, [(column, source)], {}, names=[name])
         own = self._job.c.id == job_id(source.backend, source.location, key)
-        jobs = await self._claim(source.backend, 1, own)
+        # One that workers have left repeatedly is called alone, and here it would be beside others.
+        jobs = await self._claim(source.backend, 1, own & (self._job.c.takeovers < LEFT_IN_COMPANY))
         return await self._call(jobs[0]) if jobs else None
 
     async def find_pending(self, which: Which) -> dict[str, list[str]]:

@@ -613,3 +613,8 @@ class UploadLease(Lease):
             yield
         finally:
             upload_begun.reset(before)
+
+    def _expired(self) -> StaleAttachmentError:
+        return StaleAttachmentError(
+            "the lease of an upload has expired before the upload ended; the transaction may be tried again"
+        )

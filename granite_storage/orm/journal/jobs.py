@@ -70,7 +70,7 @@ RENEWALS: Final = 3
 """How often a lease is renewed before it would be over."""
 LEFT_IN_COMPANY: Final = 2
 """How many workers may leave a row before it is taken over alone."""
-DEADLY: Final = "{} workers have taken it over, and none has come to an end"
+DEADLY: Final = "{} workers have taken it over, and none has finished it"
 """The error of a row that has killed too many workers."""
 _SAFE_SHARE = 0.8
 """The part of a lease after which its holder counts it as expired."""
@@ -340,7 +340,7 @@ async def retry_dead(pool: JournalPool, table: Table) -> int:
     return result.rowcount
 
 
-class StillHeldError(Exception):
+class StillNeededError(Exception):
     """A row has appeared for which the job is still to be done, so it stays."""
 
 
@@ -458,7 +458,7 @@ async def report_jobs(pool: JournalPool, job: Table, report: RecoveryReport) -> 
         report.held = found.pop(SCAN, 0)
         report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
         report.underived = sum(found.values()) - report.pending_effects
-        # What a recipe refuses is known; it is no fault that could be repaired.
+        # What a recipe refuses is known; it is not a fault that could be repaired.
         is_refused = job.c.key.startswith(VARIANT) & func.coalesce(job.c.error, "").startswith(REFUSED)
         refused = select(func.count()).where(job.c.dead, is_refused)
         report.underivable = (await connection.execute(refused)).scalar_one()

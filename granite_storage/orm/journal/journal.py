@@ -224,7 +224,7 @@ class StorageJournal:
         if self._pool.is_postgresql or any(triggers_work(self._pool.dialect, item.metadata) for item in self._bindings):
             await note_retentions(self._bounded, self.tables, self.manager.policies.values())
             for problem in await self.find_trigger_problems():
-                logger.warning("SQL past the sessions is not covered: %s", problem)
+                logger.warning("SQL that bypasses the sessions is not covered: %s", problem)
         self._checked = True
 
     async def find_trigger_problems(self) -> list[str]:
@@ -364,9 +364,13 @@ class StorageJournal:
             raise ConfigurationError(f"a worker's interval must be a timedelta above 0, not {interval!r}")
         await self._ensure_fit_for_workers()
 
+        async def do(work: Callable[[str], Awaitable[object]], backend: str) -> None:
+            if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
+                await work(backend)
+
         async def recover(backend: str) -> None:
-            await self._recover(backend)
-            await self._beat(interval)
+            await do(self._recover, backend)
+            await self._beat(interval)  # in any case: the collector stops after a silence
 
         async def do_jobs(kind: type[JobQueue], backend: str) -> None:
             await self._jobs(kind).run(backend)
@@ -374,18 +378,14 @@ class StorageJournal:
         async def end_idle_jobs(backend: str) -> None:
             await self._jobs(VariantJobs).end_idle(backend)
 
-        async def do(work: Callable[[str], Awaitable[None]], backend: str) -> None:
-            if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
-                await work(backend)
-
         works: dict[str, Callable[[str], Awaitable[None]]] = {"recovering the objects": recover}
-        works |= {what: partial(do_jobs, kind) for what, kind in _KINDS.items()}
+        works |= {what: partial(do, partial(do_jobs, kind)) for what, kind in _KINDS.items()}
         loops = [(what, work, interval, self._alarm) for what, work in works.items()]
         # No transaction waits for it, and it looks at all of them.
-        loops.append(("ending the idle jobs", end_idle_jobs, max(interval, _IDLE_INTERVAL), Alarm()))
+        loops.append(("ending the idle jobs", partial(do, end_idle_jobs), max(interval, _IDLE_INTERVAL), Alarm()))
         async with AsyncExitStack() as stack:
             for what, work, pause, alarm in loops:
-                await stack.enter_async_context(at_work(self.manager.backends, partial(do, work), pause, alarm, what=what))
+                await stack.enter_async_context(at_work(self.manager.backends, work, pause, alarm, what=what))
             yield
 
     async def retry_dead_letters(self) -> int:

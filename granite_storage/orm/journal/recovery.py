@@ -311,7 +311,7 @@ class Recovery:
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
         deadly = [item for item in claimed if item.takeovers > LEFT_IN_COMPANY + self._max_attempts]
         claimed = [item for item in claimed if item not in deadly]
-        report = RecoveryReport(claimed=len(claimed), failed=[await self._bury(item) for item in deadly])
+        report = RecoveryReport(claimed=len(claimed), failed=[await self._move_to_dead_letters(item) for item in deadly])
         try:
             own, referenced = await self._check(claimed)
         except Exception:
@@ -447,7 +447,7 @@ class Recovery:
         if items:
             await connection.execute(update(reclaim).where(_is_own(reclaim)).values(values), [_own(item) for item in items])
 
-    async def _bury(self, item: _Reclaim) -> FailedReclaim:
+    async def _move_to_dead_letters(self, item: _Reclaim) -> FailedReclaim:
         """Make dead letters of rows whose workers have died repeatedly."""
         return await self._note(item, DEADLY.format(item.takeovers - 1), attempts=item.attempts, dead=True)
 

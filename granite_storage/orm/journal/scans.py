@@ -37,7 +37,7 @@ from granite_storage.orm.journal.jobs import (
     Address,
     JobQueue,
     LeasedJob,
-    StillHeldError,
+    StillNeededError,
     effect_key,
     effects_in,
     job_id,
@@ -149,7 +149,7 @@ class ScanJobs(JobQueue):
         for _ in range(TRIES):
             try:
                 await self._settle(job, verdict)
-            except StillHeldError:
+            except StillNeededError:
                 if verdict is None:
                     return False
             else:
@@ -166,7 +166,7 @@ class ScanJobs(JobQueue):
             await connection.execute(delete(self._job).where(self._job.c.id == job.id))
             # Only now, when no flush can record the job: a row that another transaction moved was not found above.
             if await self._find_reference(connection, job) is not None:
-                raise StillHeldError
+                raise StillNeededError
 
     async def _find_reference(self, connection: AsyncConnection, job: LeasedJob) -> StoredObjectRef | None:
         """Return the ref of an object, from a row that holds it unjudged."""

@@ -86,7 +86,7 @@ _NETWORK_KINDS = frozenset(
 
 
 class _LockingPool(JournalPool):
-    """Connections whose transactions say whether they write, and get the lock of writers before they read anything."""
+    """Connections whose transactions say whether they write, and get the write lock before they read anything."""
 
     @property
     def dialect(self) -> str:
@@ -100,13 +100,13 @@ class _LockingPool(JournalPool):
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction that sees one moment, and must not write."""
+        """Yield a connection in a transaction that sees one moment, and must not write."""
         async with self._in_time(), AsyncExitStack() as stack:
             yield await self._begin(stack, "BEGIN")
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction that has the lock of writers, and is durable once it is committed."""
+        """Yield a connection in a transaction that has the write lock, and is durable once it is committed."""
         async with self._in_time(), AsyncExitStack() as stack:
             connection = await self._begin(stack, "BEGIN IMMEDIATE")
             yield connection
@@ -161,7 +161,7 @@ class _LockingPool(JournalPool):
 
     def _describe_timeout(self) -> str:
         return (
-            f"the SQLite database was locked for {self._patience:g} s, so that nothing is stored: another transaction that writes"
+            f"the SQLite database was locked for {self._patience:g} s, so nothing is stored: another transaction that writes"
             " lasts that long, or it is the session's own and the journal is only being opened now. Let transactions be short,"
             " and await journal.check() when the application starts"
         )
@@ -174,7 +174,7 @@ def _begin(connection: Connection, statement: str) -> None:
 
 
 def _try_to_lock(connection: Connection) -> bool:
-    """Take the lock of writers if no other connection has it; return whether it was taken.
+    """Take the write lock if no other connection has it; return whether it was taken.
 
     Raises:
         ConfigurationError: The database is read-only.
@@ -324,7 +324,7 @@ class SQLitePool(_LockingPool):
                 locked.append(await connection.run_sync(_try_to_lock))
             if all(locked):
                 raise _refuse(
-                    "its lock does not keep a second connection from writing, so that commits damage each other: leave nolock=1,"
+                    "its lock does not keep a second connection from writing, so commits damage each other: leave nolock=1,"
                     " and the name of a VFS without locks, such as vfs=unix-none, out of the URL"
                 )
 
@@ -385,7 +385,7 @@ class SQLitePool(_LockingPool):
         """
         if not _driver(connection).in_transaction:
             raise ConfigurationError(
-                "the driver commits each statement by itself (isolation_level=None), so that no rollback can restore rows: "
+                "the driver commits each statement by itself (isolation_level=None), so no rollback can restore rows: "
                 "begin transactions with BEGIN IMMEDIATE, by the recipe on the page SQLAlchemy, section SQLite",
                 see=Page.JOURNAL_ON_SQLITE,
             )
@@ -491,7 +491,7 @@ class SidecarPool(_LockingPool):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def of(self, main: SQLitePool) -> SidecarPool:
-        """Return the same pool, bound as the connections to the rows' database are."""
+        """Return the same pool, with the time limit of the connections to the rows' database."""
         bounded = self.within(main._patience)
         bounded._main = main
         return bounded
@@ -519,7 +519,7 @@ class SidecarPool(_LockingPool):
 
     @asynccontextmanager
     async def looking(self) -> AsyncIterator[tuple[str, AsyncConnection]]:
-        """Give the name of the sidecar, whether it counts or not, and a connection that sees one moment of it."""
+        """Yield the name of the sidecar, whether it counts or not, and a connection that sees one moment of it."""
         async with self._in_time(), AsyncExitStack() as stack:
             connection = await self._begin_unnamed(stack, "BEGIN")
             yield _opened(connection).name, connection
@@ -545,7 +545,7 @@ class SidecarPool(_LockingPool):
 
     @asynccontextmanager
     async def fencing(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection that fences uploads; no session is between its look at them and its COMMIT meanwhile."""
+        """Yield a connection that fences uploads, while no session is between its look at them and its COMMIT."""
         await self.open()
         async with self._main.writing() as main:
             # What a flush has recorded for the triggers, and has committed because an error kept it from deleting that.
@@ -666,7 +666,7 @@ def _prepare(connection: sqlite3.Connection) -> str:
         connection.execute("COMMIT")
     found = connection.execute(_sql(_NAME_OF_SIDECAR), (SIDECAR_NAME,)).fetchone()
     if found is None:
-        raise sqlite3.DatabaseError("it has no name, so that something else has written to it")
+        raise sqlite3.DatabaseError("it has no name, so something else has written to it")
     return str(found[0])
 
 

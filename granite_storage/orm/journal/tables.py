@@ -236,7 +236,7 @@ class RecoveryReport:
         derived: How many variants it made, which rows now have.
         underived: How many variants are still to be made.
         refused: The variants that this pass has found not to be possible: their recipes refuse the originals. Only this pass
-            reports them, and they are no failures.
+            reports them, and they are not failures.
         underivable: How many variants are not possible, as this pass and earlier ones have found.
         effects: How many effects it called for a file.
         pending_effects: How many are still to be called.

@@ -46,7 +46,7 @@ _KINDS: Final[Mapping[str, type[TableTriggers]]] = {
 
 
 def storage_triggers(metadata: MetaData) -> None:
-    """Declare triggers on the tables with attachments, for writers past the sessions: SQL, other programs, COPY. Idempotent.
+    """Declare triggers on the tables with attachments, for SQL and programs that bypass the sessions. Idempotent.
 
     They record in the writer's own transaction which objects it takes out of rows, and refuse what it would bring in without
     knowing that the object stays. `create_all` creates them, those that are missing or of another version, with the indexes over
@@ -158,7 +158,7 @@ def _kind_of(connection: Connection) -> type[TableTriggers]:
     if found is None:
         raise ConfigurationError(
             f"storage_triggers are for PostgreSQL, MariaDB and SQLite, and this database is {connection.dialect.name}: leave the"
-            " call out there, and let the garbage collector find what SQL past the sessions leaves behind"
+            " call out there, and let the garbage collector find what SQL that bypasses the sessions leaves"
         )
     return found
 
@@ -166,7 +166,7 @@ def _kind_of(connection: Connection) -> type[TableTriggers]:
 def _keys_of(table: Table) -> tuple[str, ...]:
     if not table.primary_key.columns:
         raise ConfigurationError(
-            f"the table {table.fullname} has no primary key, by which its triggers know its rows: give it one"
+            f"the table {table.fullname} has no primary key, by which its triggers identify its rows: give it one"
         )
     return tuple(column.name for column in table.primary_key)
 

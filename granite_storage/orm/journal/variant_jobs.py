@@ -49,7 +49,7 @@ from granite_storage.orm.journal.jobs import (
     VARIANT,
     JobQueue,
     LeasedJob,
-    StillHeldError,
+    StillNeededError,
     failure_of,
     job_id,
     variant_key,
@@ -161,12 +161,12 @@ class VariantJobs(JobQueue):
     async def _end(self, job: LeasedJob, *conditions: ColumnElement[bool], has_no_rows: bool = False) -> None:
         """Delete a job, unless it is another one meanwhile, or has a row though it had none."""
         own = (self._job.c.id == job.id) & (self._job.c.recipe == job.recipe)
-        with suppress(StillHeldError):
+        with suppress(StillNeededError):
             async with self._pool.writing() as connection:
                 await connection.execute(delete(self._job).where(own, *conditions))
                 # Only now, when no flush can record the job: a row that another transaction moved was not found before.
                 if has_no_rows and await self._references.find_holders(connection, job.location):
-                    raise StillHeldError
+                    raise StillNeededError
 
     async def make(
         self, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant, *, which: Which = "missing"
@@ -335,7 +335,7 @@ class VariantJobs(JobQueue):
             try:
                 async with asyncio.timeout(LONGEST_WAIT):
                     return await self._publish(jobs, made or {}, ids or {})
-            except StillHeldError:
+            except StillNeededError:
                 if not made:
                     return None
             except TimeoutError:
@@ -381,7 +381,7 @@ class VariantJobs(JobQueue):
             # Only now, when no flush can record the jobs: a row that another transaction moved was not found above.
             holdings = await self._holdings(connection, jobs[0], read_holdings)
             if any(_lacking(job, holdings) for job in done):
-                raise StillHeldError
+                raise StillNeededError
         return set(chosen)
 
     def _pending(self, job: LeasedJob, displaced: Iterable[StoredObjectRef]) -> list[PendingDelete]:

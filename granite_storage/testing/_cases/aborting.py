@@ -1,4 +1,4 @@
-"""Unfinished uploads that somebody else aborts, where it is declared."""
+"""Unfinished uploads that another program aborts, where the ability is declared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AbortCases(Cases):
     """Telling the ids of uploads, and aborting them."""
 
     async def test_upload_tells_its_id(self, backend: StorageBackend) -> None:
-        """An upload in parts tells its id once, before its first part; one without parts tells none."""
+        """A multipart upload tells its id once, before its first part; any other write tells none."""
         self.require_ability(backend, SupportsAbort, "tells_upload_ids")
         content, told = self.content("parts"), list[str]()
 
@@ -41,9 +41,9 @@ class AbortCases(Cases):
 
         upload_begun.set(tell)
         await backend.put_stream("small", chunked(self.content("small")))
-        assert told == [], f"a write without parts told of an upload: {told}"
+        assert told == [], f"a write by one request told the id of an upload: {told}"
         await backend.put_stream(LOCATION, chunked(content))
-        assert len(told) == 1, f"an upload in parts must tell its id once, but told {told}"
+        assert len(told) == 1, f"a multipart upload must tell its id once, but told {told}"
         assert told[0], "the id of an upload is empty"
         await self.require_whole(backend, LOCATION, content, "an upload that told its id")
 
@@ -68,7 +68,7 @@ class AbortCases(Cases):
         """
         aborter, why = self.require_ability(backend, SupportsAbort), f"after an upload was aborted {known}"
         self._needs_ids(known)
-        async with self._upload_under_way(backend) as upload:
+        async with self._upload_in_progress(backend) as upload:
             await aborter.abort_upload(LOCATION, upload.id if known == "by its id" else None)
             await self.require_nothing_unfinished(backend, why)
             upload.go_on.set()
@@ -89,7 +89,7 @@ class AbortCases(Cases):
     async def test_abort_of_another_location(self, backend: StorageBackend, other: str) -> None:
         """An abort leaves the uploads of other locations alone, however alike their names are."""
         aborter = self.require_ability(backend, SupportsAbort)
-        async with self._upload_under_way(backend) as upload:
+        async with self._upload_in_progress(backend) as upload:
             await aborter.abort_upload(other, None)
             upload.go_on.set()
             await upload.writer
@@ -97,10 +97,10 @@ class AbortCases(Cases):
 
     @pytest.mark.parametrize("known", ["by its id", "by its location"])
     async def test_abort_of_what_is_finished(self, backend: StorageBackend, known: str) -> None:
-        """An abort after the end, or of an upload that was aborted before, is no error and leaves the object as it is."""
+        """An abort after the end, or of an upload that was aborted before, is not an error and leaves the object as it is."""
         aborter = self.require_ability(backend, SupportsAbort)
         self._needs_ids(known)
-        async with self._upload_under_way(backend) as upload:
+        async with self._upload_in_progress(backend) as upload:
             upload.go_on.set()
             await upload.writer
         upload_id = upload.id if known == "by its id" else None
@@ -110,7 +110,7 @@ class AbortCases(Cases):
         await self.require_whole(backend, LOCATION, self.content("parts"), f"after it was aborted {known}, which is too late")
 
     @asynccontextmanager
-    async def _upload_under_way(self, backend: StorageBackend) -> AsyncIterator[Upload]:
+    async def _upload_in_progress(self, backend: StorageBackend) -> AsyncIterator[Upload]:
         """Enter to an upload that has sent all but its end, and waits."""
         loop = asyncio.get_running_loop()
         told: asyncio.Future[str] = loop.create_future()

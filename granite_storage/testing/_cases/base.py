@@ -137,7 +137,7 @@ class Cases:
 
         Args:
             backend: The backend of the test.
-            operation: `put_bytes`, `put_stream` (the last answer of a write in parts) or `delete`.
+            operation: `put_bytes`, `put_stream` (the last answer of a multipart upload) or `delete`.
         """
         self._missing_hook("losing_answers", "can_lose_answers")
 

@@ -60,7 +60,7 @@ class DeleteCases(Cases):
         await self.require_whole(backend, first, b"first", f"after {second!r} was deleted or refused")
 
     async def test_concurrent_deletes(self, backend: StorageBackend) -> None:
-        """Deleting one object many times at once is no error."""
+        """Deleting one object many times at once is not an error."""
         await backend.put_bytes("once", b"...")
         await asyncio.gather(*(backend.delete("once") for _ in range(10)))
         await self.require_absent(backend, "once", "after ten deletes at once")
@@ -95,7 +95,7 @@ class DeleteCases(Cases):
                 await backend.put_bytes(f"cancelled/{step + 1}", b"whole")
 
     async def test_batch(self, backend: StorageBackend) -> None:
-        """A batch over the service's limit is deleted to the last; what is missing is no failure; the rest stays."""
+        """A batch over the service's limit is deleted to the last; what is missing is not a failure; the rest stays."""
         deleter = self.require_ability(backend, SupportsBatchDelete)
         names = [f"batch/{number:05}" for number in range(self.batch_size + 2)]
         there = [names[0], names[1], names[len(names) // 2], *names[-3:]]

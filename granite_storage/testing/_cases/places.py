@@ -68,7 +68,7 @@ class StoreCases(Cases):
             assert (back.extra or {}).keys() == (ref.extra or {}).keys(), f"a copy that came back has the keys {back.extra}"
 
     async def test_identity(self, backend: StorageBackend) -> None:
-        """A store is given an identity once, however many ask at once, and keeps it; it is no object."""
+        """A store is given an identity once, however many ask at once, and keeps it; it is not an object."""
         if not isinstance(backend, SupportsIdentity):
             return
         before = await backend.identities()

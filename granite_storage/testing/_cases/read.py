@@ -45,7 +45,7 @@ class ReadCases(Cases):
             assert await backend.exists(location) is False, f"exists({location!r}) must return False"
 
     async def test_folder_with_a_slash(self, backend: StorageBackend) -> None:
-        """`folder/` is no location."""
+        """`folder/` is not a location."""
         await backend.put_bytes("folder/object", b"...")
         for verb in ("open", "stat", "exists", "delete"):
             call: Any = getattr(backend, verb)

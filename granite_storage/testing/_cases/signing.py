@@ -33,7 +33,7 @@ class SignCases(Cases):
 
     @pytest.mark.parametrize("location", ["signed", "a folder/it's 50% & more+\u00e9.txt"])
     async def test_signed_get(self, backend: StorageBackend, location: str) -> None:
-        """A signed URL gives the object to anybody, whole or in ranges."""
+        """A signed URL gives the object to any client, whole or in ranges."""
         content = self.content("small")
         await backend.put_bytes(location, content)
         url = await self.require_ability(backend, SupportsPresign).presign_get(location, expires_in=MINUTE)
@@ -119,7 +119,7 @@ class SignCases(Cases):
 
     @pytest.mark.parametrize("location", ["sent", "a folder/it's 50% & more+\u00e9.txt"])
     async def test_signed_upload(self, backend: StorageBackend, location: str) -> None:
-        """A signed request stores an object at its location, for anybody."""
+        """A signed request of any client stores an object at its location."""
         content = self.content("small")
         signed = await self.require_ability(backend, SupportsPresignedUpload).presign_upload(
             location, expires_in=MINUTE, content_type="text/x-any", min_size=1, max_size=len(content)

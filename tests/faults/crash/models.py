@@ -63,7 +63,7 @@ class Models:
 
 
 def declare(*, has_triggers: bool) -> Models:
-    """Declare the models, and the journal's tables beside them; triggers as well, for writers past the sessions."""
+    """Declare the models, and the journal's tables beside them; triggers as well, for writers that bypass the sessions."""
 
     class Base(DeclarativeBase):
         pass

@@ -24,4 +24,4 @@ SECOND_DRIVER = pytest.mark.exhaustive("the protocol takes the same steps with a
 """For psycopg, where asyncpg is tried too."""
 
 TRIGGERS = "+triggers"
-"""What follows the name of a database that has triggers, and SQL that is written past the sessions."""
+"""What follows the name of a database that has triggers, and SQL that bypasses the sessions."""

@@ -1,4 +1,4 @@
-"""Models whose tables have triggers, and SQL past the sessions that writes to them."""
+"""Models whose tables have triggers, and SQL that bypasses the sessions that writes to them."""
 
 from __future__ import annotations
 

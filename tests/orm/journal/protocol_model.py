@@ -103,7 +103,7 @@ class Rules:
 
 
 def sql(level: str, *steps: Any, ends: str = "end") -> Program:
-    """Return a transaction of SQL past the sessions.
+    """Return a transaction of SQL that bypasses the sessions.
 
     Args:
         level: Its isolation level.

@@ -192,6 +192,25 @@ class TestWhileAWorkerRuns:
             await connection.execute(update(tables.intent).values(backend="store"))
         await env.recover()
 
+    async def test_the_heartbeat_of_a_worker_without_backends(self, env: OrmEnvironment) -> None:
+        """It goes on with a manager that has none of those that the worker began with: a silence stops the collector."""
+        journal = journal_of(env)
+        env.binding.unbind()
+        former = StorageManager(backends={"former": env.backend}, policies={"docs": StoragePolicy("docs", "former")})
+        binding = bind_storage(Base, former, journal=journal)
+        async with journal.worker(interval=QUICK):
+            binding.unbind()
+            env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=journal)
+            before = [row.changed for row in await rows(env, "meta") if row.name == "heartbeat"]
+
+            async def has_beaten() -> bool:
+                beats = [row.changed for row in await rows(env, "meta") if row.name == "heartbeat"]
+                return len(set(beats + before)) > len(before)
+
+            for _ in range(3):  # the first ones may be of passes that were in progress
+                await eventually_true(has_beaten)
+                before += [row.changed for row in await rows(env, "meta") if row.name == "heartbeat"]
+
 
 async def said(caplog: pytest.LogCaptureFixture, words: str) -> bool:
     return words in caplog.text

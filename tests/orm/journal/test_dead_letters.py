@@ -76,7 +76,7 @@ async def test_an_object_that_kills_its_workers_is_a_dead_letter(
     assert await env.objects() == {poison.location}
     [failed] = report.failed
     assert (failed.location, failed.attempts, failed.next_attempt) == (poison.location, 0, None)
-    assert "none has come to an end" in failed.error
+    assert "none has finished it" in failed.error
     assert poison.location in caplog.text
     assert [await other.exists() for other in others] == [False] * len(others)
     assert await journal_of(env).retry_dead_letters() == 1

@@ -302,7 +302,7 @@ class TestFailures:
             assert (report.effects, report.pending_effects) == (0, 1)
             [job] = await jobs(env)
             assert (job.attempts, job.takeovers) == (1, 0)
-            assert job.error == f"UnaskedEndError: the handler raised {type(error).__name__}, which was not asked for"
+            assert job.error == f"UnexpectedExitError: the handler raised {type(error).__name__}, but nothing had cancelled it"
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
 
@@ -499,6 +499,17 @@ class TestRederived:
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
 
+    async def test_workers_have_died_of_it(self, env: OrmEnvironment) -> None:
+        """A worker calls it, alone; a run calls others beside it, and is a process of the application."""
+        index = SearchIndex(env)
+        with with_effects({"search": index.effect}):
+            await env.add(Doc(id=1, file=file("x")))
+            async with env.engine.begin() as connection:
+                await connection.execute(update(journal_of(env).tables.job).values(takeovers=2))
+            assert (await rederive(env.binding)).counts == {RederivationStatus.RECORDED: 1}
+            assert index.calls == []
+            assert await verbs(env, index) == ["put"]
+
 
 def _synchronous(event: EffectEvent) -> None:
     raise AssertionError(event)
@@ -541,7 +552,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"put": 1}, "put of an effect must be an async function of an EffectEvent, not 1"),
+            ({"put": 1}, "put of an effect must be an async function that takes an EffectEvent, not 1"),
             ({"put": _synchronous}, "put of an effect .*, which is a synchronous function: declare it with 'async def'"),
             ({"remove": functools.partial(_synchronous)}, "remove of an effect .* synchronous"),
             ({"remove": Called}, "remove of an effect"),

@@ -35,7 +35,7 @@ from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
 from granite_storage.orm._interfaces import CLAIMING_KEY
-from granite_storage.orm.journal.triggers import sources_of
+from granite_storage.orm.journal.triggers import create_triggers, drop_triggers, sources_of
 from granite_storage.orm.transactions import listen_to
 from tests.orm.databases import mariadb_admin
 from tests.orm.environment import OrmEnvironment, file
@@ -483,6 +483,29 @@ class TestSessions:
         await admin.dispose()
         assert await nominated(env) == {ref.location}
 
+    async def test_a_role_that_may_change_tables_and_not_use_them(self, env: OrmEnvironment) -> None:
+        """The catalogue shows it the tables, and none of their columns."""
+        admin = create_async_engine(mariadb_admin(), isolation_level="AUTOCOMMIT")
+        name, role = env.engine.url.database, "changer_of_tables"
+        own = create_async_engine(mariadb_admin().set(username=role, password="x", database=name))
+        count = text(
+            "SELECT COUNT(*) FROM information_schema.triggers WHERE trigger_schema = :name AND event_object_table = 'doc'"
+        )
+        async with admin.connect() as connection:
+            await connection.execute(text(f"CREATE USER {role} IDENTIFIED BY 'x'"))
+            try:
+                await connection.execute(text(f"GRANT CREATE, ALTER, DROP, INDEX, TRIGGER ON {name}.* TO {role}"))
+                assert await connection.scalar(count, {"name": name})
+                async with own.connect() as changing:
+                    await changing.run_sync(drop_triggers, [Base.metadata.tables["doc"]])
+                assert not await connection.scalar(count, {"name": name})
+            finally:
+                await own.dispose()
+                await connection.execute(text(f"DROP USER {role}"))
+                async with env.engine.begin() as creating:
+                    await creating.run_sync(lambda one: create_triggers(one, sources_of(one, Base.metadata)))
+        await admin.dispose()
+
 
 class TestRetention:
     async def test_of_its_policy_or_the_longest(self, env: OrmEnvironment) -> None:
@@ -647,7 +670,7 @@ class TestChecks:
             assert sum(said in problem for problem in found) == 1, (said, found)
         assert len(found) == 5
         await journal_of(env).check()
-        assert "SQL past the sessions is not covered" in caplog.text
+        assert "SQL that bypasses the sessions is not covered" in caplog.text
         assert await self.told_by_doctor(env) == [CheckResult.BAD] * 5
         await self.create(env)
         assert await self.problems(env) == []

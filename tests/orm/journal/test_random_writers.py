@@ -1,4 +1,4 @@
-"""SQL at random past the sessions, sessions beside it, and workers that overtake each other: objects are what rows refer to."""
+"""Random SQL that bypasses the sessions, sessions beside it, and workers: the objects are those that rows refer to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SQL at random past the sessions on MariaDB, sessions beside it, and workers that overtake each other."""
+"""Random SQL that bypasses the sessions on MariaDB, sessions beside it, and workers that overtake each other."""
 
 from __future__ import annotations
 

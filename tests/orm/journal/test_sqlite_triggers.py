@@ -478,7 +478,7 @@ class TestSessions:
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
 
     async def test_uploads_of_another_program(self, env: OrmEnvironment) -> None:
-        """The triggers cannot reach the sidecar, so SQL past the sessions cannot bring in what is being stored."""
+        """The triggers cannot reach the sidecar, so SQL that bypasses the sessions cannot bring in what is being stored."""
         stored = await Attachment(b"a").store(Doc.file)
         assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=stored.ref)
         await env.add(Doc(id=1, file=stored))
@@ -611,6 +611,6 @@ class TestChecks:
         engine = create_engine("sqlite://")
         with engine.connect() as connection:
             connection.exec_driver_sql(f"ATTACH '{tmp_path}/apart.db' AS apart")
-            with pytest.raises(ConfigurationError, match="thing reach no other database than apart, and not main"):
+            with pytest.raises(ConfigurationError, match="thing reach only the database apart, and not main"):
                 metadata.create_all(connection)
         engine.dispose()

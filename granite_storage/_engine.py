@@ -61,7 +61,15 @@ from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy, load_gate
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
-from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only, require_scanned, storable
+from granite_storage.refs import (
+    ReadOnlyDict,
+    StoredObjectRef,
+    canonical_checksum,
+    canonical_timestamp,
+    read_only,
+    require_scanned,
+    storable,
+)
 from granite_storage.signing import UrlSigner, signed_urls
 from granite_storage.streams import (
     BytesLike,
@@ -74,8 +82,10 @@ from granite_storage.streams import (
     fingerprint,
     is_upload,
     regroup,
+    require_checksum,
     require_declared_size,
     require_size,
+    size_mismatch,
     size_of,
 )
 
@@ -604,12 +614,12 @@ class Engine:
         size: int | None = None,
         checksum: str | None = None,
     ) -> StoredObjectRef:
-        """Store bytes, or a stream whose size and checksum are verified where they are declared."""
-        if isinstance(content, bytes | bytearray | memoryview):
-            return await self._put_bytes(prepared, cast(BytesLike, content))
+        """Store bytes or a stream, whose size and checksum are verified where they are declared."""
         if size is not None:
             require_declared_size(size)
             require_size(size, prepared.max_size)
+        if isinstance(content, bytes | bytearray | memoryview):
+            return await self._put_bytes(prepared, cast(BytesLike, content), size, checksum)
         limited = ManagedStream(content, prepared.max_size)
         stream = limited if self._pace is None else PacedStream(limited, self._pace)
         try:
@@ -886,10 +896,18 @@ class Engine:
         """Yield a backend, and add its key to the errors that it raises, because a backend does not know its own key."""
         return _AttributedErrors(backend_key, self.backend(backend_key))
 
-    async def _put_bytes(self, prepared: PreparedUpload, content: BytesLike) -> StoredObjectRef:
+    async def _put_bytes(
+        self, prepared: PreparedUpload, content: BytesLike, size: int | None, declared: str | None
+    ) -> StoredObjectRef:
         require_size(size_of(content), prepared.max_size)
+        if size is not None and size != size_of(content):
+            raise size_mismatch(size, size_of(content))
+        expected = None if declared is None else canonical_checksum(declared)
         key = prepared.policy.backend_key
         with self._lifecycle.call():
+            if expected is not None:  # of what comes in, before it is stripped
+                content, actual = await fingerprint(content)
+                require_checksum(expected, actual)
             if prepared.checks is not None:
                 content, verdict = await load_gate().judge_bytes(content, prepared.checks, prepared.preview)
                 prepared = prepared.judged(verdict)

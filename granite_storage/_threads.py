@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, ClassVar, Generic, TypeVar
 
 from granite_storage._tasks import shielded, wait_uncancelled
@@ -110,7 +111,11 @@ class ThreadPool:
 
     async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, cancel_timeout: float | None) -> None:
         if not await wait_uncancelled(job.watch(), cancel_timeout):
-            logger.warning("the thread of a cancelled call is still running after %s s: %r", cancel_timeout, job.function)
+            called = [job.function, *job.args]
+            if isinstance(getattr(job.function, "__self__", None), Context):  # what runs in it follows
+                del called[0]
+            shown = " of ".join([repr(called[0]), *(type(item).__name__ for item in called[1:])])  # no content in a log
+            logger.warning("the thread of a cancelled call is still running after %s s: %s", cancel_timeout, shown)
         elif undo is not None and job.error is None:
             undoing: _Result[object] = _Result(undo, (job.result,), self._mailbox())
             self._submit(undoing)

@@ -357,6 +357,10 @@ class _Freezer:
                 return value
             case float() if math.isfinite(value):
                 return value
+            case int():
+                raise InvalidReferenceError(f"{self.name} holds an integer of {value.bit_length()} bits, more than {_MOST_BITS}")
+            case float():
+                raise InvalidReferenceError(f"{self.name} holds {value!r}, which JSON cannot represent")
             case _:
                 raise InvalidReferenceError(
                     f"{self.name} holds a value of type {type(value).__name__} that JSON cannot represent"

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from alembic.autogenerate import comparators
+from alembic.autogenerate import comparators, renderers
 from alembic.operations import ops
 from alembic.util import DispatchPriority
+from sqlalchemy import column, func, literal, select
 
 from granite_storage.alembic._calls import CallOp
 from granite_storage.alembic.triggers import compare_triggers
@@ -18,10 +19,12 @@ from granite_storage.orm.columns import (
     AttachmentType,
     StoredObjectRefType,
     location_column_name,
+    location_index_name,
 )
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
+    from sqlalchemy import Connection
 
 __all__ = ["include_storage", "render_storage"]
 
@@ -74,9 +77,11 @@ def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: ob
     outlived = [
         _location_index("drop_location_index", "create_location_index", *place)
         for operation in upgrade_ops.ops
-        for place in _outlived(operation)
+        for place in _outlived(operation, autogen_context.connection)
     ]
     _exclude_location_indexes(upgrade_ops)
+    if autogen_context.dialect is not None and autogen_context.dialect.name == "sqlite":
+        _drop_later_indexes(upgrade_ops)
     upgrade_ops.ops[:0] = outlived
     compare_triggers(autogen_context, upgrade_ops)
 
@@ -87,12 +92,55 @@ def _location_index(name: str, opposite: str, table: str, column: str, schema: s
     return CallOp(name, table, column, schema=schema, undo=undo)
 
 
-def _outlived(operation: ops.MigrateOperation) -> list[tuple[str, str, str | None]]:
-    """Return the columns that an operation drops though a generated column depends on them, which MariaDB refuses."""
+def _outlived(operation: ops.MigrateOperation, connection: Connection | None) -> list[tuple[str, str, str | None]]:
+    """Return the columns that an operation drops though their index depends on them, which MariaDB and SQLite refuse."""
     if not isinstance(operation, ops.ModifyTableOps):
         return []
     dropped = [item.column_name for item in operation.ops if isinstance(item, ops.DropColumnOp)]
-    return [(operation.table_name, name, operation.schema) for name in dropped if location_column_name(name) in dropped]
+    indexes = _indexes_of_sqlite(connection, operation) if dropped else set()
+    return [
+        (operation.table_name, name, operation.schema)
+        for name in dropped
+        if location_column_name(name) in dropped or location_index_name(operation.table_name, name) in indexes
+    ]
+
+
+def _indexes_of_sqlite(connection: Connection | None, operation: ops.ModifyTableOps) -> set[str]:
+    """Return the names of a table's indexes on SQLite, where those on expressions are not reflected."""
+    if connection is None or connection.dialect.name != "sqlite":
+        return set()
+    table, schema = literal(operation.table_name), literal(operation.schema or "main")
+    return set(connection.scalars(select(column("name")).select_from(func.pragma_index_list(table, schema))))
+
+
+class _AfterColumn(ops.MigrateOperation):
+    """Nothing in an upgrade that adds a column of refs; in its downgrade the call that drops an index which came later."""
+
+    def __init__(self, table: str, column: str, schema: str | None) -> None:
+        self._place = table, column, schema
+
+    def reverse(self) -> ops.MigrateOperation:
+        return _location_index("drop_location_index", "create_location_index", *self._place)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        return ("drop_location_index in the downgrade", *self._place)
+
+
+@renderers.dispatch_for(_AfterColumn)
+def _render_nothing(autogen_context: AutogenContext, operation: _AfterColumn) -> list[str]:
+    return []
+
+
+def _drop_later_indexes(upgrade_ops: ops.UpgradeOps) -> None:
+    """Let the downgrade of each column of refs that is added drop its index first, which a later migration may create."""
+    added = [
+        (operation.table_name, item.column.name, operation.schema)
+        for operation in upgrade_ops.ops
+        if isinstance(operation, ops.ModifyTableOps)
+        for item in operation.ops
+        if isinstance(item, ops.AddColumnOp) and isinstance(item.column.type, AttachmentType | StoredObjectRefType)
+    ]
+    upgrade_ops.ops.extend(_AfterColumn(*place) for place in added)
 
 
 class _Composed:

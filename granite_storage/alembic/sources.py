@@ -253,6 +253,8 @@ class PlainPath:
             raise InvalidLocationError(
                 f"{rest[:120]!r} is not a valid location, and there is no folder to copy the file from: pass folder= to PlainPath"
             )
+        if "\0" in rest:
+            raise InvalidLocationError(f"{rest[:120]!r} has a NUL character, which is in no path")
         folder = Path(self.folder).resolve()
         found = (folder / rest).resolve()
         if not found.is_relative_to(folder):
@@ -302,6 +304,8 @@ def _open_regular(path: Path) -> IO[bytes]:
     except OSError as error:
         if error.errno == errno.ENXIO:  # what a socket returns
             raise irregular from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise ObjectNotFoundError(f"{str(path)[:200]!r} is longer than the name of any file") from error
         raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -112,11 +112,9 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
     connection, metadata = autogen_context.connection, autogen_context.metadata
     if connection is None or not have_triggers(connection.dialect.name) or not isinstance(metadata, MetaData):
         return
-    journal = tables_of(metadata)
-    if journal is None:
-        return
+    journal = tables_of(metadata)  # None as well where a migration drops it, with the columns that triggers depend on
     found = attachment_tables(metadata)
-    columns = found.all_attachments() if are_triggers_declared(metadata) else []
+    columns = found.all_attachments() if journal is not None and are_triggers_declared(metadata) else []
     guarded = {column.table for column in columns}
     shrinking = {name for operation in upgrade_ops.ops for name in _shrinking(operation)}
     changed = {name for operation in upgrade_ops.ops for name in _changed(operation)}
@@ -130,7 +128,7 @@ def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOp
     }
     if dropped:
         upgrade_ops.ops.insert(0, _drop(sorted(dropped)))
-    if columns and (dropped or not _are_current(connection, metadata, journal)):
+    if journal is not None and columns and (dropped or not _are_current(connection, metadata, journal)):
         tables, plain = _by_table(columns), _by_table(column for column in found.refs() if column not in set(columns))
         undo, schema = partial(_drop, list(tables), _LEFT_TO_DO), journal.intent.schema
         upgrade_ops.ops.append(CallOp("create_storage_triggers", tables, undo=undo, plain=plain, journal_schema=schema))

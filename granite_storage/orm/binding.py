@@ -209,7 +209,11 @@ class StorageBinding:
         return await (await self.journal.variant_jobs()).drop(source, name)
 
     def unbind(self) -> None:
-        """Reverse `bind_storage`; unbinding the last base removes all listeners. Idempotent."""
+        """Reverse `bind_storage`; unbinding the last base removes all listeners. Idempotent.
+
+        End the sessions of the base first: what a transaction in progress has stored is not cleaned up without its listeners, and
+        its end may raise an error although it has committed.
+        """
         if self.journal is not None:
             self.journal.release(self)
         if remove_binding(self):

@@ -35,8 +35,8 @@ class Project:
     folder: Path
 
     @classmethod
-    def made(cls, folder: Path, url: URL, models: str, *, template: str, line: str = LINE) -> Project:
-        """Let Alembic make the environment, and put in what its documentation and ours say."""
+    def made(cls, folder: Path, url: URL, models: str, *, template: str, line: str = LINE, as_batch: bool = True) -> Project:
+        """Let Alembic make the environment, and put in what its documentation and ours say; on SQLite with batch operations."""
         project = cls(folder)
         project.alembic("init", "-t", template, "migrations")
         (folder / "models.py").write_text(models)
@@ -46,7 +46,7 @@ class Project:
         project.replace(
             "migrations/env.py", "target_metadata = None", f"import models\ntarget_metadata = models.Base.metadata\n{line}"
         )
-        if url.get_backend_name() == "sqlite":
+        if as_batch and url.get_backend_name() == "sqlite":
             project.replace(
                 "migrations/env.py", "target_metadata=target_metadata", "target_metadata=target_metadata, render_as_batch=True"
             )

@@ -29,6 +29,7 @@ from granite_storage.alembic import (
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import InvalidLocationError
 from tests.alembic.conftest import Target
 from tests.alembic.test_conversions import decoded
 from tests.alembic.test_paths import with_photos
@@ -254,6 +255,18 @@ def test_what_is_no_regular_file(op: Operations, tmp_path: Path, kind: str) -> N
     assert not came, "it was opened as if somebody wrote to it"
     assert convert(op, storage, "photo", lambda _: CopyOf(path), skip_missing=True) == (0, 0, 1)
     assert convert(op, storage, "photo", lambda _: InPlace("local", "odd"), skip_missing=True) == (0, 0, 1)
+
+
+def test_paths_that_no_file_can_have(op: Operations, tmp_path: Path) -> None:
+    """One that is too long is missing, like any other; one with a NUL is named."""
+    storage = storage_of(local=LocalStorageBackend(tmp_path / "store", fsync=False))
+    path = PlainPath("local", folder=tmp_path)
+    insert(op, id=1, photo="x" * 300)
+    with pytest.raises(ObjectNotFoundError, match="longer than the name of any file"):
+        convert(op, storage, "photo", path)
+    assert convert(op, storage, "photo", path, skip_missing=True) == (0, 0, 1)
+    with pytest.raises(InvalidLocationError, match=r"'cat\\x00.png' has a NUL character"):
+        path("cat\0.png")
 
 
 def test_the_way_back_says_what_becomes_of_variants(op: Operations, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.alembic.conftest import Target
 from tests.alembic.project import Project
-from tests.alembic.test_autogenerate import MODELS, NOTHING
+from tests.alembic.test_autogenerate import BEFORE, MODELS, NOTHING
 
 DECLARED = """
 from granite_storage.orm import storage_triggers
@@ -179,3 +179,27 @@ def test_on_sqlite(tmp_path: Path) -> None:
     assert target.ask(own) == []
     assert NOTHING in project.alembic("check", filters=UNREFLECTED)
     project.alembic("downgrade", "base", filters=UNREFLECTED)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "asyncpg", "mariadb"], indirect=True)
+@pytest.mark.parametrize("as_batch", [False, True])
+def test_columns_with_an_index_go(target: Target, tmp_path: Path, as_batch: bool) -> None:
+    """The index that triggers need outlives them; neither a migration that drops its column nor a downgrade fails by it."""
+    project = Project.made(tmp_path, target.url, BEFORE, template=target.template, as_batch=as_batch)
+    project.autogenerate("before")
+    project.alembic("upgrade", "head")
+    (tmp_path / "models.py").write_text(MODELS)
+    project.autogenerate("files")
+    project.alembic("upgrade", "head")
+    (tmp_path / "models.py").write_text(MODELS + DECLARED)
+    project.autogenerate("triggers", filters=UNREFLECTED)
+    project.alembic("upgrade", "head", filters=UNREFLECTED)
+    project.alembic("downgrade", "base", filters=UNREFLECTED)
+    project.alembic("upgrade", "head", filters=UNREFLECTED)
+    assert NOTHING in project.alembic("check", filters=UNREFLECTED)
+
+    (tmp_path / "models.py").write_text(BEFORE)
+    project.autogenerate("none", filters=UNREFLECTED)
+    project.alembic("upgrade", "head", filters=UNREFLECTED)
+    assert target.columns("document") == {"id"}
+    target.ask_nothing("INSERT INTO document VALUES (1)")  # no trigger is left that names what is gone

@@ -191,6 +191,19 @@ class TestBounds:
         with pytest.raises(InvalidReferenceError, match="extra"):
             ref(extra={"a": value})
 
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            (float("nan"), "holds nan, which JSON cannot"),
+            (float("-inf"), "holds -inf, which"),
+            (1 << 2000, "an integer of 2001 bits, more than 1024"),
+        ],
+        ids=["nan", "infinity", "digits"],
+    )
+    def test_a_number_that_json_does_not_have_is_named(self, value: Any, said: str) -> None:
+        with pytest.raises(InvalidReferenceError, match=said):
+            ref(extra={"a": value})
+
     @pytest.mark.parametrize("extra", ["a", ["a"], 1, True])
     def test_extra_is_a_mapping(self, extra: Any) -> None:
         with pytest.raises(InvalidReferenceError, match="extra"):

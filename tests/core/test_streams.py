@@ -172,6 +172,26 @@ class TestDeclared:
         with pytest.raises(InvalidReferenceError, match="checksum"):
             await manager_on(MemoryStorageBackend()).put_stream(**SLOT, stream=Unread(), checksum=checksum)
 
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    @pytest.mark.parametrize("length", [9, 2 * MIB])
+    async def test_bytes_are_verified_like_a_stream(self, backend: StorageBackend, kind: Any, length: int) -> None:
+        manager = manager_on(backend)
+        content = bytes(length)
+        for size in (length - 1, length + 1):
+            with pytest.raises(SizeMismatchError) as caught:
+                await manager.put_stream(**SLOT, stream=kind(content), size=size)
+            assert (caught.value.expected, caught.value.actual) == (size, length)
+        with pytest.raises(ChecksumMismatchError) as mismatch:
+            await manager.put_stream(**SLOT, stream=kind(content), checksum=EMPTY)
+        assert (mismatch.value.expected, mismatch.value.actual) == (EMPTY, sha256(content))
+        with pytest.raises(InvalidReferenceError, match="checksum"):
+            await manager.put_stream(**SLOT, stream=kind(content), checksum="md5:900150983cd24fb0d6963f7d28e17f72")
+        with pytest.raises(ValueError, match="size must be"):
+            await manager.put_stream(**SLOT, stream=kind(content), size=-1)
+        assert await listed(backend) == []
+        ref = await manager.put_stream(**SLOT, stream=kind(content), size=length, checksum=sha256(content).upper())
+        assert (ref.size, ref.checksum) == (length, sha256(content))
+
     @pytest.mark.parametrize("size", [-1, "3", 3.0, True])
     async def test_what_is_no_size_is_refused_unread(self, size: Any) -> None:
         with pytest.raises(ValueError, match="size"):

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,19 @@ class TestRun:
         assert "is still running after 0.01 s" in caplog.text
         gate.open.set()
         assert await pool.run(int, "7") == 7
+
+    async def test_a_call_that_goes_on_is_named(self, pool: ThreadPool, caplog: pytest.LogCaptureFixture) -> None:
+        gate = Gate()
+
+        def read(content: bytes) -> Any:
+            return gate()
+
+        task = asyncio.ensure_future(pool.run(copy_context().run, read, b"content", cancel_timeout=0.01))
+        await gate.begun()
+        task.cancel()
+        assert await cancelled(task)
+        assert f"is still running after 0.01 s: {read!r} of bytes" in caplog.text
+        gate.open.set()
 
     async def test_no_more_threads_than_allowed_and_no_job_forgotten(self, pool: ThreadPool) -> None:
         names: set[str] = set()

@@ -359,8 +359,9 @@ class Recovery:
     async def _remove(self, items: Sequence[_Reclaim]) -> list[tuple[_Reclaim, Exception | None]]:
         """Delete objects or unfinished uploads of one backend; return the error of each that failed."""
         engine, backend = self._manager._engine, items[0].backend
+        limit = asyncio.timeout(_LONGEST_DELETE)
         try:
-            async with asyncio.timeout(_LONGEST_DELETE):
+            async with limit:
                 with contained("the backend"):
                     if items[0].kind == DELETE:
                         failures = await engine.delete_many(backend, [item.location for item in items])
@@ -368,7 +369,8 @@ class Recovery:
                     for item in items:
                         await engine.delete_upload(backend, item.location, item.upload_id if item.kind == UPLOAD else None)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the row and tried again
-            return [(item, error) for item in items]
+            late = TimeoutError(f"the backend {backend!r} took longer than {_LONGEST_DELETE:g} s")
+            return [(item, late if limit.expired() else error) for item in items]
         return [(item, None) for item in items]
 
     @again_after_deadlock

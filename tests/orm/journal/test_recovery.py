@@ -18,6 +18,7 @@ from granite_storage.backends.base import upload_begun
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import Attachment, StorageJournal, bind_storage
+from granite_storage.orm.journal import recovery
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from tests.core.support import eventually
@@ -137,6 +138,17 @@ class TestReports:
         assert before < failed.next_attempt < before + timedelta(minutes=5)
         assert stored.location in caplog.text
         assert (await journal_of(env).recover()).claimed == 0
+        await expire(env)
+        assert (await journal_of(env).recover()).deleted == 1
+
+    async def test_a_backend_that_does_not_answer_is_named(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(recovery, "_LONGEST_DELETE", 0.1)
+        stored = await file("a").store(Doc.file)
+        await expire(env)
+        env.backend.delay("delete", seconds=60)
+        [failed] = (await journal_of(env).recover()).failed
+        assert (failed.location, failed.error) == (stored.location, "TimeoutError: the backend 'store' took longer than 0.1 s")
+        monkeypatch.undo()
         await expire(env)
         assert (await journal_of(env).recover()).deleted == 1
 

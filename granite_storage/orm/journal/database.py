@@ -760,10 +760,11 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             await connection.execute(nothing)
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
         except DBAPIError as error:
-            name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
+            schema = effective(table.schema, pool.translate_map)
+            name = f"{schema}.{table.name}" if schema else table.name
             problem = f"the journal's table {name} is missing or is of another version: {error.orig}"
             if (denied := explain_denied(error, pool.role)) is not None:
-                if pool.dialect == "postgresql":
+                if pool.dialect == "postgresql" or not schema:
                     raise denied from error.orig
                 problem = f"{denied}; or {name} is missing, which MariaDB reports alike where the role may not use the schema"
             raise _refuse(

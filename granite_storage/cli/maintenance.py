@@ -59,7 +59,7 @@ _SHOWN = {RederivationStatus.FAILED: "red", RederivationStatus.REFUSED: "yellow"
 def _show_row(
     context: CommandContext,
     key: str,
-    said: str,
+    problem: str,
     item: Finding | MigratedObject | RederivedVariant,
     style: str,
     *,
@@ -69,8 +69,8 @@ def _show_row(
     """Show what became of a value of a row."""
     where = {"table": item.table, "primary_key": item.primary_key, "column": item.column}
     row = ", ".join(map(str, item.primary_key))
-    text = f"{said}: {item.table} {row} {column}: {item.message}"
-    context.output.item({key: said, **where, **more, "message": item.message}, text, style)
+    text = f"{problem}: {item.table} {row} {column}: {item.message}"
+    context.output.item({key: problem, **where, **more, "message": item.message}, text, style)
 
 
 def _show_waiting(context: CommandContext, records: Sequence[Mapping[str, Any]], headers: Sequence[str], nothing: str) -> None:
@@ -87,8 +87,8 @@ def _show_waiting(context: CommandContext, records: Sequence[Mapping[str, Any]],
 def _show_unseen(context: CommandContext, report: RowReport) -> None:
     """Show what could not be read; a JSON report contains it anyway."""
     if not context.output.as_json:
-        for said in report.unseen:
-            context.output.line(f"not seen: {in_options(said)}", "red")
+        for schema in report.unseen:
+            context.output.line(f"not seen: {in_options(schema)}", "red")
 
 
 async def _run_job(
@@ -373,11 +373,11 @@ def _is_wrong(report: GarbageCollectionReport) -> bool:
 
 
 def _show_object(context: CommandContext, item: CollectedObject) -> None:
-    said = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
+    shown = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
     text = f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)})"
     if item.error:
-        said, text = {**said, "error": item.error}, f"{text}: {item.error}"
-    context.output.item(said, text, "red" if item.status is OrphanStatus.FAILED else None)
+        shown, text = {**shown, "error": item.error}, f"{text}: {item.error}"
+    context.output.item(shown, text, "red" if item.status is OrphanStatus.FAILED else None)
 
 
 def _show_report(context: CommandContext, report: GarbageCollectionReport, *, is_refused: bool = False) -> None:

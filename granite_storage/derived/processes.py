@@ -88,11 +88,11 @@ class Limits:
             require_positive(name, getattr(self, name))
 
 
-_Places: TypeAlias = dict[bool, tuple[asyncio.Semaphore, ...]]
-"""The places that calls on one event loop wait for, by whether they are in the background."""
+_Semaphores: TypeAlias = dict[bool, tuple[asyncio.Semaphore, ...]]
+"""What calls on one event loop wait for, by whether they are in the background."""
 
 
-def _make_places(max_processes: int) -> _Places:
+def _make_semaphores(max_processes: int) -> _Semaphores:
     place = asyncio.Semaphore(2 * max_processes)
     return {False: (place,), True: (asyncio.Semaphore(max(1, max_processes - 1)), place)}
 
@@ -122,7 +122,7 @@ class WorkerProcesses:
         self._idle: list[_Worker] = []
         self.workers: set[_Worker] = set()
         self._is_closed = False
-        self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Places] = weakref.WeakKeyDictionary()
+        self._semaphores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Semaphores] = weakref.WeakKeyDictionary()
         self._watched: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, float] = weakref.WeakKeyDictionary()
 
     def forget(self) -> None:
@@ -176,11 +176,11 @@ class WorkerProcesses:
 
         What is in the background leaves a process to others, where there are several.
         """
-        places = self._places.setdefault(asyncio.get_running_loop(), _make_places(self.max_processes))
+        semaphores = self._semaphores.setdefault(asyncio.get_running_loop(), _make_semaphores(self.max_processes))
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(timeout):
-                    for one in places[in_background.get()]:
+                    for one in semaphores[in_background.get()]:
                         await stack.enter_async_context(one)
             except TimeoutError as error:
                 raise DerivationUnavailableError(_NO_PROCESS.format(timeout)) from error

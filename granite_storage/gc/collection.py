@@ -402,10 +402,10 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         kept = [size for location, size in nominees if location in mentioned]
         self.report.mentioned += len(kept)
         self.report.mentioned_bytes += sum(kept)
-        said = self.report.mentions
+        counts = self.report.mentions
         for column, locations in by_column.items():
-            if column in said or len(said) < MOST_KEPT:
-                said[column] = said.get(column, 0) + len(locations)
+            if column in counts or len(counts) < MOST_KEPT:
+                counts[column] = counts.get(column, 0) + len(locations)
         self.report.unseen = sorted(unseen)[:MOST_KEPT]
         rest = [(location, size) for location, size in nominees if location not in mentioned]
         self._unmentioned += len(rest)
@@ -550,7 +550,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             asked = [location for location in missing if location not in odd]
             held = odd | (await self._source.find_references(asked) if asked else set())
             here = self.report.backend
-            found += [DanglingReference(here, location, said) for location, said in missing.items() if location in held]
+            found += [DanglingReference(here, location, problem) for location, problem in missing.items() if location in held]
             if len(found) >= MOST_KEPT:
                 break
         if found:
@@ -778,8 +778,8 @@ class StorageGarbageCollector:
             with contained("a collection"):
                 report = await self.collect(storage_key=storage_key, dry_run=dry_run)
         except Exception:
-            said = fields_of(storage_key=storage_key)
-            logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=said)
+            fields = fields_of(storage_key=storage_key)
+            logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=fields)
             return
         logger.info(
             "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",

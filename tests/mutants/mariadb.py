@@ -12,6 +12,14 @@ _TESTS = "tests/orm/journal/test_mariadb_triggers.py"
 
 MUTANTS = [
     Mutant(
+        name="mariadb-locked-jobs-wait-for-the-next-look",
+        rule="A due job that another statement has locked only to look at it is taken over all the same.",
+        path="granite_storage/orm/journal/jobs.py",
+        old="if not pool.is_mariadb:",
+        new="if pool.dialect:",
+        tests=("tests/orm/journal/test_derived_jobs.py::TestMade::test_locked_by_who_only_looks",),
+    ),
+    Mutant(
         name="mariadb-trigger-other-ids",
         rule="The id of a delete intent is a function of its backend and location, also where a trigger records it.",
         path=_SQL,

@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Select, Table, bindparam, func, select, update
 
 from granite_storage._tasks import contained, shielded
 from granite_storage._telemetry import fields_of
@@ -73,6 +73,8 @@ LEFT_IN_COMPANY: Final = 2
 DEADLY: Final = "{} workers have taken it over, and none has finished it"
 """The error of a row that has killed too many workers."""
 _SAFE_SHARE = 0.8
+_LOOKS_PAST_LOCKS = 10
+_PAUSE_BETWEEN_LOOKS = 0.05
 """The part of a lease after which its holder counts it as expired."""
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
@@ -317,20 +319,41 @@ async def take_over(
     due = (table.c.backend == backend) & (table.c.due <= clock()) & table.c.dead.is_(False)
     for is_meant, most in ((~was_left, limit), (was_left, 1)):
         found = select(table).where(due, is_meant, *conditions).order_by(table.c.due).limit(most)
-        found = found.with_for_update(skip_locked=True)
-        if not await pool.may_find(found):
-            continue
-        async with pool.writing() as connection:
-            rows = list(await connection.execute(found))
-            if not rows:
-                continue
-            until = await moment_in(connection, seconds)
-            taken = {"due": until, "takeovers": table.c.takeovers + 1}
-            statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
-            # One by one: on MariaDB a list may lock other rows on the way.
-            await connection.execute(statement, [{"mine": row.id} for row in rows])
-        return [(row, until) for row in rows]
+        for _ in range(_LOOKS_PAST_LOCKS):
+            if taken := await _take_unlocked(pool, table, found, seconds):
+                return taken
+            if not await _is_only_locked(pool, found):
+                break
+            await asyncio.sleep(_PAUSE_BETWEEN_LOOKS)
     return []
+
+
+async def _take_unlocked(pool: JournalPool, table: Table, found: Select[Any], seconds: float) -> list[tuple[Row[Any], datetime]]:
+    found = found.with_for_update(skip_locked=True)
+    if not await pool.may_find(found):
+        return []
+    async with pool.writing() as connection:
+        rows = list(await connection.execute(found))
+        if not rows:
+            return []
+        until = await moment_in(connection, seconds)
+        taken = {"due": until, "takeovers": table.c.takeovers + 1}
+        statement = update(table).where(table.c.id == bindparam("mine", type_=table.c.id.type)).values(taken)
+        # One by one: on MariaDB a list may lock other rows on the way.
+        await connection.execute(statement, [{"mine": row.id} for row in rows])
+    return [(row, until) for row in rows]
+
+
+async def _is_only_locked(pool: JournalPool, found: Select[Any]) -> bool:
+    """Return whether rows were passed over because another statement has locked them, perhaps only to look at them.
+
+    MariaDB locks each row that a statement examines, so the workers of several kinds of jobs, which are woken at once, may hide
+    rows from each other that nobody takes over. Elsewhere a lock is that of a transaction that writes the row.
+    """
+    if not pool.is_mariadb:
+        return False
+    async with pool.reading() as connection:
+        return (await connection.execute(found.limit(1))).first() is not None
 
 
 async def retry_dead(pool: JournalPool, table: Table) -> int:

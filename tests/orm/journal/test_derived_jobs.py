@@ -111,6 +111,21 @@ class TestMade:
                 while await shown(env) != expected(recipes, "x"):  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.02)
 
+    async def test_locked_by_who_only_looks(self, mariadb_database: Database) -> None:
+        """MariaDB locks what a statement examines, as that of a worker that looks for jobs of another kind."""
+        recipe = Upper()
+        async with orm_environment(mariadb_database, journaled=True) as env:
+            with declared({"thumb": recipe}):
+                await env.add(Doc(id=1, file=file("x")))
+                await make_due(env)
+                async with env.engine.connect() as other:
+                    await other.execute(select(journal_of(env).tables.job.c.id).with_for_update())
+                    working = asyncio.create_task(journal_of(env).recover())
+                    await asyncio.sleep(0.1)
+                assert (await working).derived == 1
+                assert await shown(env) == {"thumb": recipe.result(b"x")}
+            await env.check_recovery()
+
     async def test_of_a_file_on_disk(self, env: OrmEnvironment, tmp_path: Any) -> None:
         recipes = {"thumb": Upper(folder=tmp_path)}
         with declared(recipes):

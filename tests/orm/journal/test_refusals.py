@@ -37,7 +37,11 @@ async def changed(env: OrmEnvironment, change: str, back: str) -> AsyncIterator[
     try:
         yield
     finally:
-        await env.sql(back)
+        async with env.engine.begin() as connection:
+            if connection.dialect.name == "sqlite":
+                # Only a query makes a connection notice that another one has changed the schema; ALTER TABLE does not.
+                await connection.execute(text("SELECT count(*) FROM sqlite_master"))
+            await connection.execute(text(back))
 
 
 async def require_refused(env: OrmEnvironment, why: str) -> None:

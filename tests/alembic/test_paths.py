@@ -108,7 +108,7 @@ def test_a_missing_object_is_an_error_or_skipped(sqlite: Target, tmp_path: Path)
     [
         ("lambda path: path and 'a/cat.png'", "TypeError: mapping must return an InPlace, a CopyOf or None, not 'a/cat.png'"),
         ("{None: None}.__getitem__", "KeyError"),
-        ("lambda path: PATH(path and path + chr(0))", "null byte"),
+        ("lambda path: PATH(path and path + chr(0))", "has a NUL character"),
         ("lambda path: InPlace('local', 'a/cat.png', 'text/html\\r\\nX: y') if path else None", "InvalidReferenceError"),
     ],
 )

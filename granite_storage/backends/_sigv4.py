@@ -1,4 +1,4 @@
-"""Presigned URLs of S3, signed at a fraction of the SDK's cost, because the SDK resolves everything anew for each URL.
+"""Presigned URLs of S3, signed at a fraction of the SDK's cost, because the SDK resolves everything again for each URL.
 
 Which host, path, region and credentials a URL has is the SDK's to decide: an own endpoint, a style of addressing, an access point
 and whatever an application has hooked into its client. So the SDK signs one URL for a key of its own, and `QuerySigner` learns

@@ -348,7 +348,7 @@ async def _is_only_locked(pool: JournalPool, found: Select[Any]) -> bool:
     """Return whether rows were passed over because another statement has locked them, perhaps only to look at them.
 
     MariaDB locks each row that a statement examines, so the workers of several kinds of jobs, which are woken at once, may hide
-    rows from each other that nobody takes over. Elsewhere a lock is that of a transaction that writes the row.
+    rows from each other that none of them takes over. Elsewhere a lock is that of a transaction that writes the row.
     """
     if not pool.is_mariadb:
         return False

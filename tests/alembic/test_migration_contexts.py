@@ -134,19 +134,7 @@ def test_a_step_that_fails_leaves_nothing(tmp_path: Path, operation: Any) -> Non
 
 
 def test_a_row_that_cannot_be_written_leaves_no_object(tmp_path: Path) -> None:
-    engine = sa.create_engine(f"sqlite:///{tmp_path}/app.db")
-    manager = manager_on(MemoryStorageBackend())
-    with engine.connect() as connection:
-        create(connection)
-        refuse_the_third(connection)
-        with pytest.raises(sa.exc.IntegrityError, match="not this one"):
-            convert(connection, manager)
-        assert asyncio.run(contents(manager)) == set()
-    engine.dispose()
-
-
-def test_objects_are_removed_after_the_rollback(tmp_path: Path) -> None:
-    """Until then rows that refer to them may be locked, for as long as the store takes."""
+    """The objects are removed after the ROLLBACK: until then rows may be locked, for as long as the store takes."""
 
     def write_from_elsewhere() -> None:
         with closing(sqlite3.connect(tmp_path / "app.db", timeout=0)) as other:

@@ -78,7 +78,6 @@ NOT_ON_SQLITE = {
         "test_recovery.py::TestCosts::test_one_commit_for_many_attachments",
     ),
     "the intent of an upload outlives the COMMIT of its row, so the collector waits for its lease": (
-        "test_derived_flush.py::test_another_type_leaves_nothing_to_do",
         "test_scans.py::TestElsewhere::test_a_job_is_no_reference",
     ),
 }

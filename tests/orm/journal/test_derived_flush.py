@@ -43,6 +43,8 @@ async def test_another_type_leaves_nothing_to_do(env: OrmEnvironment) -> None:
             await session.rollback()
         await env.add(Doc(id=1, file=Attachment(b"x", content_type="text/plain")))
         assert await jobs(env) == []
+        if env.database.is_sqlite:  # where the intents of uploads outlive the COMMIT, until their leases are over
+            await env.recover()
         assert await env.journal_rows("intent") == []
         await journal_of(env).recover()
         assert await shown(env) == {}

@@ -25,6 +25,7 @@ from typing import IO, Any
 HEADER = struct.Struct(">I")
 MOST_ANSWER = 256 * 1024
 _MOST_TEXT = 4000
+_NO_ROOM = "failed to map segment from shared object"  # how glibc says that there is no memory for a library
 _GRACE = 5.0
 
 
@@ -82,10 +83,10 @@ def _serve(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
     try:
         with _limits(request), _open_path(source) as file, os.fdopen(result, "wb", closefd=False) as output:
             return _run(request, file, output)
-    except MemoryError:
-        # Only now is there memory again for what has to be said.
-        return {"error": f"{request['function']} ran out of memory", "is_worn": True}
     except BaseException as error:  # noqa: BLE001  # also what ends a program: this one goes on
+        if isinstance(error, MemoryError) or (isinstance(error, ImportError) and _NO_ROOM in str(error)):
+            # Only now is there memory again for what has to be said.
+            return {"error": f"{request['function']} ran out of memory", "is_worn": True}
         errors = sys.modules.get("granite_storage.exceptions")
         if errors is not None and isinstance(error, errors.DerivationRefusedError):
             return {"refused": str(error)[:_MOST_TEXT]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def eat_memory(_: BinaryIO) -> bytes:
     eaten = []
     while True:
         eaten.append(bytearray(8 << 20))
+
+
+def load_library_without_memory(_: BinaryIO) -> bytes:
+    eaten, size = [], 8 << 20
+    while size > 1 << 12:
+        try:
+            eaten.append(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        except (OSError, MemoryError):
+            size //= 2
+    from PIL import _imaging  # nothing has loaded it yet
+
+    return bytes(len(eaten)) + bytes(_imaging.__doc__ is None)
 
 
 def loop(_: BinaryIO) -> bytes:

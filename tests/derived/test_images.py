@@ -428,9 +428,7 @@ class TestHostileFiles:
     async def test_memory(self, engine: str) -> None:
         """What needs more than it may have fails, since more may be allowed; the processes serve the next ones."""
         content = saved(Image.new("L", (6000, 4000), 99), "PNG", compress_level=1)
-        with pytest.raises(
-            DerivationFailedError, match="ran out of memory" if engine == "pillow" else "memory|SIG|failed to map"
-        ):
+        with pytest.raises(DerivationFailedError, match="ran out of memory" if engine == "pillow" else "memory|SIG"):
             await variant(content, engine=engine, max_memory=24 * MIB, fit=(6000, 4000))
         assert (await variant(saved(corners(), "PNG"), engine=engine)).size == (20, 12)
 

@@ -96,6 +96,7 @@ FAILURES: dict[Callable[..., Any], str] = {
     functions.exit_politely: "raised SystemExit: 4",
     functions.interrupt: "raised KeyboardInterrupt",
     functions.eat_memory: "ran out of memory",
+    functions.load_library_without_memory: "ran out of memory",
     functions.loop: "took longer than 0.4 s",
     functions.sleep: "took longer than 0.4 s",
     functions.fork_and_hang: "took longer than 0.4 s|ended with status 5",
